@@ -1,0 +1,437 @@
+"""Countdown problems, solutions, mistakes and tokens. Read after model.py, before search.py.
+
+A model learns from two kinds of rows (paper, section 4.1). D_op: a problem and one solution of it. D_back: a problem, the
+beginning of a solution, one wrong action and `<backtrack>`. This file draws the problems, finds every solution of each by
+enumerating all programs as arrays, makes the mistakes and proves each to be one, and turns rows into tokens with labels.
+
+    python data.py --num 500000 --out data/           writes train.jsonl, val.jsonl, val_new.jsonl and record.json
+"""
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
+from multiprocessing import Pool
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tqdm import tqdm
+
+from model import Arguments, UserError, checkpoint_folder, cli, number, read_json, replacing
+
+GOAL, BACKTRACK, EOS, PAD = "Goal Reached!", "<backtrack>", "<|end_of_text|>", "<|pad|>"
+MAX_NUMBER, TARGETS = 99, range(10, 101)
+HELD_OUT = (18, 21, 28, 42, 56, 81, 89, 96, 98)      # a tenth of the targets, drawn once: the *new* ones, never trained on
+SPLITS = ("train", "val", "val_new")                 # val: validation problems of seen targets; val_new: of new targets
+OPS = "+-*/"
+
+
+def prompt_text(nums: list[int], target: int) -> str:
+    return f"###Question: numbers {list(nums)}->target {target}\n###Response:\n"
+
+
+# ---- All programs of a batch of problems, as arrays ----------------------------------------------------------------------
+class Step(NamedTuple):
+    """Every choice of step j of every problem. Its leading axes are (problems, C_1, ..., C_j-1): all histories before it.
+
+    left (..., k - j + 1): the numbers that are there. a >= b (..., pairs): the operands. result, legal (..., C_j), with
+    C_j = 4 * pairs: choice c takes pair c // 4 and operation OPS[c % 4]; `legal` says that this step and all before it
+    obey the rules (division exact and by no zero; nothing negative can appear, as a >= b).
+    """
+    left: np.ndarray
+    a: np.ndarray
+    b: np.ndarray
+    result: np.ndarray
+    legal: np.ndarray
+
+
+def take_step(left: np.ndarray, legal: np.ndarray) -> Step:
+    """Every choice that the numbers left (..., m) allow, after histories that are legal (...) or not."""
+    i, j = np.triu_indices(left.shape[-1], 1)
+    a, b = np.maximum(left[..., i], left[..., j]), np.minimum(left[..., i], left[..., j])
+    quotient, rest = np.divmod(a, np.maximum(b, 1))
+    rules = np.stack([np.ones_like(a, bool)] * 3 + [(b > 0) & (rest == 0)], -1).reshape(*legal.shape, 4 * len(i))
+    return Step(left, a, b, np.stack([a + b, a - b, a * b, quotient], -1).reshape(rules.shape), legal[..., None] & rules)
+
+
+def start_numbers(nums: np.ndarray) -> np.ndarray:
+    """nums (problems, k), ints >= 1, largest first, in an integer type that no product of them overflows."""
+    return -np.sort(-nums, axis=1).astype(np.int32 if int(nums.max(initial=1)) ** nums.shape[1] < 2 ** 31 else np.int64)
+
+
+def remaining(step: Step) -> np.ndarray:
+    """(..., C_j, k - j): the numbers that are there after each choice; the result comes last."""
+    size = step.left.shape[-1]
+    others = np.array([[m for m in range(size) if m not in pair] for pair in zip(*np.triu_indices(size, 1))], int)
+    return np.concatenate([step.left[..., others.repeat(4, 0)], step.result[..., None]], -1)
+
+
+def programs(nums: np.ndarray) -> list[Step]:
+    """All ways to combine nums (problems, k) into one number: k - 1 steps, 1,152 programs for four numbers."""
+    left, steps = start_numbers(nums), []
+    while left.shape[-1] > 1:
+        steps.append(take_step(left, steps[-1].legal if steps else np.ones(len(nums), bool)))
+        left = remaining(steps[-1])
+    return steps
+
+
+def solvable(nums: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """(problems,) bool: does any program reach the target? As `programs` would say, but the last step is only compared."""
+    left, legal = start_numbers(nums), np.ones(len(nums), bool)
+    while left.shape[-1] > 2:
+        step = take_step(left, legal)
+        left, legal = remaining(step), step.legal
+    a, b = np.maximum(left[..., 0], left[..., 1]), np.minimum(left[..., 0], left[..., 1])
+    t = target.astype(a.dtype).reshape(-1, *[1] * (a.ndim - 1))
+    hit = legal & ((a + b == t) | (a - b == t) | (a * b == t) | (b > 0) & (a == b * t))
+    return hit.reshape(len(nums), -1).any(-1)
+
+
+def reachable(steps: list[Step], target: np.ndarray) -> list[np.ndarray]:
+    """For each step, (..., C_j) bool: can target (problems,) still be reached after this choice? The last: the solutions.
+
+    This is the exact solver: what it calls unreachable is so, for every program has been run.
+    """
+    last = steps[-1]
+    reach = [last.legal & (last.result == target.reshape(-1, *[1] * (last.result.ndim - 1)))]
+    for _ in steps[1:]:
+        reach.insert(0, reach[0].any(-1))
+    return reach
+
+
+def chosen(step: Step, history: tuple[np.ndarray, ...], choice: np.ndarray):
+    """a, b and result, each (rows,), of `choice` (rows,) after `history`: indices (rows,) into the leading axes."""
+    return step.a[*history, choice // 4], step.b[*history, choice // 4], step.result[*history, choice]
+
+
+def simplest(steps: list[Step], solved: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The choices (problems,) at each step of every problem's simplest solution. All problems must have one.
+
+    One canonical answer a problem is easier to learn than a random one of many. Simple is what is cheap by hand: + and -
+    before * and /, then small results. Among equals the first program wins.
+    """
+    problem, *path = np.nonzero(solved)
+    cost = np.zeros(len(problem))
+    for j, step in enumerate(steps):
+        cost += np.log2(chosen(step, (problem, *path[:j]), path[j])[2] + 2) + 4 * (path[j] % 4 >= 2)
+    order = np.lexsort((cost, problem))
+    first = order[np.searchsorted(problem, np.arange(len(solved)))]           # problem is sorted: where each one begins
+    return tuple(choices[first] for choices in path)
+
+
+# ---- Problems ------------------------------------------------------------------------------------------------------------
+def in_validation(nums: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """(problems,) bool: one problem in 16 belongs to validation for good.
+
+    A hash of what a problem is, its sorted numbers and its target, decides. So no training row, from whatever seed and
+    however many are drawn, is a validation problem in another order.
+    """
+    key = target.astype(np.uint64)
+    for column in np.sort(nums, axis=1).T:
+        key = key * np.uint64(1_000_003) + column.astype(np.uint64)
+    return (key * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(60) == 0
+
+
+def draw_problems(rng: np.random.Generator, split: str, k: int, count: int, held_out: Sequence[int] = HELD_OUT) -> tuple[np.ndarray, np.ndarray]:
+    """The solvable ones of `count` draws that belong to the split: nums (problems, k) in 1..99, target (problems,) in 10..100."""
+    nums = rng.integers(1, MAX_NUMBER + 1, (count, k))
+    target = rng.choice(held_out if split == "val_new" else [t for t in TARGETS if t not in held_out], count)
+    keep = solvable(nums, target)
+    if split != "val_new":
+        keep &= in_validation(nums, target) == (split == "val")
+    return nums[keep], target[keep]
+
+
+# ---- Mistakes: the wrong actions of D_back (paper, section 4.1) ----------------------------------------------------------
+# Each maker sees `step` (its arrays: (rows, ...)), the step that follows the beginning of a solution, `reach` (rows, C),
+# target (rows,) and `used` (rows, u), the numbers used up before. It returns a, choice, b, result and found, each (rows,).
+def pick(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
+    """A random true place in each row of mask (rows, C); place 0 in a row without one."""
+    return (rng.random(mask.shape, np.float32) * mask).argmax(-1)
+
+
+def exploratory(rng, step, reach, target, used):
+    """A legal step from which the target cannot be reached any more."""
+    wrong = step.legal & ~reach
+    choice = pick(rng, wrong)
+    a, b, result = chosen(step, (np.arange(len(target)),), choice)
+    return a, choice, b, result, wrong.any(-1)
+
+
+def computational(rng, step, reach, target, used):
+    """A legal step with a false result: off by 1 to 9 or by 10 to 90.
+
+    As a last step mostly the lie that small models tell: the target is claimed, whatever the result would be.
+    """
+    rows = np.arange(len(target))
+    choice = pick(rng, step.legal)
+    a, b, result = chosen(step, (rows,), choice)
+    slip = rng.integers(1, 10, len(rows)) * rng.choice([1, 1, 10], len(rows))
+    false = np.where((rng.random(len(rows)) < 0.5) & (slip <= result), result - slip, result + slip)
+    if step.left.shape[-1] == 2:
+        false = np.where((rng.random(len(rows)) < 0.75) & (result != target), target, false)
+    return a, choice, b, false, np.ones(len(rows), bool)
+
+
+def rule_violation(rng, step, reach, target, used):
+    """A step with a right result that takes a number that is not there, mostly one that has been used up."""
+    rows = np.arange(len(target))
+    gone = rng.integers(1, MAX_NUMBER + 1, len(rows))
+    if used.shape[1]:
+        again = used[rows, rng.integers(0, used.shape[1], len(rows))]
+        gone = np.where(rng.random(len(rows)) < 0.8, again, gone)
+    there = step.left[rows, rng.integers(0, step.left.shape[1], len(rows))]
+    a, b = np.maximum(gone, there), np.minimum(gone, there)
+    choice = rng.integers(0, 3, len(rows))                                    # + - *
+    return a, choice, b, np.choose(choice, [a + b, a - b, a * b]), (step.left != gone[:, None]).all(-1)
+
+
+MISTAKES = {exploratory: 0.4, computational: 0.45, rule_violation: 0.15}      # shares of D_back
+BACK = 0.5                                                                    # share of D_back in all rows
+
+
+# ---- Rows: D_op and D_back -----------------------------------------------------------------------------------------------
+def write_actions(a, choice, b, result) -> list[str]:
+    """The text of an action for each row of the arrays (rows,): `45-39=6` and a newline."""
+    return [f"{x}{OPS[c % 4]}{y}={r}\n" for x, c, y, r in zip(*(v.tolist() for v in (a, choice, b, result)))]
+
+
+def make_rows(rng: np.random.Generator, nums: np.ndarray, target: np.ndarray) -> list[dict]:
+    """A row {nums, target, search_path} for each of nums (problems, k), target (problems,), all solvable: D_op or D_back."""
+    steps, rows = programs(nums), np.arange(len(nums))
+    reach = reachable(steps, target)
+    path = simplest(steps, reach[-1])
+    actions, used = [], [np.empty((len(rows), 0), np.int64)]                   # by step: each row's action; numbers used up
+    for j, step in enumerate(steps):
+        a, b, result = chosen(step, (rows, *path[:j]), path[j])
+        actions.append(write_actions(a, path[j], b, result))
+        used.append(np.column_stack([used[-1], a, b]))
+
+    wrong: list[tuple[int, str] | None] = [None] * len(rows)                   # D_back: where the mistake is made, and it
+    back, depth = rng.random(len(rows)) < BACK, rng.integers(0, len(steps), len(rows))
+    kind = rng.choice(len(MISTAKES), len(rows), p=list(MISTAKES.values()))
+    for d, (m, make) in itertools.product(range(len(steps)), enumerate(MISTAKES)):
+        at = np.flatnonzero(back & (depth == d) & (kind == m))
+        here = (at, *(choices[at] for choices in path[:d]))
+        *action, found = make(rng, Step(*(x[here] for x in steps[d])), reach[d][here], target[at], used[d][at])
+        for i, text, ok in zip(at.tolist(), write_actions(*action), found.tolist()):
+            if ok:
+                wrong[i] = d, text
+
+    def search_path(i: int) -> str:
+        right = [step[i] for step in actions]
+        return "".join(right) + GOAL if wrong[i] is None else "".join(right[:wrong[i][0]]) + wrong[i][1] + BACKTRACK
+
+    return [{"nums": n, "target": t, "search_path": search_path(i)} for i, (n, t) in enumerate(zip(nums.tolist(), target.tolist()))]
+
+
+# ---- Streams and files of rows -------------------------------------------------------------------------------------------
+BLOCK = 1024                       # problems drawn together; a block is the same whoever draws it
+
+
+def new_record(seed: int, sizes: list[int]) -> dict:
+    """What a checkpoint remembers of its data, so that nobody measures "new" on targets that it has seen."""
+    return {"source": "generated", "seed": seed, "sizes": sizes, "held_out": list(HELD_OUT)}
+
+
+def block(record: dict, split: str, i: int) -> list[dict]:
+    """Block i of the endless stream of a split's rows, of sizes[i % len(sizes)] numbers each."""
+    rng = np.random.default_rng([SPLITS.index(split), record["seed"], i])
+    size = record["sizes"][i % len(record["sizes"])]
+    return make_rows(rng, *draw_problems(rng, split, size, BLOCK, record["held_out"]))
+
+
+def generate(record: dict, split: str, num: int, workers: int = 0) -> Iterator[dict]:
+    """The first `num` rows of a split's stream, the same for any number of worker processes."""
+    make = partial(block, record, split)
+    with Pool(workers) if workers else nullcontext() as pool:
+        for first in itertools.count(step=8 * max(workers, 1)):
+            part = range(first, first + 8 * max(workers, 1))
+            for rows in pool.imap(make, part) if workers else map(make, part):
+                yield from rows[:num]
+                num -= len(rows)
+                if num <= 0:
+                    return
+
+
+def parse(text: str, where: str):
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where} is no JSON: {error}") from None
+
+
+def check_row(row, where: str, columns: tuple[str, ...]) -> dict:
+    """The row, if it is one and its columns hold what they should. Raises UserError that says where it stands."""
+    def whole(x):
+        return isinstance(x, int) and not isinstance(x, bool)
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is no row of {', '.join(columns)}")
+    for column in columns:
+        if column not in row:
+            raise UserError(f"{where} lacks the column {column}")
+    nums, target, path = row["nums"], row["target"], row.get("search_path", "")
+    if not (isinstance(nums, list) and nums and all(whole(x) and x > 0 for x in nums)):
+        raise UserError(f"{where}: nums must be positive whole numbers, not {nums!r}")
+    if not whole(target):
+        raise UserError(f"{where}: target must be a whole number, not {target!r}")
+    if not isinstance(path, str):
+        raise UserError(f"{where}: search_path must be text, not {path!r}")
+    return row
+
+
+def read_rows(path: Path, columns: tuple[str, ...] = ("nums", "target", "search_path")) -> list[dict]:
+    """Rows of a JSON Lines file, or of a JSON file that holds a list of rows. Raises UserError that names the line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if text.lstrip()[:1] == "[":
+        return [check_row(row, f"{path}, row {i}", columns) for i, row in enumerate(parse(text, str(path)), 1)]
+    numbered = [(line, f"{path}, line {i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [check_row(parse(line, where), where, columns) for line, where in numbered]
+
+
+def read_split(source: str, split: str, columns: tuple[str, ...] = ("nums", "target", "search_path")) -> list[dict]:
+    """A split of a folder that `data.py` wrote, or of the reference's dataset, in a folder or on the Hub.
+
+    The reference's validation file holds `val` in its first half and `val_new` in its second.
+    """
+    folder = checkpoint_folder(source, "dataset")
+    if (folder / f"{split}.jsonl").exists():
+        return read_rows(folder / f"{split}.jsonl", columns)
+    file = folder / ("train_backtrack.json" if split == "train" else "val_backtrack.json")
+    if not file.exists():
+        raise UserError(f"{source} has neither {split}.jsonl nor {file.name}")
+    rows = read_rows(file, columns)
+    half = len(rows) // 2
+    return {"train": rows, "val": rows[:half], "val_new": rows[half:]}[split]
+
+
+def load_problems(data: str, record: dict | None, num: int, offset: int = 0) -> list[dict]:
+    """Problems offset .. offset + num of `val` or `val_new`, as the checkpoint's record has them, or of a file of rows."""
+    columns = ("nums", "target")
+    if data not in SPLITS[1:]:
+        if not Path(data).is_file():
+            raise UserError(f"--data wants val, val_new or a file of JSON Lines, and {data} is none of them")
+        rows = read_rows(Path(data), columns)
+    elif record is None:
+        raise UserError(f"this checkpoint has no record of its data, so there is no {data}: give --data a file")
+    elif record["source"] == "generated":
+        rows = list(generate(record, data, offset + num))
+    else:
+        rows = read_split(record["source"], data, columns)
+    if offset >= len(rows):
+        raise UserError(f"--offset {offset} is beyond the {len(rows)} problems of {data}")
+    return [{"nums": row["nums"], "target": row["target"]} for row in rows[offset:offset + num]]
+
+
+# ---- Tokens --------------------------------------------------------------------------------------------------------------
+class Tokenizer:
+    """A `tokenizers` tokenizer and what the method asks of one: prompts, rows with labels, where lines end."""
+
+    def __init__(self, tok: tokenizers.Tokenizer, eos: str = EOS):
+        self.tok = tok
+        self.eos, self.backtrack, self.vocab_size = tok.token_to_id(eos), tok.token_to_id(BACKTRACK), tok.get_vocab_size()
+        if self.eos is None or self.backtrack is None:
+            raise UserError(f"the tokenizer lacks {BACKTRACK if self.backtrack is None else eos}")
+        pieces = tok.decode_batch([[i] for i in range(self.vocab_size)], skip_special_tokens=False)
+        self.ends_line = [piece.endswith("\n") for piece in pieces]
+
+    @classmethod
+    def digits(cls) -> "Tokenizer":
+        """One token a digit, one for each fixed piece of the text: for models from scratch.
+
+        With whole numbers as tokens a small model learns each target by itself and fails on new ones.
+        """
+        fixed = ["###Question: numbers [", ", ", "]->target ", "\n###Response:\n", GOAL]
+        special = [PAD, EOS, BACKTRACK]
+        vocabulary = {piece: i for i, piece in enumerate([*special, *"0123456789", *OPS, "=", "\n", *fixed])}
+        tok = tokenizers.Tokenizer(models.WordLevel(vocabulary))
+        tok.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, fixed)) + r"|[0-9]|\n|."), "isolated")
+        tok.decoder = decoders.Fuse()
+        tok.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+        return cls(tok)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path) -> "Tokenizer":
+        """The tokenizer of a checkpoint: a folder or a Hub id. Raises UserError."""
+        folder = checkpoint_folder(name)
+        eos = read_json(folder / "tokenizer_config.json").get("eos_token", EOS)
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")),
+                       eos["content"] if isinstance(eos, dict) else eos)
+        except Exception as error:                                     # the library raises bare Exceptions
+            raise UserError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer reads them."""
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.tok.id_to_token(self.eos),
+                  "clean_up_tokenization_spaces": False}
+        if self.tok.token_to_id(PAD) is not None:
+            config["pad_token"] = PAD
+        with replacing(folder) as new:
+            self.tok.save(str(new / "tokenizer.json"))
+            (new / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    def prompts(self, problems: list[dict]) -> list[list[int]]:
+        texts = [prompt_text(problem["nums"], problem["target"]) for problem in problems]
+        return [encoding.ids for encoding in self.tok.encode_batch(texts)]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of response tokens, `<backtrack>` included, without a closing end-of-text."""
+        tokens = list(tokens[:-1] if tokens and tokens[-1] == self.eos else tokens)
+        return self.tok.decode(tokens, skip_special_tokens=False)
+
+    def rows(self, rows: list[dict]) -> list[tuple[list[int], list[int]]]:
+        """(input_ids, labels) of each row {nums, target, search_path}, end-of-text included; label -100 carries no loss.
+
+        The loss mask of section 4.1: the prompt and, before `<backtrack>`, the wrong action with its newline carry none:
+        the model learns to step back from mistakes, never to make them. The mask is made of characters and carried to
+        the tokens by their offsets in the one encoding of the whole text; a token with any masked character is masked.
+        """
+        prompts = [prompt_text(row["nums"], row["target"]) for row in rows]
+        encoded, out = self.tok.encode_batch([p + row["search_path"] for p, row in zip(prompts, rows)]), []
+        for prompt, row, encoding in zip(prompts, rows, encoded):
+            wrong_start, wrong_end = (len(prompt) + x for x in wrong_action(row["search_path"]))
+            labels = [i if start >= len(prompt) and start < end and (end <= wrong_start or start >= wrong_end) else -100
+                      for i, (start, end) in zip(encoding.ids, encoding.offsets)]
+            out.append((encoding.ids + [self.eos], labels + [self.eos]))
+        return out
+
+
+def wrong_action(search_path: str) -> tuple[int, int]:
+    """The characters [start, end) of the wrong action with its newline, the last line before `<backtrack>`; else (0, 0)."""
+    if not search_path.endswith(BACKTRACK):
+        return 0, 0
+    end = len(search_path) - len(BACKTRACK)
+    return search_path.rfind("\n", 0, max(end - 1, 0)) + 1, end
+
+
+# ---- python data.py ------------------------------------------------------------------------------------------------------
+def main() -> None:
+    args = Arguments("Generate Countdown data: training rows and two validation splits, as JSON Lines.")
+    args.add_argument("--num", type=number(int, 1), default=500_000, help="training rows")
+    args.add_argument("--num_val", type=number(int, 1), default=5_000, help="problems in each of val and val_new")
+    args.add_argument("--sizes", type=number(int, 2), nargs="+", default=[4], help="how many numbers; several: in turn")
+    args.add_argument("--seed", type=number(int, 0), default=0)
+    args.add_argument("--out", default="data", help="the folder to write to")
+    args = args.parse_args()
+    record = new_record(args.seed, args.sizes)
+    with replacing(args.out) as new:
+        for split in SPLITS:
+            num = args.num if split == "train" else args.num_val
+            with open(new / f"{split}.jsonl", "w", encoding="utf-8") as file:
+                for row in tqdm(generate(record, split, num, os.cpu_count()), desc=split, total=num, unit=" rows"):
+                    file.write(json.dumps(row) + "\n")
+        (new / "record.json").write_text(json.dumps(record) + "\n")
+    print(f"wrote {args.num} training rows and twice {args.num_val} validation problems to {args.out}")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,428 @@
+"""The language model: Llama, written by hand. Read this file first, then data.py.
+
+Self-backtracking (arXiv 2502.04404) needs nothing special of the model: it adds one token to its vocabulary,
+`<backtrack>`, and one operation to its KV cache, `rollback`. Modules carry Hugging Face's names, so that a state dict of
+transformers loads as it is and one of ours opens in transformers.
+
+Shapes: B rows, T new tokens, S tokens in sight, H query heads, K key/value heads, D head size, C hidden size, V vocabulary.
+"""
+import argparse
+import dataclasses
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
+
+
+# ---- What every program here shares: errors in one line, the device, the ranks -------------------------------------------
+class UserError(Exception):
+    """What the user gave cannot be used. `cli` prints the message as one line and exits with code 2."""
+
+
+class Arguments(argparse.ArgumentParser):
+    """argparse, with one line for a bad argument instead of the whole usage, and every default in `--help`."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see --help)")
+
+
+def cli(main) -> None:
+    """Run a program's `main()`; a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def number(kind: type, low: float, strict: bool = False):
+    """An argparse type: an int or a finite float that is at least `low` (`strict`: above it)."""
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value < math.inf if strict else low <= value < math.inf):
+            raise argparse.ArgumentTypeError(f"wants {'a whole number' if kind is int else 'a number'} "
+                                             f"{'above' if strict else 'of at least'} {low}, not {text!r}")
+        return value
+    return parse
+
+
+def start() -> tuple[torch.device, int, int]:
+    """(device, rank, world size): the best device there is; more than one rank when torchrun started the program."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, rank, world
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies it (a CPU: only with matrix units), else fp16 on cuda and fp32 elsewhere."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+# ---- Configuration -------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class LlamaConfig:
+    """The fields of Hugging Face's config.json that decide what Llama computes (defaults: Llama-3.2-1B)."""
+    vocab_size: int = 128256
+    hidden_size: int = 2048
+    intermediate_size: int = 8192
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 64
+    max_position_embeddings: int = 131072
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    rope_theta: float = 500000.0
+    rope_scaling: dict | None = None
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    @classmethod
+    def from_dict(cls, raw: dict) -> "LlamaConfig":
+        """Read config.json's content, in either spelling of the RoPE fields. Raises UserError for what is no Llama."""
+        raw = dict(raw)
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        for wrong, what in ((raw.get("model_type", "llama") != "llama", f"model_type {raw.get('model_type')!r}"),
+                            (raw.get("hidden_act", "silu") != "silu", f"hidden_act {raw.get('hidden_act')!r}"),
+                            (raw.get("attention_bias") or raw.get("mlp_bias"), "biases"),
+                            (kind not in ("default", "llama3"), f"RoPE of type {kind!r}")):
+            if wrong:
+                raise UserError(f"config.json asks for {what}, which this Llama does not have")
+        raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+        raw["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if kind == "llama3" else None
+        raw.setdefault("tie_word_embeddings", False)                           # transformers' own default
+        raw["num_key_value_heads"] = raw.get("num_key_value_heads") or raw.get("num_attention_heads")
+        try:
+            raw["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+            return cls(**{f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw})
+        except (KeyError, TypeError, ZeroDivisionError) as error:
+            raise UserError(f"config.json cannot be used: {error!r}") from None
+
+    def to_dict(self) -> dict:
+        """config.json's content, in the spelling that every version of transformers reads."""
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+                "attention_bias": False, "mlp_bias": False, **dataclasses.asdict(self)}
+
+
+# ---- KV cache ------------------------------------------------------------------------------------------------------------
+class KVCache:
+    """Keys and values of every layer, preallocated, with a length for each row.
+
+    k, v: (layers, rows, K, max_len, D); length: (rows,) int64, the tokens that a row holds. What lies beyond a row's
+    length is never seen, which makes the method's two operations cheap: `fork` copies rows, `rollback` sets lengths.
+    """
+
+    def __init__(self, config: LlamaConfig, rows: int, max_len: int, device, dtype: torch.dtype):
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, max_len, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.width = 0                                  # no row is longer; kept on the host, so that no step has to ask
+
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor):
+        """Write k, v (B, K, T, D) at positions (B, T) of rows 0..B-1; return all that these rows hold, (B, K, S, D)."""
+        rows = torch.arange(len(k), device=k.device)[:, None]
+        self.k[layer][rows, :, positions] = k.transpose(1, 2)
+        self.v[layer][rows, :, positions] = v.transpose(1, 2)
+        return self.k[layer, :len(k), :, :self.width], self.v[layer, :len(k), :, :self.width]
+
+    def fork(self, parents: torch.Tensor, source: "KVCache | None" = None, at: int = 0) -> None:
+        """Row at + i becomes a copy of row parents[i] of `source` (default: this cache as it was); parents: (N,) int64.
+
+        One prefill serves n samples, and a branch starts from its parent's row. Rows that stay where they are cost
+        nothing. The cache grows (doubling) when it has too few rows.
+        """
+        source = source or self
+        if at + len(parents) > len(self.length):
+            more = max(at + len(parents), 2 * len(self.length)) - len(self.length)
+            self.k, self.v = (torch.cat([x, x.new_zeros(x.shape[0], more, *x.shape[2:])], 1) for x in (self.k, self.v))
+            self.length = torch.cat([self.length, self.length.new_zeros(more)])
+        to = at + torch.arange(len(parents), device=parents.device)
+        if source is self:
+            moved = to != parents
+            to, parents = to[moved], parents[moved]
+        width = source.width
+        self.k[:, to, :, :width] = source.k[:, parents, :, :width]
+        self.v[:, to, :, :width] = source.v[:, parents, :, :width]
+        self.length[to] = source.length[parents]
+        self.width = max(self.width, width)
+
+    def rollback(self, length: torch.Tensor) -> None:
+        """Cut rows 0..N-1 back to `length` (N,) int64 tokens. Nothing is recomputed: the rest is merely out of sight."""
+        self.length[:len(length)] = length
+        self.width = int(length.max()) if len(length) else 0
+
+
+# ---- The model -----------------------------------------------------------------------------------------------------------
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, the mean taken in fp32."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.eps = config.rms_norm_eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+
+
+def rope_frequencies(config: LlamaConfig) -> torch.Tensor:
+    """(D / 2,) fp32: radians by which a position turns each pair; with Llama 3's stretch of the low frequencies."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    frequency = 1.0 / config.rope_theta ** exponent
+    if config.rope_scaling is None:
+        return frequency
+    s = config.rope_scaling
+    turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)      # full turns within the old context
+    smooth = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
+    return torch.lerp(frequency / s["factor"], frequency, smooth.clamp(0, 1))      # slow ones stretched, fast ones kept
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE: turn x (B, H, T, D) by the angles whose cos and sin (B, 1, T, D / 2) are given; i is paired with i + D / 2."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Grouped-query attention of q (B, H, T, D) over k, v (B, K, S, D) where mask (B or 1, T, S) is true; (B, H, T, D)."""
+    if not q.is_cpu:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=q.shape[1] != k.shape[1])
+    # On CPUs plain products are as fast in fp32 and four times faster in bf16. The heads of a group share their keys, so
+    # they are folded into the time axis: nothing is copied.
+    (B, H, T, D), K, S = q.shape, k.shape[1], k.shape[2]
+    scores = (q * D ** -0.5).reshape(B, K, -1, D) @ k.transpose(-1, -2)                        # (B, K, H/K * T, S)
+    scores = scores.view(B, H, T, S).masked_fill(~mask[:, None], -torch.inf)
+    return (scores.softmax(-1).view(B, K, -1, S) @ v).view(B, H, T, D)
+
+
+class LlamaAttention(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        heads, kv_heads = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, heads, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=False)
+        self.o_proj = nn.Linear(heads, config.hidden_size, bias=False)
+
+    def forward(self, x, rope, mask, positions, layer, cache):
+        B, T, _ = x.shape
+        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.update(layer, k, v, positions)
+        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
+
+
+class LlamaMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaDecoderLayer(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.self_attn = LlamaAttention(config)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = RMSNorm(config)
+        self.post_attention_layernorm = RMSNorm(config)
+
+    def forward(self, x, *context):
+        x = x + self.self_attn(self.input_layernorm(x), *context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaModel(nn.Module):
+    """Embedding, layers, last norm: token ids (B, T) -> hidden states (B, T, C)."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config)
+        self.register_buffer("rope", rope_frequencies(config), persistent=False)
+
+    def forward(self, input_ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        B, T = input_ids.shape
+        positions = torch.arange(T, device=input_ids.device).expand(B if cache is not None else 1, T)
+        if cache is not None:
+            positions = positions + cache.length[:B, None]
+            cache.width += T
+        seen = torch.arange(T if cache is None else cache.width, device=input_ids.device)
+        mask = seen <= positions[..., None]                           # a token sees the positions up to its own
+        angles = positions[:, None, :, None] * self.rope.float()      # (B or 1, 1, T, D / 2)
+        x = self.embed_tokens(input_ids)
+        rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope, mask, positions, i, cache)
+        if cache is not None:
+            cache.length[:B] += T
+        return self.norm(x)
+
+
+class Llama(nn.Module):
+    """Llama with its language-model head; transformers' LlamaForCausalLM by another name."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, cache: KVCache | None = None,
+                keep: torch.Tensor | None = None) -> torch.Tensor:
+        """input_ids (B, T) int64 -> logits (B, T, V), in the weights' dtype.
+
+        labels (B, T) int64, -100 for no loss: return the *sum* of the cross-entropies instead, () fp32; the vocabulary
+            projection then runs at labelled positions only, about a third of them.
+        cache: the tokens continue rows 0..B-1 of it, each from its own length, and are appended.
+        keep (B,) int64: return the logits at that one position of each row only, (B, V).
+        """
+        hidden = self.model(input_ids, cache)
+        if labels is not None:
+            labels = labels[:, 1:]                                   # position t predicts the token at t + 1
+            chosen = labels != -100
+            return F.cross_entropy(self.lm_head(hidden[:, :-1][chosen]).float(), labels[chosen], reduction="sum")
+        if keep is not None:
+            hidden = hidden[torch.arange(len(keep), device=keep.device), keep]
+        return self.lm_head(hidden)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, device="cpu", dtype: torch.dtype | None = None) -> "Llama":
+        """Open a folder or a Hub id in Hugging Face's layout; `dtype` None keeps the file's. Raises UserError."""
+        folder = checkpoint_folder(name)
+        with torch.device("meta"):                                      # no memory yet: the files' tensors become the weights
+            model = cls(LlamaConfig.from_dict(read_json(folder / "config.json")))
+        index = folder / "model.safetensors.index.json"
+        files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+        state = {}
+        for file in files:
+            try:
+                with safe_open(folder / file, framework="pt", device=str(device)) as tensors:
+                    state |= {key: tensors.get_tensor(key).to(dtype) for key in tensors.keys()}
+            except FileNotFoundError:
+                raise UserError(f"{folder} has no {file}") from None
+            except SafetensorError as error:
+                raise UserError(f"{folder / file} is damaged: {error}") from None
+        if model.config.tie_word_embeddings:
+            state["lm_head.weight"] = state.get("model.embed_tokens.weight")
+        for key, parameter in model.state_dict().items():
+            if state.get(key) is None:
+                raise UserError(f"{folder}: the weights lack {key}, which config.json asks for")
+            if state[key].shape != parameter.shape:
+                raise UserError(f"{folder}: {key} has shape {tuple(state[key].shape)}, "
+                                f"config.json asks for {tuple(parameter.shape)}")
+        model.load_state_dict(state, strict=False, assign=True)         # strict would refuse old files' RoPE buffers
+        model.tie_weights()
+        return model.to(device)
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Write config.json and model.safetensors (beyond 5 GB: shards with their index). Raises UserError."""
+        state = {key: value.detach().to(dtype) for key, value in self.state_dict().items()}
+        if self.config.tie_word_embeddings:
+            del state["lm_head.weight"]
+        config = self.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
+        with replacing(folder) as new:
+            save_torch_state_dict(state, new)
+            (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+# ---- Checkpoints on disk -------------------------------------------------------------------------------------------------
+def checkpoint_folder(name: str | Path, kind: str = "model") -> Path:
+    """The folder `name` itself, or the cached download of the Hub's model or dataset of that name. Raises UserError."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(str(name), repo_type=kind, allow_patterns=["*.json", "*.jsonl", "*.safetensors"]))
+    except HFValidationError:
+        raise UserError(f"no {kind} at {name}") from None
+    except Exception as error:        # no network, no such repository, no permission: the client has dozens of kinds
+        raise UserError(f"no {kind} at {name}: no such folder, and from the Hub: {str(error).splitlines()[0]}") from None
+
+
+def read_json(path: Path) -> dict:
+    """Raises UserError where the file is missing or is no JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} has no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return content
+
+
+class replacing:
+    """Write files into a new folder beside the old ones; they move to `folder` only when all of them are complete."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    def __enter__(self) -> Path:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.new = Path(tempfile.mkdtemp(prefix=".new-", dir=self.folder))
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder}: {error.strerror}") from None
+        return self.new
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if kind is None:
+            for file in sorted(self.new.iterdir()):
+                os.replace(file, self.folder / file.name)
+        shutil.rmtree(self.new, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise UserError(f"cannot write to {self.folder}: {error}") from None

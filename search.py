@@ -1,0 +1,443 @@
+"""Self-backtracking: search by sampling, stepping back and branching. Read after data.py, before train.py.
+
+The model says `<backtrack>` when its last action was a mistake. The search of the paper's section 4.2 believes it: it samples
+n continuations of a state; each that ends in `<backtrack>` drops its last action, and what is left becomes a new state to
+branch from; after b such rounds the finished answer with the best mean log-probability wins. No verifier takes part.
+
+    python search.py                                                a search tree, then greedy against self-backtracking
+    python search.py --numbers 45 39 10 --target 60                 one problem of your own
+    python search.py --data val --decoder self_backtrack --b 1 --n 32 --num 5000 --out results.jsonl
+"""
+import json
+import math
+import os
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data import BACKTRACK, GOAL, Tokenizer, load_problems, prompt_text
+from model import (DTYPES, Arguments, KVCache, Llama, UserError, best_dtype, checkpoint_folder, cli, number, read_json,
+                   replacing, start)
+
+SHIPPED = Path(__file__).parent / "assets" / "checkpoint"
+EXAMPLE = {"nums": [39, 45, 10], "target": 60}
+
+
+# ---- Verification: exact, on integers, and never part of the search ------------------------------------------------------
+def verify(nums: list[int], target: int, response: str) -> tuple[bool, str]:
+    """Does the response solve the problem? (True, "") or (False, which step fails and why).
+
+    Every action must be `a op b=c` on numbers that are there, each copy used once, with the right result (division exact,
+    nothing negative); all numbers must be used, the last result be the target, and `Goal Reached!` end the response.
+    """
+    *actions, end = response.split("\n")
+    left = Counter(nums)
+    for i, text in enumerate(actions, 1):
+        step = re.fullmatch(r"([0-9]{1,20})([-+*/])([0-9]{1,20})=([0-9]{1,20})", text)
+        if not step:
+            return False, f"step {i}: {text!r} is no action"
+        a, op, b, result = int(step[1]), step[2], int(step[3]), int(step[4])
+        for x in (a, b):
+            if not left[x]:
+                return False, f"step {i}: {text}: there is no {x} (left)"
+            left[x] -= 1
+        if op == "/" and (b == 0 or a % b):
+            return False, f"step {i}: {text}: the division is not exact"
+        right = {"+": a + b, "-": a - b, "*": a * b, "/": a // max(b, 1)}[op]
+        if right != result:
+            return False, f"step {i}: {text}: false, it is {right}"
+        left[result] += 1
+    if end != GOAL:
+        return False, f"the end: {end!r} in place of {GOAL!r}"
+    left = list(left.elements())
+    if len(left) > 1:
+        return False, f"the end: {left} are left, all numbers must be used"
+    return (True, "") if left == [target] else (False, f"the end: {left[0]} is not the target {target}")
+
+
+# ---- Keyed random numbers ------------------------------------------------------------------------------------------------
+def mix(key: torch.Tensor, part: torch.Tensor | int) -> torch.Tensor:
+    """Hash `part` into int64 keys (splitmix64's finaliser; products wrap, shifts are made logical by masks)."""
+    x = key * 31 + part - 0x61C8864680B583EB
+    x = (x ^ (x >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
+    x = (x ^ (x >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
+    return x ^ (x >> 31 & (1 << 33) - 1)
+
+
+def uniform(key: torch.Tensor) -> torch.Tensor:
+    """Keys -> fp32 uniform in [0, 1). A sample's randomness depends on its keys alone, never on who shares its batch."""
+    return (mix(key, 0) >> 40 & (1 << 24) - 1).float() / (1 << 24)
+
+
+# ---- The engine: cached decoding of many rows ----------------------------------------------------------------------------
+class Sample(NamedTuple):
+    """One response that was sampled: its tokens from the prompt's end on, `state` of them inherited from its state."""
+    tokens: tuple[int, ...]
+    logps: tuple[float, ...]          # log-probability of each token at temperature 1
+    state: int
+    round: int
+    end: str                          # GOAL, BACKTRACK, or "" where the length limit cut it off or it ended elsewhere
+
+    @property
+    def score(self) -> float:
+        """Mean log-probability of all tokens, end-of-text included: the paper's measure, no verifier in it."""
+        return sum(self.logps) / len(self.logps)
+
+
+def prefill(model: Llama, prompts: list[list[int]], room: int) -> tuple[KVCache, torch.Tensor]:
+    """Run prompts through the model once, together: a cache with a row each, and the logits after each prompt, (P, V)."""
+    device = model.lm_head.weight.device
+    length = torch.tensor([len(p) for p in prompts])
+    ids = torch.tensor([p + [0] * (int(length.max()) - len(p)) for p in prompts], device=device)
+    length = length.to(device)
+    cache = KVCache(model.config, len(prompts), ids.shape[1] + room, device, model.lm_head.weight.dtype)
+    logits = model(ids, cache=cache, keep=length - 1)
+    cache.rollback(length)                                                     # the padding goes out of sight
+    return cache, logits
+
+
+def draw(logits: torch.Tensor, row: torch.Tensor, u: torch.Tensor, temperature: float):
+    """A token for each sample, (S,), and its log-probability at temperature 1; sample s is on row[s] of logits (R, V).
+
+    The token is where the cumulative distribution passes the sample's uniform u (S,). Temperature 0 is greedy decoding.
+    """
+    logps = logits.float().log_softmax(-1)
+    if temperature == 0:
+        token = logps.argmax(-1)[row]
+    else:
+        cumulative = (logps / temperature).softmax(-1).cumsum(-1)
+        u = u * cumulative[row, -1]                                            # rounding leaves the last a little off 1
+        token = torch.searchsorted(cumulative[row], u[:, None], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    return token, logps[row, token]
+
+
+def share(row: torch.Tensor, token: torch.Tensor, vocab: int):
+    """Samples that are the same so far are one row: the rows that samples (S,) on rows `row` need after drawing `token`.
+
+    Returns parents (R,), the old row that each new row continues; its token (R,); and each sample's new row (S,). The
+    first child of a row stays in its place, where it costs nothing; the other children fill the gaps.
+    """
+    child, of = torch.unique(row * vocab + token, return_inverse=True)         # sorted: children stand by their parents
+    parent = child // vocab
+    stays = (parent < len(child)) & (parent != torch.cat([parent.new_tensor([-1]), parent[:-1]]))
+    free = torch.ones_like(stays)
+    free[parent[stays]] = False
+    place = torch.empty_like(child)
+    place[stays], place[~stays] = parent[stays], free.nonzero()[:, 0]
+    order = place.argsort()
+    return parent[order], child[order] % vocab, place[of]
+
+
+def expand(model: Llama, tok: Tokenizer, cache: KVCache, logits: torch.Tensor, keys: torch.Tensor, n: int,
+           temperature: float, max_new: int, parked: KVCache | None):
+    """Sample n continuations of the states in cache rows 0..F-1, whose next-token logits are (F, V), each to its end.
+
+    keys (F,) int64 are the states' random keys. Rows fork where their samples part and leave the batch when all their
+    samples have ended; those that ended in `<backtrack>` are kept in `parked`, to branch from. Returns, for the F * n
+    samples in order: tokens and log-probabilities (F * n, max_new), lengths and parked rows (-1: none), (F * n,).
+    """
+    S, device = len(keys) * n, logits.device
+    live = torch.arange(S, device=device)
+    row = live // n
+    key = mix(keys[row], live % n)
+    tokens = torch.full((S, max_new), tok.eos, device=device)
+    logps = torch.zeros((S, max_new), device=device)
+    length, parking, kept = torch.full_like(live, max_new), torch.full_like(live, -1), 0
+    for t in range(max_new):
+        token, logp = draw(logits, row, uniform(mix(key[live], t)), temperature)
+        tokens[live, t], logps[live, t] = token, logp
+        back, ended = token == tok.backtrack, (token == tok.backtrack) | (token == tok.eos)
+        length[live[ended]] = t + 1
+        if parked is not None and back.any():
+            rows, which = torch.unique(row[back], return_inverse=True)
+            parked.fork(rows, source=cache, at=kept)
+            parking[live[back]] = kept + which
+            kept += len(rows)
+        live, row, token = live[~ended], row[~ended], token[~ended]
+        if not len(live) or t == max_new - 1:
+            break
+        parents, token, row = share(row, token, logits.shape[1])
+        cache.fork(parents)
+        logits = model(token[:, None], cache=cache)[:, 0]
+    return tokens, logps, length, parking
+
+
+# ---- Self-backtracking (paper, section 4.2) ------------------------------------------------------------------------------
+def roll_back(tokens: tuple[int, ...], tok: Tokenizer) -> tuple[int, ...]:
+    """Drop `<backtrack>` and the last action: the state to branch from ends with the newline of the action before."""
+    end = len(tokens) - 2                                  # the last action may lack its newline: start before its last token
+    while end > 0 and not tok.ends_line[tokens[end - 1]]:
+        end -= 1
+    return tokens[:max(end, 0)]
+
+
+def finish(tokens: tuple[int, ...], tok: Tokenizer) -> str:
+    """How a response ended: GOAL, BACKTRACK or ""."""
+    if tokens[-1] == tok.backtrack:
+        return BACKTRACK
+    return GOAL if tokens[-1] == tok.eos and tok.decode(tokens).split("\n")[-1] == GOAL else ""
+
+
+@torch.inference_mode()
+def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: list[int], b: int = 1, n: int = 32,
+                   temperature: float = 0.7, limit: int | None = None, seed: int = 0,
+                   max_new: int = 64) -> list[list[Sample]]:
+    """Every sample of the search, for each problem {nums, target}; the random numbers are keyed by seed and `keys`.
+
+    The frontier of a problem holds at most `limit` states, by default int(sqrt(n)) as in the reference's first version.
+    """
+    prompts = tok.prompts(problems)
+    cache, logits = prefill(model, prompts, (b + 1) * max_new)
+    parked = KVCache(model.config, len(prompts), cache.k.shape[3], logits.device, cache.k.dtype) if b else None
+    problem_keys = mix(torch.full((len(keys),), seed, device=logits.device), torch.tensor(keys, device=logits.device))
+    frontier = [(p, 0, (), ()) for p in range(len(prompts))]    # states: problem, rank in its frontier, tokens, their logps
+    visited, found = [{()} for _ in prompts], [[] for _ in prompts]
+    for round in range(b + 1):
+        owner, rank = torch.tensor([state[:2] for state in frontier], device=logits.device).T
+        state_keys = mix(mix(problem_keys[owner], round), rank)
+        drawn = expand(model, tok, cache, logits, state_keys, n, temperature, max_new, parked if round < b else None)
+        branches, rows, joined = [], [], Counter()
+        for i, (tokens, logps, length, parking) in enumerate(zip(*(x.tolist() for x in drawn))):
+            p, _, state, before = frontier[i // n]
+            tokens, logps = state + tuple(tokens[:length]), before + tuple(logps[:length])
+            found[p].append(Sample(tokens, logps, len(state), round, finish(tokens, tok)))
+            if tokens[-1] == tok.backtrack and round < b and joined[p] < (limit or math.isqrt(n)):
+                state = roll_back(tokens, tok)
+                if state not in visited[p]:
+                    visited[p].add(state)
+                    branches.append((p, joined[p], state, logps[:len(state)]))
+                    rows.append(parking)
+                    joined[p] += 1
+        if not branches:
+            break
+        # A branch starts from its parent's row, cut back; only its last token runs again, for a cache holds no logits.
+        cache.fork(torch.tensor(rows, device=logits.device), source=parked)
+        cache.rollback(torch.tensor([len(prompts[p]) + len(state) - 1 for p, _, state, _ in branches], device=logits.device))
+        logits = model(torch.tensor([[state[-1]] for _, _, state, _ in branches], device=logits.device), cache=cache)[:, 0]
+        frontier = branches
+    return found
+
+
+@torch.inference_mode()
+def beam_search(model: Llama, tok: Tokenizer, problems: list[dict], n: int = 32, max_new: int = 64) -> list[list[Sample]]:
+    """The n most probable responses by beam search. A beam that ends leaves, and the problem goes on with one beam fewer."""
+    cache, logits = prefill(model, tok.prompts(problems), max_new)
+    (P, V), device = logits.shape, logits.device
+    total = torch.full((P, n), -torch.inf, device=device)                      # of each beam; -inf: there is none
+    total[:, 0] = 0
+    row = torch.arange(P, device=device)[:, None].expand(P, n)                 # of the cache
+    tokens = torch.zeros((P, n, max_new), dtype=torch.int64, device=device)
+    logps = torch.zeros((P, n, max_new), device=device)
+    found, room = [[] for _ in range(P)], torch.full((P,), n, device=device)
+    for t in range(max_new):
+        logp = logits.float().log_softmax(-1)
+        total, best = (total[..., None] + logp[row]).flatten(1).topk(n)        # (P, n) of (P, n * V)
+        parent, token = best // V, best % V
+        tokens, logps = (x.gather(1, parent[..., None].expand_as(x)) for x in (tokens, logps))
+        row = row.gather(1, parent)
+        tokens[..., t], logps[..., t] = token, logp[row, token]
+        total[torch.arange(n, device=device) >= room[:, None]] = -torch.inf
+        ended = total.isfinite() & ((token == tok.eos) | (token == tok.backtrack) | torch.tensor(t == max_new - 1))
+        for p, i in ended.nonzero().tolist():
+            done = tuple(tokens[p, i, :t + 1].tolist())
+            found[p].append(Sample(done, tuple(logps[p, i, :t + 1].tolist()), 0, 0, finish(done, tok)))
+        room = room - ended.sum(1)
+        total[ended] = -torch.inf
+        live = total.isfinite()
+        if not live.any():
+            break
+        cache.fork(row[live])
+        logits = model(token[live][:, None], cache=cache)[:, 0]
+        row = (live.flatten().cumsum(0) - 1).view(P, n).clamp(min=0)
+    return found
+
+
+# ---- Decoders and selection ----------------------------------------------------------------------------------------------
+def best_score(candidates: list[Sample]) -> Sample:
+    return max(candidates, key=lambda sample: sample.score)
+
+
+def majority(candidates: list[Sample]) -> Sample:
+    """The answer given most often; among equals the one with the best score."""
+    votes = Counter(sample.tokens for sample in candidates)
+    return max(candidates, key=lambda sample: (votes[sample.tokens], sample.score))
+
+
+DECODERS = ("greedy", "beam", "best_of_n", "majority", "self_backtrack")
+
+
+def decode(model, tok, problems, keys, decoder="self_backtrack", b=1, n=32, temperature=0.7, limit=None, seed=0, max_new=64):
+    """The samples of each problem by one of DECODERS. Best of n is self-backtracking that never steps back (b = 0)."""
+    if decoder == "beam":
+        return beam_search(model, tok, problems, n, max_new)
+    if decoder == "greedy":
+        n, b, temperature = 1, 0, 0.0
+    return self_backtrack(model, tok, problems, keys, b if decoder == "self_backtrack" else 0, n, temperature, limit, seed,
+                          max_new)
+
+
+def select(samples: list[Sample], decoder: str) -> Sample | None:
+    """The answer: among the samples that reached the goal, by score (majority: by votes). The verifier has no say."""
+    candidates = [sample for sample in samples if sample.end == GOAL]
+    return (majority if decoder == "majority" else best_score)(candidates) if candidates else None
+
+
+# ---- Evaluation ----------------------------------------------------------------------------------------------------------
+def evaluate(model: Llama, tok: Tokenizer, problems: list[dict], decoder: str, offset: int = 0, batch_size: int = 64,
+             label: str = "", keep: list | None = None, **search) -> list[dict]:
+    """Search every problem and judge the answers: a row a problem (see `judge`), the same on one rank and on many.
+
+    Problem i is keyed by offset + i, so that neither batches nor ranks change its samples. `keep` collects this rank's
+    raw samples as (problem, samples).
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine, rows = range(rank, len(problems), world), []
+    with tqdm(total=len(mine), desc=label or decoder, leave=False, disable=rank > 0) as bar:
+        for at in range(0, len(mine), batch_size):
+            chunk = mine[at:at + batch_size]
+            batch = [problems[i] for i in chunk]
+            found = decode(model, tok, batch, [offset + i for i in chunk], decoder, **search)
+            rows += [judge(tok, problem, samples, decoder) for problem, samples in zip(batch, found)]
+            if keep is not None:
+                keep += zip(batch, found)
+            bar.update(len(batch))
+    parts = gather(rows)
+    return [parts[i % world][i // world] for i in range(len(problems))]
+
+
+def judge(tok: Tokenizer, problem: dict, samples: list[Sample], decoder: str) -> dict:
+    """nums, target; the selected response, its score, whether and why (not) it is right; verified: is any candidate right?"""
+    nums, target = problem["nums"], problem["target"]
+    answer = select(samples, decoder)
+    response = tok.decode(answer.tokens) if answer else ""
+    correct, reason = verify(nums, target, response) if answer else (False, "no sample reached the goal")
+    candidates = {sample.tokens for sample in samples if sample.end == GOAL}
+    return {"nums": nums, "target": target, "response": response, "score": answer.score if answer else None,
+            "correct": correct, "reason": reason, "verified": any(verify(nums, target, tok.decode(c))[0] for c in candidates),
+            "tokens": sum(len(sample.tokens) - sample.state for sample in samples)}
+
+
+def gather(rows: list) -> list[list]:
+    """Every rank's rows, on every rank; as JSON bytes, for torch's own object gathering would unpickle."""
+    if not dist.is_initialized():
+        return [rows]
+    device = start()[0]
+    mine = torch.tensor(list(json.dumps(rows).encode()), dtype=torch.uint8, device=device)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(mine)], device=device))
+    parts = [torch.zeros(int(max(sizes)), dtype=torch.uint8, device=device) for _ in sizes]
+    dist.all_gather(parts, torch.cat([mine, mine.new_zeros(int(max(sizes)) - len(mine))]))
+    return [json.loads(bytes(part[:int(size)].tolist())) for part, size in zip(parts, sizes)]
+
+
+def summary(rows: list[dict]) -> str:
+    """Accuracy as selected and as verified, each with its 95 % interval (Wilson's), and tokens sampled a problem."""
+    def percent(key):
+        n, p, z = len(rows), sum(row[key] for row in rows) / len(rows), 1.96
+        middle, half = (p + z * z / 2 / n) / (1 + z * z / n), z * math.sqrt(p * (1 - p) / n + (z / 2 / n) ** 2) / (1 + z * z / n)
+        return f"{100 * p:5.1f} [{100 * (middle - half):5.1f}, {100 * (middle + half):5.1f}]"
+    return f"{percent('correct')}   {percent('verified')}   {sum(row['tokens'] for row in rows) / len(rows):9.1f}"
+
+
+HEADER = f"{'':34}{'selected %':>14}{'':9}{'verified %':>14}{'':8}{'tokens':>9}"
+
+
+# ---- The search tree, drawn ----------------------------------------------------------------------------------------------
+def paint(text: str, code: int) -> str:
+    return f"\033[{code}m{text}\033[0m" if sys.stdout.isatty() and "NO_COLOR" not in os.environ else text
+
+
+def draw_tree(tok: Tokenizer, problem: dict, samples: list[Sample], answer: Sample | None, width: int = 6) -> str:
+    """The actions of all samples as one tree, at most `width` branches a state, the most sampled first (100 columns)."""
+    counts, ends, rounds = Counter(), {}, {}
+    for sample in samples:
+        *actions, end = tok.decode(sample.tokens).removesuffix(BACKTRACK).split("\n")
+        path = tuple(actions) + ((end,) if end not in ("", GOAL) else ())
+        for d in range(len(path) + 1):
+            counts[path[:d]] += 1
+        ends.setdefault(path, {}).setdefault(sample.end, []).append(sample)
+        state = tuple(tok.decode(sample.tokens[:sample.state]).split("\n")[:-1])
+        rounds.setdefault(state, (sample.round + 1, Counter()))[1][sample.round] += 1
+    lines = [f"numbers {problem['nums']}  target {problem['target']}"]
+
+    def note(path):
+        for end, same in sorted(ends.get(path, {}).items()):
+            if end == GOAL:
+                right, why = verify(problem["nums"], problem["target"], tok.decode(same[0].tokens))
+                text = f"{GOAL} {same[0].score:7.3f}  {'right' if right else 'wrong: ' + why.split(': ')[-1]}"
+                chosen = answer is not None and answer.tokens == same[0].tokens
+                yield paint(text + ("  <== chosen" if chosen else ""), (32 if right else 31) + 0), len(same)
+            else:
+                yield paint("<backtrack>" if end == BACKTRACK else "cut off", 33), len(same)
+
+    def walk(path, indent):
+        children = sorted((c for c in counts if len(c) == len(path) + 1 and c[:-1] == path), key=lambda c: -counts[c])
+        for i, child in enumerate(children[:width]):
+            last = i == len(children) - 1
+            stem = indent + ("└─ " if last else "├─ ") + child[-1]
+            notes = [f"{text} x{count}" for text, count in note(child)]
+            branch = paint(f"[round {rounds[child][0]}: {sum(rounds[child][1].values())} more samples from here]", 36) if child in rounds else ""
+            lines.append("  ".join(filter(None, [f"{stem:<34} x{counts[child]:<4}", "; ".join(notes), branch])))
+            walk(child, indent + ("   " if last else "│  "))
+        if len(children) > width:
+            lines.append(indent + f"└─ ... {len(children) - width} more actions, x{sum(counts[c] for c in children[width:])}")
+
+    walk((), "")
+    return "\n".join(lines)
+
+
+# ---- python search.py ----------------------------------------------------------------------------------------------------
+def main() -> None:
+    args = Arguments("Search with a checkpoint: one problem and its tree, an evaluation (--data), or by default both.")
+    args.add_argument("--ckpt", default=str(SHIPPED), help="a folder or Hub id")
+    args.add_argument("--numbers", type=number(int, 1), nargs="+", help="search this one problem and draw its tree")
+    args.add_argument("--target", type=number(int, 0))
+    args.add_argument("--data", help="val (seen targets), val_new (new targets), or a file of JSON Lines with nums, target")
+    args.add_argument("--num", type=number(int, 1), default=200, help="problems")
+    args.add_argument("--offset", type=number(int, 0), default=0, help="problems to pass over")
+    args.add_argument("--decoder", choices=DECODERS, default="self_backtrack")
+    args.add_argument("--b", type=number(int, 0), default=1, help="how often to step back")
+    args.add_argument("--n", type=number(int, 1), default=32, help="samples a state; beams")
+    args.add_argument("--temperature", type=number(float, 0, strict=True), default=0.7)
+    args.add_argument("--seed", type=number(int, 0), default=0)
+    args.add_argument("--batch_size", type=number(int, 1), default=64, help="problems decoded together")
+    args.add_argument("--max_new_tokens", type=number(int, 1), default=64, help="in a round")
+    args.add_argument("--dtype", choices=DTYPES, help="the best of the device by itself")
+    args.add_argument("--out", help="write one JSON line a problem to this file")
+    args = args.parse_args()
+    if (args.numbers is None) != (args.target is None):
+        raise UserError("--numbers and --target go together")
+    device, rank, _ = start()
+    model = Llama.from_pretrained(args.ckpt, device, DTYPES.get(args.dtype) or best_dtype(device)).eval()
+    tok = Tokenizer.from_pretrained(args.ckpt)
+    path = checkpoint_folder(args.ckpt) / "record.json"
+    record = read_json(path) if path.exists() else None
+    search = dict(b=args.b, n=args.n, temperature=args.temperature, seed=args.seed, max_new=args.max_new_tokens)
+
+    if args.data is None:                                              # one problem, drawn
+        problem = {"nums": args.numbers, "target": args.target} if args.numbers else EXAMPLE
+        samples = decode(model, tok, [problem], [0], args.decoder, **search)[0]
+        answer = select(samples, args.decoder)
+        print(draw_tree(tok, problem, samples, answer))
+    splits = [args.data] if args.data else [] if args.numbers else ["val", "val_new"]
+    runs = [(split, decoder) for split in splits for decoder in ([args.decoder] if args.data else ["greedy", args.decoder])]
+    for i, (split, decoder) in enumerate(runs):
+        problems = load_problems(split, record, args.num, args.offset)
+        rows = evaluate(model, tok, problems, decoder, args.offset, args.batch_size, f"{decoder}, {split}", **search)
+        if rank == 0:
+            if i == 0:
+                print(HEADER)
+            print(f"{decoder + ', ' + split:34}{summary(rows)}")
+            if args.out:
+                with replacing(Path(args.out).parent) as new:
+                    (new / Path(args.out).name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,239 @@
+"""Supervised fine-tuning on D_op and D_back (paper, section 4.1). Read after search.py, before improve.py.
+
+    python train.py                                          five minutes on two cores: a small model from scratch
+    torchrun --nproc_per_node=2 train.py                     the same on two devices
+    python train.py --ckpt assets/checkpoint --data data/    from a checkpoint, on files that data.py wrote
+
+Every device computes the loss of its own rows as a *sum* over labelled tokens; it is divided by their number on all devices
+and in all accumulation steps together, so that a gradient does not depend on how a batch was cut.
+"""
+import itertools
+import json
+import math
+import os
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from data import Tokenizer, block, generate, new_record, read_rows, read_split
+from model import DTYPES, Arguments, Llama, LlamaConfig, UserError, best_dtype, cli, number, read_json, replacing, start
+from search import HEADER, evaluate, summary
+
+
+# ---- Batches -------------------------------------------------------------------------------------------------------------
+class Batches(Dataset):
+    """Item i: 64 optimiser steps' batches, sorted by length so that little is padding; each a list of (ids, labels).
+
+    rows: a list, of which epoch after epoch is shuffled; or the record of generated data, of which no row comes twice.
+    A step's rows are the same for any number of ranks: rank r of w takes every w-th of them, cut in `accum` parts.
+    """
+    STEPS = 64
+
+    def __init__(self, rows: list[dict] | dict, tok: Tokenizer, batch_size: int, accum: int = 1, context: int = 128,
+                 seed: int = 0, rank: int = 0, world: int = 1):
+        self.rows, self.tok, self.size, self.accum, self.context = rows, tok, batch_size * accum * world, accum, context
+        self.seed, self.rank, self.world = seed, rank, world
+
+    def __getitem__(self, i: int) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+        want = self.STEPS * self.size
+        if isinstance(self.rows, dict):
+            blocks = (block(self.rows, "train", 100_000 * i + j) for j in itertools.count())
+            rows = list(itertools.islice(itertools.chain.from_iterable(blocks), want))
+        else:
+            epochs = [divmod(at, len(self.rows)) for at in range(i * want, (i + 1) * want)]
+            order = {e: np.random.default_rng([self.seed, e]).permutation(len(self.rows)) for e in {e for e, _ in epochs}}
+            rows = [self.rows[order[e][at]] for e, at in epochs]
+        encoded = sorted(self.tok.rows(rows), key=lambda row: len(row[0]))
+        steps = [encoded[at:at + self.size][self.rank::self.world] for at in range(0, want, self.size)]
+        return [[self.pad(steps[s][a::self.accum]) for a in range(self.accum)]
+                for s in np.random.default_rng([self.seed, i]).permutation(self.STEPS)]
+
+    def pad(self, rows: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """input_ids and labels, (B, T) int64, padded on the right, where causal attention never looks."""
+        T = min(max(len(ids) for ids, _ in rows), self.context)
+        return tuple(torch.tensor([(x + [fill] * T)[:T] for x in column])
+                     for column, fill in zip(zip(*rows), (self.tok.eos, -100)))
+
+
+def identity(item):
+    return item
+
+
+# ---- The loop ------------------------------------------------------------------------------------------------------------
+def learning_rate(step: int, steps: int, lr: float, warmup: int) -> float:
+    """Linear warm-up, then half a cosine down to zero."""
+    return lr * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+def fit(model: Llama, batches: Batches, steps: int, lr: float, warmup: int, weight_decay: float = 0.01,
+        dtype: torch.dtype = torch.float32, state: dict | None = None, every: int = 0, report=None) -> None:
+    """Train `model` in place. After each `every` steps, and the last, call report(step, loss, state) with what resumes it.
+
+    state: {"step", "optimizer": AdamW's per-parameter tensors} of an earlier call; dtype is autocast's.
+    """
+    device, rank, world = start()
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    matrices, others = ([p for p in model.parameters() if (p.ndim > 1) == big] for big in (True, False))
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
+                                  lr=lr, betas=(0.9, 0.95), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    first = 0
+    if state:
+        first = state["step"]
+        optimizer.load_state_dict({"state": state["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
+    workers = min(8, os.cpu_count() - 1) if device.type == "cuda" else 0         # a CPU needs its cores for the training
+    items = range(first // batches.STEPS, -(-steps // batches.STEPS))
+    loader = DataLoader(batches, batch_size=None, sampler=items, num_workers=workers, collate_fn=identity)
+    stream = itertools.islice(itertools.chain.from_iterable(loader), first % batches.STEPS, None)
+    mean = torch.zeros((), device=device)
+    model.train()
+    for step in (bar := tqdm(range(first, steps), initial=first, total=steps, desc="train", disable=rank > 0)):
+        parts = [(ids.to(device, non_blocking=True), labels.to(device, non_blocking=True)) for ids, labels in next(stream)]
+        labelled = sum((labels[:, 1:] != -100).sum() for _, labels in parts)
+        if world > 1:
+            dist.all_reduce(labelled)
+        loss = torch.zeros((), device=device)
+        for i, (ids, labels) in enumerate(parts):
+            last = i == len(parts) - 1
+            with nullcontext() if last or world == 1 else wrapped.no_sync(), \
+                    torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                part = wrapped(ids, labels=labels) / labelled
+            scaler.scale(part * world).backward()                                  # DDP takes the mean over ranks
+            loss += part.detach()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, lr, warmup)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if world > 1:
+            dist.all_reduce(loss)
+        mean = torch.lerp(loss, mean, 0.98 if step > first else 0.0)
+        if rank == 0 and step % 20 == 0:
+            bar.set_postfix(loss=f"{float(mean):.4f}")                             # the one place that waits for the device
+        if report and ((every and (step + 1) % every == 0) or step + 1 == steps):
+            report(step + 1, float(mean), {"step": step + 1, "optimizer": optimizer.state_dict()["state"]})
+            model.train()
+
+
+# ---- python train.py -----------------------------------------------------------------------------------------------------
+def scratch(tok: Tokenizer, hidden_size: int, layers: int, heads: int) -> Llama:
+    """A small Llama with random weights for the digit tokenizer."""
+    return Llama(LlamaConfig(vocab_size=tok.vocab_size, hidden_size=hidden_size, intermediate_size=3 * hidden_size,
+                             num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
+                             head_dim=hidden_size // heads, max_position_embeddings=256, rope_theta=10000.0,
+                             eos_token_id=tok.eos, pad_token_id=tok.tok.token_to_id("<|pad|>")))
+
+
+def save(folder: str | Path, model: Llama, tok: Tokenizer, record: dict, state: dict | None = None) -> None:
+    """A checkpoint in Hugging Face's layout, the record of its data, and what `--resume` needs: all of it, or nothing."""
+    with replacing(folder) as new:
+        model.save_pretrained(new)
+        tok.save_pretrained(new)
+        (new / "record.json").write_text(json.dumps(record) + "\n")
+        if state:
+            tensors = {f"weight.{key}": value for key, value in model.state_dict().items() if key != "lm_head.weight"}
+            tensors |= {f"optimizer.{i}.{key}": value for i, slot in state["optimizer"].items() for key, value in slot.items()}
+            save_file(tensors | {"step": torch.tensor(state["step"])}, new / "resume.safetensors")
+
+
+def load_state(folder: Path, model: Llama) -> dict:
+    """Put back the fp32 weights that `save` wrote, and return fit's state. Safetensors: no pickle is ever read."""
+    try:
+        tensors = load_file(folder / "resume.safetensors")
+    except Exception as error:
+        raise UserError(f"cannot resume from {folder}: {error}") from None
+    state = {"step": int(tensors.pop("step")), "optimizer": {}}
+    for key, value in tensors.items():
+        kind, _, name = key.partition(".")
+        if kind == "weight":
+            model.get_parameter(name).data.copy_(value)
+        else:
+            i, _, slot = name.partition(".")
+            state["optimizer"].setdefault(int(i), {})[slot] = value
+    return state
+
+
+@torch.no_grad()
+def validation_loss(model: Llama, batches: list) -> float:
+    """Mean cross-entropy over the labelled tokens of batches [(ids, labels)]."""
+    device = model.lm_head.weight.device
+    total = sum(float(model(ids.to(device), labels=labels.to(device))) for ids, labels in batches)
+    return total / sum(int((labels[:, 1:] != -100).sum()) for _, labels in batches)
+
+
+def main() -> None:
+    args = Arguments("Train on D_op and D_back: a small model from scratch, or a checkpoint.")
+    args.add_argument("--ckpt", help="a folder or Hub id to start from; without it a small model is made from scratch")
+    args.add_argument("--data", help="a file, a folder of data.py, or a Hub dataset; without it rows are generated, none twice")
+    args.add_argument("--sizes", type=number(int, 2), nargs="+", default=[3], help="generated data: how many numbers")
+    args.add_argument("--out", default="checkpoint", help="the folder to save to")
+    args.add_argument("--resume", action="store_true", help="go on from what --out holds")
+    args.add_argument("--steps", type=number(int, 1), default=4000)
+    args.add_argument("--batch_size", type=number(int, 1), default=32, help="rows a device and accumulation step")
+    args.add_argument("--grad_accum", type=number(int, 1), default=1)
+    args.add_argument("--lr", type=number(float, 0, strict=True), default=2e-3)
+    args.add_argument("--warmup", type=number(int, 1), default=100)
+    args.add_argument("--weight_decay", type=number(float, 0), default=0.01)
+    args.add_argument("--dtype", choices=DTYPES, help="of autocast; the best of the device by itself")
+    args.add_argument("--context", type=number(int, 1), default=128, help="longest row, in tokens")
+    args.add_argument("--hidden_size", type=number(int, 8), default=128)
+    args.add_argument("--layers", type=number(int, 1), default=4)
+    args.add_argument("--heads", type=number(int, 1), default=4)
+    args.add_argument("--seed", type=number(int, 0), default=0)
+    args.add_argument("--eval_every", type=number(int, 1), default=1000, help="steps between evaluations and checkpoints")
+    args.add_argument("--num_eval", type=number(int, 1), default=200, help="problems a split in an evaluation")
+    args = args.parse_args()
+    device, rank, world = start()
+    torch.manual_seed(args.seed)
+    out = Path(args.out)
+    if args.resume and args.ckpt:
+        raise UserError("--resume goes on from --out; it takes no --ckpt")
+    begin = out if args.resume else args.ckpt
+    tok = Tokenizer.from_pretrained(begin) if begin else Tokenizer.digits()
+    model = Llama.from_pretrained(begin, dtype=torch.float32) if begin else scratch(tok, args.hidden_size, args.layers, args.heads)
+    state = load_state(out, model) if args.resume else None
+    model.to(device)
+    if args.data is None:
+        record = rows = new_record(args.seed, args.sizes)
+        held = [list(generate(record, split, args.num_eval)) for split in ("val", "val_new")]
+    elif Path(args.data).is_file():
+        rows, record, held = read_rows(Path(args.data)), {"source": str(args.data)}, []
+    else:
+        rows, held = read_split(args.data, "train"), [read_split(args.data, s)[:args.num_eval] for s in ("val", "val_new")]
+        path = Path(args.data) / "record.json"
+        record = read_json(path) if path.exists() else {"source": args.data}
+    batches = Batches(rows, tok, args.batch_size, args.grad_accum, args.context, args.seed, rank, world)
+    held_batches = [[batches.pad(tok.rows(split[i:i + 100])) for i in range(0, len(split), 100)] for split in held]
+
+    def report(step: int, loss: float, state: dict) -> None:
+        line = {"step": step, "loss": round(loss, 4), "lr": learning_rate(step, args.steps, args.lr, args.warmup)}
+        for split, rows, part in zip(("val", "val_new"), held, held_batches):
+            answers = evaluate(model, tok, rows, "greedy")
+            line |= {f"{split}_loss": round(validation_loss(model, part), 4),
+                     f"{split}_greedy": sum(answer["correct"] for answer in answers) / len(answers)}
+        if rank == 0:
+            tqdm.write(json.dumps(line))
+            save(out, model, tok, record, state)
+            with open(out / "log.jsonl", "a") as log:
+                log.write(json.dumps(line) + "\n")
+
+    fit(model, batches, args.steps, args.lr, args.warmup, args.weight_decay,
+        DTYPES.get(args.dtype) or best_dtype(device), state, args.eval_every, report)
+    table = [(f"{decoder}, {split}", evaluate(model, tok, rows, decoder))
+             for split, rows in zip(("val", "val_new"), held) for decoder in ("greedy", "self_backtrack")]
+    if rank == 0:
+        print(HEADER, *(f"{name:34}{summary(answers)}" for name, answers in table), f"saved to {out}", sep="\n")
+
+
+if __name__ == "__main__":
+    cli(main)
