@@ -259,45 +259,32 @@ def generate(record: dict, split: str, num: int, workers: int = 0) -> Iterator[d
                     return
 
 
-def parse(text: str, where: str):
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where} is no JSON: {error}") from None
+COLUMNS = {"nums": ("positive whole numbers", lambda x: isinstance(x, list) and x and all(type(i) is int and i > 0 for i in x)),
+           "target": ("a whole number", lambda x: type(x) is int),
+           "search_path": ("text", lambda x: isinstance(x, str))}
 
 
-def check_row(row, where: str, columns: tuple[str, ...]) -> dict:
-    """The row, if it is one and its columns hold what they should. Raises UserError that says where it stands."""
-    def whole(x):
-        return isinstance(x, int) and not isinstance(x, bool)
-    if not isinstance(row, dict):
-        raise UserError(f"{where} is no row of {', '.join(columns)}")
-    for column in columns:
-        if column not in row:
-            raise UserError(f"{where} lacks the column {column}")
-    nums, target, path = row["nums"], row["target"], row.get("search_path", "")
-    if not (isinstance(nums, list) and nums and all(whole(x) and x > 0 for x in nums)):
-        raise UserError(f"{where}: nums must be positive whole numbers, not {nums!r}")
-    if not whole(target):
-        raise UserError(f"{where}: target must be a whole number, not {target!r}")
-    if not isinstance(path, str):
-        raise UserError(f"{where}: search_path must be text, not {path!r}")
-    return row
-
-
-def read_rows(path: Path, columns: tuple[str, ...] = ("nums", "target", "search_path")) -> list[dict]:
-    """Rows of a JSON Lines file, or of a JSON file that holds a list of rows. Raises UserError that names the line."""
+def read_rows(path: Path, columns: Sequence[str] = tuple(COLUMNS)) -> list[dict]:
+    """Rows of a JSON Lines file, or of a JSON file that is one list of rows. Raises UserError that names the line."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if text.lstrip()[:1] == "[":
-        return [check_row(row, f"{path}, row {i}", columns) for i, row in enumerate(parse(text, str(path)), 1)]
-    numbered = [(line, f"{path}, line {i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    return [check_row(parse(line, where), where, columns) for line, where in numbered]
+        where, rows = f"{path}", json.loads(text) if text.lstrip()[:1] == "[" else []
+        for i, line in enumerate([] if rows else text.split("\n"), 1):
+            where = f"{path}, line {i}"
+            rows += [json.loads(line)] if line.strip() else []
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where if isinstance(error, json.JSONDecodeError) else path} cannot be read: {error}") from None
+    for i, row in enumerate(rows, 1):
+        for column in columns:
+            what, holds = COLUMNS[column]
+            if not isinstance(row, dict) or column not in row:
+                raise UserError(f"{path}: row {i} lacks the column {column}")
+            if not holds(row[column]):
+                raise UserError(f"{path}: row {i}: {column} must be {what}, not {row[column]!r}")
+    return rows
 
 
-def read_split(source: str, split: str, columns: tuple[str, ...] = ("nums", "target", "search_path")) -> list[dict]:
+def read_split(source: str, split: str, columns: Sequence[str] = tuple(COLUMNS)) -> list[dict]:
     """A split of a folder that `data.py` wrote, or of the reference's dataset, in a folder or on the Hub.
 
     The reference's validation file holds `val` in its first half and `val_new` in its second.
@@ -311,6 +298,12 @@ def read_split(source: str, split: str, columns: tuple[str, ...] = ("nums", "tar
     rows = read_rows(file, columns)
     half = len(rows) // 2
     return {"train": rows, "val": rows[:half], "val_new": rows[half:]}[split]
+
+
+def load_record(name: str | Path) -> dict | None:
+    """What the checkpoint or the data of that name was made from; None where nobody wrote it down."""
+    path = checkpoint_folder(name) / "record.json"
+    return read_json(path) if path.exists() else None
 
 
 def load_problems(data: str, record: dict | None, num: int, offset: int = 0) -> list[dict]:

@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -55,14 +56,11 @@ def cli(main) -> None:
 def number(kind: type, low: float, strict: bool = False):
     """An argparse type: an int or a finite float that is at least `low` (`strict`: above it)."""
     def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low < value < math.inf if strict else low <= value < math.inf):
-            raise argparse.ArgumentTypeError(f"wants {'a whole number' if kind is int else 'a number'} "
-                                             f"{'above' if strict else 'of at least'} {low}, not {text!r}")
-        return value
+        value = kind(text)                                             # argparse turns a ValueError into its own message
+        if low <= value < math.inf and not (strict and value == low):
+            return value
+        raise argparse.ArgumentTypeError(f"{text} is not {'above' if strict else 'at least'} {low}")
+    parse.__name__ = "whole number" if kind is int else "number"
     return parse
 
 
@@ -90,6 +88,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 # ---- Configuration -------------------------------------------------------------------------------------------------------
+FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+
+
 @dataclasses.dataclass
 class LlamaConfig:
     """The fields of Hugging Face's config.json that decide what Llama computes (defaults: Llama-3.2-1B)."""
@@ -113,18 +114,16 @@ class LlamaConfig:
     @classmethod
     def from_dict(cls, raw: dict) -> "LlamaConfig":
         """Read config.json's content, in either spelling of the RoPE fields. Raises UserError for what is no Llama."""
-        raw = dict(raw)
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
-        for wrong, what in ((raw.get("model_type", "llama") != "llama", f"model_type {raw.get('model_type')!r}"),
-                            (raw.get("hidden_act", "silu") != "silu", f"hidden_act {raw.get('hidden_act')!r}"),
-                            (raw.get("attention_bias") or raw.get("mlp_bias"), "biases"),
-                            (kind not in ("default", "llama3"), f"RoPE of type {kind!r}")):
-            if wrong:
-                raise UserError(f"config.json asks for {what}, which this Llama does not have")
+        for key, value in FIXED.items():
+            if raw.get(key, value) != value:
+                raise UserError(f"config.json says {key}: {raw[key]!r}; this Llama has {value!r} only")
+        if kind not in ("default", "llama3"):
+            raise UserError(f"config.json asks for RoPE of type {kind!r}; this Llama has default and llama3")
+        raw = {"tie_word_embeddings": False, **raw}                           # transformers' own default
         raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
         raw["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if kind == "llama3" else None
-        raw.setdefault("tie_word_embeddings", False)                           # transformers' own default
         raw["num_key_value_heads"] = raw.get("num_key_value_heads") or raw.get("num_attention_heads")
         try:
             raw["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
@@ -134,31 +133,29 @@ class LlamaConfig:
 
     def to_dict(self) -> dict:
         """config.json's content, in the spelling that every version of transformers reads."""
-        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-                "attention_bias": False, "mlp_bias": False, **dataclasses.asdict(self)}
+        return {"architectures": ["LlamaForCausalLM"], **FIXED, **dataclasses.asdict(self)}
 
 
 # ---- KV cache ------------------------------------------------------------------------------------------------------------
 class KVCache:
     """Keys and values of every layer, preallocated, with a length for each row.
 
-    k, v: (layers, rows, K, max_len, D); length: (rows,) int64, the tokens that a row holds. What lies beyond a row's
+    kv: (2, layers, rows, K, max_len, D); length: (rows,) int64, the tokens that a row holds. What lies beyond a row's
     length is never seen, which makes the method's two operations cheap: `fork` copies rows, `rollback` sets lengths.
     """
 
     def __init__(self, config: LlamaConfig, rows: int, max_len: int, device, dtype: torch.dtype):
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, max_len, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (2, config.num_hidden_layers, rows, config.num_key_value_heads, max_len, config.head_dim)
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)
         self.width = 0                                  # no row is longer; kept on the host, so that no step has to ask
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor):
         """Write k, v (B, K, T, D) at positions (B, T) of rows 0..B-1; return all that these rows hold, (B, K, S, D)."""
         rows = torch.arange(len(k), device=k.device)[:, None]
-        self.k[layer][rows, :, positions] = k.transpose(1, 2)
-        self.v[layer][rows, :, positions] = v.transpose(1, 2)
-        return self.k[layer, :len(k), :, :self.width], self.v[layer, :len(k), :, :self.width]
+        self.kv[0, layer][rows, :, positions] = k.transpose(1, 2)
+        self.kv[1, layer][rows, :, positions] = v.transpose(1, 2)
+        return self.kv[:, layer, :len(k), :, :self.width].unbind()
 
     def fork(self, parents: torch.Tensor, source: "KVCache | None" = None, at: int = 0) -> None:
         """Row at + i becomes a copy of row parents[i] of `source` (default: this cache as it was); parents: (N,) int64.
@@ -169,17 +166,15 @@ class KVCache:
         source = source or self
         if at + len(parents) > len(self.length):
             more = max(at + len(parents), 2 * len(self.length)) - len(self.length)
-            self.k, self.v = (torch.cat([x, x.new_zeros(x.shape[0], more, *x.shape[2:])], 1) for x in (self.k, self.v))
+            self.kv = torch.cat([self.kv, self.kv.new_zeros(*self.kv.shape[:2], more, *self.kv.shape[3:])], 2)
             self.length = torch.cat([self.length, self.length.new_zeros(more)])
         to = at + torch.arange(len(parents), device=parents.device)
         if source is self:
             moved = to != parents
             to, parents = to[moved], parents[moved]
-        width = source.width
-        self.k[:, to, :, :width] = source.k[:, parents, :, :width]
-        self.v[:, to, :, :width] = source.v[:, parents, :, :width]
+        self.kv[:, :, to, :, :source.width] = source.kv[:, :, parents, :, :source.width]
         self.length[to] = source.length[parents]
-        self.width = max(self.width, width)
+        self.width = max(self.width, source.width)
 
     def rollback(self, length: torch.Tensor) -> None:
         """Cut rows 0..N-1 back to `length` (N,) int64 tokens. Nothing is recomputed: the rest is merely out of sight."""
@@ -188,18 +183,6 @@ class KVCache:
 
 
 # ---- The model -----------------------------------------------------------------------------------------------------------
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, the mean taken in fp32."""
-
-    def __init__(self, config: LlamaConfig):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
-        self.eps = config.rms_norm_eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
-
-
 def rope_frequencies(config: LlamaConfig) -> torch.Tensor:
     """(D / 2,) fp32: radians by which a position turns each pair; with Llama 3's stretch of the low frequencies."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
@@ -268,8 +251,8 @@ class LlamaDecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = LlamaAttention(config)
         self.mlp = LlamaMLP(config)
-        self.input_layernorm = RMSNorm(config)
-        self.post_attention_layernorm = RMSNorm(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, *context):
         x = x + self.self_attn(self.input_layernorm(x), *context)
@@ -283,7 +266,7 @@ class LlamaModel(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LlamaDecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.register_buffer("rope", rope_frequencies(config), persistent=False)
 
     def forward(self, input_ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
@@ -343,28 +326,23 @@ class Llama(nn.Module):
     def from_pretrained(cls, name: str | Path, device="cpu", dtype: torch.dtype | None = None) -> "Llama":
         """Open a folder or a Hub id in Hugging Face's layout; `dtype` None keeps the file's. Raises UserError."""
         folder = checkpoint_folder(name)
-        with torch.device("meta"):                                      # no memory yet: the files' tensors become the weights
+        with torch.device("meta"):                                     # no memory: the files' tensors become the weights
             model = cls(LlamaConfig.from_dict(read_json(folder / "config.json")))
-        index = folder / "model.safetensors.index.json"
-        files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-        state = {}
-        for file in files:
+        index, state = folder / "model.safetensors.index.json", {}
+        for file in set(read_json(index)["weight_map"].values()) if index.exists() else ["model.safetensors"]:
             try:
                 with safe_open(folder / file, framework="pt", device=str(device)) as tensors:
-                    state |= {key: tensors.get_tensor(key).to(dtype) for key in tensors.keys()}
+                    state |= {key: tensors.get_tensor(key).to(dtype) for key in tensors.keys() if "rotary" not in key}
             except FileNotFoundError:
                 raise UserError(f"{folder} has no {file}") from None
             except SafetensorError as error:
                 raise UserError(f"{folder / file} is damaged: {error}") from None
-        if model.config.tie_word_embeddings:
-            state["lm_head.weight"] = state.get("model.embed_tokens.weight")
-        for key, parameter in model.state_dict().items():
-            if state.get(key) is None:
-                raise UserError(f"{folder}: the weights lack {key}, which config.json asks for")
-            if state[key].shape != parameter.shape:
-                raise UserError(f"{folder}: {key} has shape {tuple(state[key].shape)}, "
-                                f"config.json asks for {tuple(parameter.shape)}")
-        model.load_state_dict(state, strict=False, assign=True)         # strict would refuse old files' RoPE buffers
+        if model.config.tie_word_embeddings and "model.embed_tokens.weight" in state:
+            state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        try:
+            model.load_state_dict(state, assign=True)
+        except RuntimeError as error:                                  # names what is missing, left over or of another shape
+            raise UserError(f"the weights in {folder} do not fit its config.json: {str(error).split(':', 1)[-1]}") from None
         model.tie_weights()
         return model.to(device)
 
@@ -405,24 +383,18 @@ def read_json(path: Path) -> dict:
     return content
 
 
-class replacing:
-    """Write files into a new folder beside the old ones; they move to `folder` only when all of them are complete."""
-
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-
-    def __enter__(self) -> Path:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.new = Path(tempfile.mkdtemp(prefix=".new-", dir=self.folder))
-        except OSError as error:
-            raise UserError(f"cannot write to {self.folder}: {error.strerror}") from None
-        return self.new
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if kind is None:
-            for file in sorted(self.new.iterdir()):
-                os.replace(file, self.folder / file.name)
-        shutil.rmtree(self.new, ignore_errors=True)
-        if isinstance(error, OSError | SafetensorError):
-            raise UserError(f"cannot write to {self.folder}: {error}") from None
+@contextmanager
+def replacing(folder: str | Path):
+    """A new folder to write files into; they move to `folder`, over the old ones, only when all of them are complete."""
+    folder, new = Path(folder), None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
+        yield new
+        for file in new.iterdir():
+            os.replace(file, folder / file.name)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write to {folder}: {error}") from None
+    finally:
+        if new:
+            shutil.rmtree(new, ignore_errors=True)

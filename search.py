@@ -194,7 +194,7 @@ def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: lis
     """
     prompts = tok.prompts(problems)
     cache, logits = prefill(model, prompts, (b + 1) * max_new)
-    parked = KVCache(model.config, len(prompts), cache.k.shape[3], logits.device, cache.k.dtype) if b else None
+    parked = KVCache(model.config, len(prompts), cache.kv.shape[4], logits.device, cache.kv.dtype) if b else None
     problem_keys = mix(torch.full((len(keys),), seed, device=logits.device), torch.tensor(keys, device=logits.device))
     frontier = [(p, 0, (), ()) for p in range(len(prompts))]    # states: problem, rank in its frontier, tokens, their logps
     visited, found = [{()} for _ in prompts], [[] for _ in prompts]
@@ -290,11 +290,10 @@ def select(samples: list[Sample], decoder: str) -> Sample | None:
 
 # ---- Evaluation ----------------------------------------------------------------------------------------------------------
 def evaluate(model: Llama, tok: Tokenizer, problems: list[dict], decoder: str, offset: int = 0, batch_size: int = 64,
-             label: str = "", keep: list | None = None, **search) -> list[dict]:
+             label: str = "", **search) -> list[dict]:
     """Search every problem and judge the answers: a row a problem (see `judge`), the same on one rank and on many.
 
-    Problem i is keyed by offset + i, so that neither batches nor ranks change its samples. `keep` collects this rank's
-    raw samples as (problem, samples).
+    Problem i is keyed by offset + i, so that neither batches nor ranks change its samples.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine, rows = range(rank, len(problems), world), []
@@ -304,8 +303,6 @@ def evaluate(model: Llama, tok: Tokenizer, problems: list[dict], decoder: str, o
             batch = [problems[i] for i in chunk]
             found = decode(model, tok, batch, [offset + i for i in chunk], decoder, **search)
             rows += [judge(tok, problem, samples, decoder) for problem, samples in zip(batch, found)]
-            if keep is not None:
-                keep += zip(batch, found)
             bar.update(len(batch))
     parts = gather(rows)
     return [parts[i % world][i // world] for i in range(len(problems))]
@@ -317,9 +314,10 @@ def judge(tok: Tokenizer, problem: dict, samples: list[Sample], decoder: str) ->
     answer = select(samples, decoder)
     response = tok.decode(answer.tokens) if answer else ""
     correct, reason = verify(nums, target, response) if answer else (False, "no sample reached the goal")
-    candidates = {sample.tokens for sample in samples if sample.end == GOAL}
+    candidates = {tok.decode(sample.tokens): None for sample in sorted(samples, key=lambda s: -s.score) if sample.end == GOAL}
+    solution = next((text for text in candidates if verify(nums, target, text)[0]), "")       # the best-scored right one
     return {"nums": nums, "target": target, "response": response, "score": answer.score if answer else None,
-            "correct": correct, "reason": reason, "verified": any(verify(nums, target, tok.decode(c))[0] for c in candidates),
+            "correct": correct, "reason": reason, "verified": solution != "", "solution": solution,
             "tokens": sum(len(sample.tokens) - sample.state for sample in samples)}
 
 

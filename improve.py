@@ -1,0 +1,86 @@
+"""Self-improvement: expert iteration turns slow search into fast answers (paper, section 4.3). Read last.
+
+Each round searches fresh training problems with the current model, keeps the answers that verify and fine-tunes on them. The
+validation problems that accuracy is reported on are never searched: by their hash they belong to no training stream.
+
+    python improve.py --ckpt checkpoint --out improved
+"""
+from pathlib import Path
+
+import torch
+
+from data import BACK, Tokenizer, generate, load_problems, load_record, read_split
+from model import DTYPES, Arguments, Llama, UserError, best_dtype, cli, number, start
+from search import evaluate
+from train import Batches, fit, save
+
+
+def fresh_rows(record: dict, round: int, num: int) -> list[dict]:
+    """`num` training rows that neither training nor an earlier round has seen (of a finite dataset: the round's slice)."""
+    if record["source"] == "generated":
+        return list(generate({**record, "seed": record["seed"] + 1_000_000 + round}, "train", num))
+    rows = read_split(record["source"], "train")
+    return (rows[round * num % len(rows):] + rows)[:num]
+
+
+def harvest(rows: list[dict], answers: list[dict]) -> list[dict]:
+    """Training rows for a round: the answers that verify, and D_back rows to keep the model able to step back."""
+    solved = [{**row, "search_path": answer["solution"]} for row, answer in zip(rows, answers) if answer["verified"]]
+    mistakes = [row for row in rows if row["search_path"].endswith("<backtrack>")]
+    return solved + mistakes[:round(len(solved) * BACK)]
+
+
+def main() -> None:
+    args = Arguments("Expert iteration: search, verify, keep, fine-tune, repeat.")
+    args.add_argument("--ckpt", default="checkpoint", help="a folder or Hub id")
+    args.add_argument("--out", default="improved", help="the folder to save to")
+    args.add_argument("--rounds", type=number(int, 1), default=3)
+    args.add_argument("--num", type=number(int, 1), default=2000, help="problems searched in a round")
+    args.add_argument("--b", type=number(int, 0), default=1)
+    args.add_argument("--n", type=number(int, 1), default=16)
+    args.add_argument("--temperature", type=number(float, 0, strict=True), default=0.7)
+    args.add_argument("--epochs", type=number(int, 1), default=3, help="over what a round has kept")
+    args.add_argument("--lr", type=number(float, 0, strict=True), default=5e-4)
+    args.add_argument("--batch_size", type=number(int, 1), default=32)
+    args.add_argument("--num_eval", type=number(int, 1), default=300, help="validation problems a split")
+    args.add_argument("--seed", type=number(int, 0), default=0)
+    args.add_argument("--dtype", choices=DTYPES, help="the best of the device by itself")
+    args = args.parse_args()
+    device, rank, world = start()
+    torch.manual_seed(args.seed)
+    tok, model = Tokenizer.from_pretrained(args.ckpt), Llama.from_pretrained(args.ckpt, device, torch.float32)
+    record, dtype = load_record(args.ckpt), DTYPES.get(args.dtype) or best_dtype(device)
+    if record is None:
+        raise UserError(f"{args.ckpt} has no record of its data, so no fresh training problems can be drawn")
+    held = {split: load_problems(split, record, args.num_eval) for split in ("val", "val_new")}
+    search = dict(b=args.b, n=args.n, temperature=args.temperature, seed=args.seed)
+
+    def report(round: int, note: str) -> None:
+        cells = []
+        for split, problems in held.items():
+            for decoder in ("greedy", "self_backtrack"):
+                answers = evaluate(model, tok, problems, decoder, **search)
+                cells.append(100 * sum(answer["correct"] for answer in answers) / len(answers))
+        if rank == 0:
+            print(f"{round:5} {cells[0]:11.1f} {cells[1]:8.1f} {cells[2]:13.1f} {cells[3]:8.1f}   {note}", flush=True)
+
+    if rank == 0:
+        print(f"round  greedy seen  search    greedy new   search   (accuracy %, {args.num_eval} problems a split)")
+    report(0, "")
+    for round in range(1, args.rounds + 1):
+        rows = fresh_rows(record, round, args.num)
+        answers = evaluate(model, tok, rows, "self_backtrack", label=f"round {round}: search", **search)
+        kept = harvest(rows, answers)
+        if not kept:
+            raise UserError("the search solved nothing, so there is nothing to learn from: start from a better checkpoint")
+        batches = Batches(kept, tok, args.batch_size, seed=args.seed + round, rank=rank, world=world)
+        steps = -(-len(kept) * args.epochs // batches.size)
+        fit(model, batches, steps, args.lr, warmup=10, dtype=dtype)
+        report(round, f"{sum(a['verified'] for a in answers)} of {len(rows)} solved, {steps} steps")
+    if rank == 0:
+        save(Path(args.out), model, tok, record)
+        print(f"saved to {args.out}")
+
+
+if __name__ == "__main__":
+    cli(main)
