@@ -38,11 +38,9 @@ def prompt_text(nums: list[int], target: int) -> str:
 # ---- All programs of a batch of problems, as arrays ----------------------------------------------------------------------
 class Step(NamedTuple):
     """Every choice of step j of every problem. Its leading axes are (problems, C_1, ..., C_j-1): all histories before it.
-
     left (..., k - j + 1): the numbers that are there. a >= b (..., pairs): the operands. result, legal (..., C_j), with
     C_j = 4 * pairs: choice c takes pair c // 4 and operation OPS[c % 4]; `legal` says that this step and all before it
-    obey the rules (division exact and by no zero; nothing negative can appear, as a >= b).
-    """
+    obey the rules (division exact and by no zero; nothing negative can appear, as a >= b)."""
     left: np.ndarray
     a: np.ndarray
     b: np.ndarray
@@ -94,9 +92,7 @@ def solvable(nums: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 def reachable(steps: list[Step], target: np.ndarray) -> list[np.ndarray]:
     """For each step, (..., C_j) bool: can target (problems,) still be reached after this choice? The last: the solutions.
-
-    This is the exact solver: what it calls unreachable is so, for every program has been run.
-    """
+    This is the exact solver: what it calls unreachable is so, for every program has been run."""
     last = steps[-1]
     reach = [last.legal & (last.result == target.reshape(-1, *[1] * (last.result.ndim - 1)))]
     for _ in steps[1:]:
@@ -111,10 +107,8 @@ def chosen(step: Step, history: tuple[np.ndarray, ...], choice: np.ndarray):
 
 def simplest(steps: list[Step], solved: np.ndarray) -> tuple[np.ndarray, ...]:
     """The choices (problems,) at each step of every problem's simplest solution. All problems must have one.
-
     One canonical answer a problem is easier to learn than a random one of many. Simple is what is cheap by hand: + and -
-    before * and /, then small results. Among equals the first program wins.
-    """
+    before * and /, then small results. Among equals the first program wins."""
     problem, *path = np.nonzero(solved)
     cost = np.zeros(len(problem))
     for j, step in enumerate(steps):
@@ -127,24 +121,24 @@ def simplest(steps: list[Step], solved: np.ndarray) -> tuple[np.ndarray, ...]:
 # ---- Problems ------------------------------------------------------------------------------------------------------------
 def in_validation(nums: np.ndarray, target: np.ndarray) -> np.ndarray:
     """(problems,) bool: one problem in 16 belongs to validation for good.
-
     A hash of what a problem is, its sorted numbers and its target, decides. So no training row, from whatever seed and
-    however many are drawn, is a validation problem in another order.
-    """
+    however many are drawn, is a validation problem in another order."""
     key = target.astype(np.uint64)
     for column in np.sort(nums, axis=1).T:
         key = key * np.uint64(1_000_003) + column.astype(np.uint64)
     return (key * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(60) == 0
 
 
-def draw_problems(rng: np.random.Generator, split: str, k: int, count: int, held_out: Sequence[int] = HELD_OUT) -> tuple[np.ndarray, np.ndarray]:
-    """The solvable ones of `count` draws that belong to the split: nums (problems, k) in 1..99, target (problems,) in 10..100."""
-    nums = rng.integers(1, MAX_NUMBER + 1, (count, k))
-    target = rng.choice(held_out if split == "val_new" else [t for t in TARGETS if t not in held_out], count)
-    keep = solvable(nums, target)
-    if split != "val_new":
-        keep &= in_validation(nums, target) == (split == "val")
-    return nums[keep], target[keep]
+def draw_problems(rng: np.random.Generator, split: str, k: int, num: int,
+                  held_out: Sequence[int] = HELD_OUT) -> tuple[np.ndarray, np.ndarray]:
+    """`num` solvable problems of a split: nums (num, k) in 1..99 and target (num,) in 10..100, both uniform draws."""
+    pool, found = held_out if split == "val_new" else [t for t in TARGETS if t not in held_out], np.empty((0, k + 1), int)
+    while len(found) < num:
+        draws = np.column_stack([rng.integers(1, MAX_NUMBER + 1, (1024, k)), rng.choice(pool, 1024)])
+        if split != "val_new":
+            draws = draws[in_validation(draws[:, :-1], draws[:, -1]) == (split == "val")]
+        found = np.concatenate([found, draws[solvable(draws[:, :-1], draws[:, -1])]])
+    return found[:num, :-1], found[:num, -1]
 
 
 # ---- Mistakes: the wrong actions of D_back (paper, section 4.1) ----------------------------------------------------------
@@ -165,9 +159,7 @@ def exploratory(rng, step, reach, target, used):
 
 def computational(rng, step, reach, target, used):
     """A legal step with a false result: off by 1 to 9 or by 10 to 90.
-
-    As a last step mostly the lie that small models tell: the target is claimed, whatever the result would be.
-    """
+    As a last step mostly the lie that small models tell: the target is claimed, whatever the result would be."""
     rows = np.arange(len(target))
     choice = pick(rng, step.legal)
     a, b, result = chosen(step, (rows,), choice)
@@ -212,7 +204,7 @@ def make_rows(rng: np.random.Generator, nums: np.ndarray, target: np.ndarray) ->
         actions.append(write_actions(a, path[j], b, result))
         used.append(np.column_stack([used[-1], a, b]))
 
-    wrong: list[tuple[int, str] | None] = [None] * len(rows)                   # D_back: where the mistake is made, and it
+    paths = [[*right, GOAL] for right in zip(*actions)]                        # D_op; those of D_back are cut and go wrong:
     back, depth = rng.random(len(rows)) < BACK, rng.integers(0, len(steps), len(rows))
     kind = rng.choice(len(MISTAKES), len(rows), p=list(MISTAKES.values()))
     for d, (m, make) in itertools.product(range(len(steps)), enumerate(MISTAKES)):
@@ -221,42 +213,28 @@ def make_rows(rng: np.random.Generator, nums: np.ndarray, target: np.ndarray) ->
         *action, found = make(rng, Step(*(x[here] for x in steps[d])), reach[d][here], target[at], used[d][at])
         for i, text, ok in zip(at.tolist(), write_actions(*action), found.tolist()):
             if ok:
-                wrong[i] = d, text
-
-    def search_path(i: int) -> str:
-        right = [step[i] for step in actions]
-        return "".join(right) + GOAL if wrong[i] is None else "".join(right[:wrong[i][0]]) + wrong[i][1] + BACKTRACK
-
-    return [{"nums": n, "target": t, "search_path": search_path(i)} for i, (n, t) in enumerate(zip(nums.tolist(), target.tolist()))]
+                paths[i][d:] = text, BACKTRACK
+    return [{"nums": n, "target": t, "search_path": "".join(p)} for n, t, p in zip(nums.tolist(), target.tolist(), paths)]
 
 
 # ---- Streams and files of rows -------------------------------------------------------------------------------------------
-BLOCK = 1024                       # problems drawn together; a block is the same whoever draws it
-
-
 def new_record(seed: int, sizes: list[int]) -> dict:
     """What a checkpoint remembers of its data, so that nobody measures "new" on targets that it has seen."""
     return {"source": "generated", "seed": seed, "sizes": sizes, "held_out": list(HELD_OUT)}
 
 
 def block(record: dict, split: str, i: int) -> list[dict]:
-    """Block i of the endless stream of a split's rows, of sizes[i % len(sizes)] numbers each."""
+    """Block i, 256 rows of sizes[i % len(sizes)] numbers, of the endless stream of a split: the same whoever draws it."""
     rng = np.random.default_rng([SPLITS.index(split), record["seed"], i])
-    size = record["sizes"][i % len(record["sizes"])]
-    return make_rows(rng, *draw_problems(rng, split, size, BLOCK, record["held_out"]))
+    return make_rows(rng, *draw_problems(rng, split, record["sizes"][i % len(record["sizes"])], 256, record["held_out"]))
 
 
-def generate(record: dict, split: str, num: int, workers: int = 0) -> Iterator[dict]:
-    """The first `num` rows of a split's stream, the same for any number of worker processes."""
-    make = partial(block, record, split)
+def generate(record: dict, split: str, num: int, offset: int = 0, workers: int = 0) -> Iterator[dict]:
+    """Rows offset .. offset + num of a split's stream, the same for any number of worker processes."""
+    blocks, make = range(offset // 256, -(-(offset + num) // 256)), partial(block, record, split)
     with Pool(workers) if workers else nullcontext() as pool:
-        for first in itertools.count(step=8 * max(workers, 1)):
-            part = range(first, first + 8 * max(workers, 1))
-            for rows in pool.imap(make, part) if workers else map(make, part):
-                yield from rows[:num]
-                num -= len(rows)
-                if num <= 0:
-                    return
+        rows = itertools.chain.from_iterable(pool.imap(make, blocks) if workers else map(make, blocks))
+        yield from itertools.islice(rows, offset % 256, offset % 256 + num)
 
 
 COLUMNS = {"nums": ("positive whole numbers", lambda x: isinstance(x, list) and x and all(type(i) is int and i > 0 for i in x)),
@@ -284,44 +262,38 @@ def read_rows(path: Path, columns: Sequence[str] = tuple(COLUMNS)) -> list[dict]
     return rows
 
 
-def read_split(source: str, split: str, columns: Sequence[str] = tuple(COLUMNS)) -> list[dict]:
+def read_split(source: str, split: str) -> list[dict]:
     """A split of a folder that `data.py` wrote, or of the reference's dataset, in a folder or on the Hub.
-
-    The reference's validation file holds `val` in its first half and `val_new` in its second.
-    """
+    The reference's validation file holds `val` in its first half and `val_new` in its second."""
     folder = checkpoint_folder(source, "dataset")
     if (folder / f"{split}.jsonl").exists():
-        return read_rows(folder / f"{split}.jsonl", columns)
-    file = folder / ("train_backtrack.json" if split == "train" else "val_backtrack.json")
-    if not file.exists():
-        raise UserError(f"{source} has neither {split}.jsonl nor {file.name}")
-    rows = read_rows(file, columns)
+        return read_rows(folder / f"{split}.jsonl")
+    rows = read_rows(folder / ("train_backtrack.json" if split == "train" else "val_backtrack.json"))
     half = len(rows) // 2
     return {"train": rows, "val": rows[:half], "val_new": rows[half:]}[split]
 
 
-def load_record(name: str | Path) -> dict | None:
-    """What the checkpoint or the data of that name was made from; None where nobody wrote it down."""
-    path = checkpoint_folder(name) / "record.json"
+def load_record(name: str, kind: str = "model") -> dict | None:
+    """What the checkpoint or dataset of that name was made from; None where nobody wrote it down."""
+    path = checkpoint_folder(name, kind) / "record.json"
     return read_json(path) if path.exists() else None
 
 
-def load_problems(data: str, record: dict | None, num: int, offset: int = 0) -> list[dict]:
-    """Problems offset .. offset + num of `val` or `val_new`, as the checkpoint's record has them, or of a file of rows."""
-    columns = ("nums", "target")
-    if data not in SPLITS[1:]:
+def load_rows(data: str, record: dict | None, num: int, offset: int = 0) -> list[dict]:
+    """Rows offset .. offset + num of a split as the checkpoint's record has it, or of a file of problems. Raises UserError."""
+    if data not in SPLITS:
         if not Path(data).is_file():
             raise UserError(f"--data wants val, val_new or a file of JSON Lines, and {data} is none of them")
-        rows = read_rows(Path(data), columns)
+        rows = read_rows(Path(data), ("nums", "target"))[offset:offset + num]
     elif record is None:
-        raise UserError(f"this checkpoint has no record of its data, so there is no {data}: give --data a file")
+        raise UserError(f"this checkpoint has no record of its data, so it has no {data}: give --data a file")
     elif record["source"] == "generated":
-        rows = list(generate(record, data, offset + num))
+        rows = list(generate(record, data, num, offset))
     else:
-        rows = read_split(record["source"], data, columns)
-    if offset >= len(rows):
-        raise UserError(f"--offset {offset} is beyond the {len(rows)} problems of {data}")
-    return [{"nums": row["nums"], "target": row["target"]} for row in rows[offset:offset + num]]
+        rows = read_split(record["source"], data)[offset:offset + num]
+    if not rows:
+        raise UserError(f"{data} has no problem number {offset} (--offset)")
+    return rows
 
 
 # ---- Tokens --------------------------------------------------------------------------------------------------------------
@@ -339,9 +311,7 @@ class Tokenizer:
     @classmethod
     def digits(cls) -> "Tokenizer":
         """One token a digit, one for each fixed piece of the text: for models from scratch.
-
-        With whole numbers as tokens a small model learns each target by itself and fails on new ones.
-        """
+        With whole numbers as tokens a small model learns each target by itself and fails on new ones."""
         fixed = ["###Question: numbers [", ", ", "]->target ", "\n###Response:\n", GOAL]
         special = [PAD, EOS, BACKTRACK]
         vocabulary = {piece: i for i, piece in enumerate([*special, *"0123456789", *OPS, "=", "\n", *fixed])}
@@ -364,10 +334,9 @@ class Tokenizer:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer reads them."""
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.tok.id_to_token(self.eos),
-                  "clean_up_tokenization_spaces": False}
-        if self.tok.token_to_id(PAD) is not None:
-            config["pad_token"] = PAD
+        eos = self.tok.id_to_token(self.eos)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "eos_token": eos,
+                  "pad_token": eos if self.tok.token_to_id(PAD) is None else PAD}
         with replacing(folder) as new:
             self.tok.save(str(new / "tokenizer.json"))
             (new / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -383,11 +352,9 @@ class Tokenizer:
 
     def rows(self, rows: list[dict]) -> list[tuple[list[int], list[int]]]:
         """(input_ids, labels) of each row {nums, target, search_path}, end-of-text included; label -100 carries no loss.
-
         The loss mask of section 4.1: the prompt and, before `<backtrack>`, the wrong action with its newline carry none:
         the model learns to step back from mistakes, never to make them. The mask is made of characters and carried to
-        the tokens by their offsets in the one encoding of the whole text; a token with any masked character is masked.
-        """
+        the tokens by their offsets in the one encoding of the whole text; a token with any masked character is masked."""
         prompts = [prompt_text(row["nums"], row["target"]) for row in rows]
         encoded, out = self.tok.encode_batch([p + row["search_path"] for p, row in zip(prompts, rows)]), []
         for prompt, row, encoding in zip(prompts, rows, encoded):
@@ -420,7 +387,7 @@ def main() -> None:
         for split in SPLITS:
             num = args.num if split == "train" else args.num_val
             with open(new / f"{split}.jsonl", "w", encoding="utf-8") as file:
-                for row in tqdm(generate(record, split, num, os.cpu_count()), desc=split, total=num, unit=" rows"):
+                for row in tqdm(generate(record, split, num, workers=os.cpu_count()), desc=split, total=num, unit=" rows"):
                     file.write(json.dumps(row) + "\n")
         (new / "record.json").write_text(json.dumps(record) + "\n")
     print(f"wrote {args.num} training rows and twice {args.num_val} validation problems to {args.out}")

@@ -9,24 +9,16 @@ from pathlib import Path
 
 import torch
 
-from data import BACK, Tokenizer, generate, load_problems, load_record, read_split
+from data import BACK, BACKTRACK, Tokenizer, load_record, load_rows
 from model import DTYPES, Arguments, Llama, UserError, best_dtype, cli, number, start
 from search import evaluate
 from train import Batches, fit, save
 
 
-def fresh_rows(record: dict, round: int, num: int) -> list[dict]:
-    """`num` training rows that neither training nor an earlier round has seen (of a finite dataset: the round's slice)."""
-    if record["source"] == "generated":
-        return list(generate({**record, "seed": record["seed"] + 1_000_000 + round}, "train", num))
-    rows = read_split(record["source"], "train")
-    return (rows[round * num % len(rows):] + rows)[:num]
-
-
 def harvest(rows: list[dict], answers: list[dict]) -> list[dict]:
     """Training rows for a round: the answers that verify, and D_back rows to keep the model able to step back."""
     solved = [{**row, "search_path": answer["solution"]} for row, answer in zip(rows, answers) if answer["verified"]]
-    mistakes = [row for row in rows if row["search_path"].endswith("<backtrack>")]
+    mistakes = [row for row in rows if row["search_path"].endswith(BACKTRACK)]
     return solved + mistakes[:round(len(solved) * BACK)]
 
 
@@ -52,7 +44,7 @@ def main() -> None:
     record, dtype = load_record(args.ckpt), DTYPES.get(args.dtype) or best_dtype(device)
     if record is None:
         raise UserError(f"{args.ckpt} has no record of its data, so no fresh training problems can be drawn")
-    held = {split: load_problems(split, record, args.num_eval) for split in ("val", "val_new")}
+    held = {split: load_rows(split, record, args.num_eval) for split in ("val", "val_new")}
     search = dict(b=args.b, n=args.n, temperature=args.temperature, seed=args.seed)
 
     def report(round: int, note: str) -> None:
@@ -68,7 +60,8 @@ def main() -> None:
         print(f"round  greedy seen  search    greedy new   search   (accuracy %, {args.num_eval} problems a split)")
     report(0, "")
     for round in range(1, args.rounds + 1):
-        rows = fresh_rows(record, round, args.num)
+        fresh = {**record, "seed": record.get("seed", 0) + 1_000_000}       # a stream that training never drew from
+        rows = load_rows("train", fresh, args.num, args.num * (round - 1))
         answers = evaluate(model, tok, rows, "self_backtrack", label=f"round {round}: search", **search)
         kept = harvest(rows, answers)
         if not kept:

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -22,7 +21,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict, snapshot_download
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
 
@@ -32,13 +30,11 @@ class UserError(Exception):
 
 
 class Arguments(argparse.ArgumentParser):
-    """argparse, with one line for a bad argument instead of the whole usage, and every default in `--help`."""
-
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
+        raise UserError(f"{message} (see --help)")                     # one line, in place of the whole usage
 
 
 def cli(main) -> None:
@@ -56,10 +52,10 @@ def cli(main) -> None:
 def number(kind: type, low: float, strict: bool = False):
     """An argparse type: an int or a finite float that is at least `low` (`strict`: above it)."""
     def parse(text: str):
-        value = kind(text)                                             # argparse turns a ValueError into its own message
-        if low <= value < math.inf and not (strict and value == low):
-            return value
-        raise argparse.ArgumentTypeError(f"{text} is not {'above' if strict else 'at least'} {low}")
+        value = kind(text)                                             # argparse turns a ValueError into a line of its own
+        if not low <= value < math.inf or strict and value == low:
+            raise argparse.ArgumentTypeError(f"{text} is not {'above' if strict else 'at least'} {low}")
+        return value
     parse.__name__ = "whole number" if kind is int else "number"
     return parse
 
@@ -67,11 +63,10 @@ def number(kind: type, low: float, strict: bool = False):
 def start() -> tuple[torch.device, int, int]:
     """(device, rank, world size): the best device there is; more than one rank when torchrun started the program."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if torch.cuda.is_available():
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    else:
-        device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device, rank, world
@@ -119,17 +114,14 @@ class LlamaConfig:
         for key, value in FIXED.items():
             if raw.get(key, value) != value:
                 raise UserError(f"config.json says {key}: {raw[key]!r}; this Llama has {value!r} only")
-        if kind not in ("default", "llama3"):
-            raise UserError(f"config.json asks for RoPE of type {kind!r}; this Llama has default and llama3")
+        if kind not in ("default", "llama3") or not {"hidden_size", "num_attention_heads"} <= raw.keys():
+            raise UserError(f"config.json is no Llama's (RoPE of type {kind!r}; it must be default or llama3)")
         raw = {"tie_word_embeddings": False, **raw}                           # transformers' own default
         raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
         raw["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if kind == "llama3" else None
-        raw["num_key_value_heads"] = raw.get("num_key_value_heads") or raw.get("num_attention_heads")
-        try:
-            raw["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
-            return cls(**{f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw})
-        except (KeyError, TypeError, ZeroDivisionError) as error:
-            raise UserError(f"config.json cannot be used: {error!r}") from None
+        raw["num_key_value_heads"] = raw.get("num_key_value_heads") or raw["num_attention_heads"]
+        raw["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+        return cls(**{field.name: raw[field.name] for field in dataclasses.fields(cls) if field.name in raw})
 
     def to_dict(self) -> dict:
         """config.json's content, in the spelling that every version of transformers reads."""
@@ -139,10 +131,8 @@ class LlamaConfig:
 # ---- KV cache ------------------------------------------------------------------------------------------------------------
 class KVCache:
     """Keys and values of every layer, preallocated, with a length for each row.
-
     kv: (2, layers, rows, K, max_len, D); length: (rows,) int64, the tokens that a row holds. What lies beyond a row's
-    length is never seen, which makes the method's two operations cheap: `fork` copies rows, `rollback` sets lengths.
-    """
+    length is never seen, which makes the method's two operations cheap: `fork` copies rows, `rollback` sets lengths."""
 
     def __init__(self, config: LlamaConfig, rows: int, max_len: int, device, dtype: torch.dtype):
         shape = (2, config.num_hidden_layers, rows, config.num_key_value_heads, max_len, config.head_dim)
@@ -159,10 +149,8 @@ class KVCache:
 
     def fork(self, parents: torch.Tensor, source: "KVCache | None" = None, at: int = 0) -> None:
         """Row at + i becomes a copy of row parents[i] of `source` (default: this cache as it was); parents: (N,) int64.
-
         One prefill serves n samples, and a branch starts from its parent's row. Rows that stay where they are cost
-        nothing. The cache grows (doubling) when it has too few rows.
-        """
+        nothing. The cache grows (doubling) when it has too few rows."""
         source = source or self
         if at + len(parents) > len(self.length):
             more = max(at + len(parents), 2 * len(self.length)) - len(self.length)
@@ -185,11 +173,9 @@ class KVCache:
 # ---- The model -----------------------------------------------------------------------------------------------------------
 def rope_frequencies(config: LlamaConfig) -> torch.Tensor:
     """(D / 2,) fp32: radians by which a position turns each pair; with Llama 3's stretch of the low frequencies."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
-    frequency = 1.0 / config.rope_theta ** exponent
-    if config.rope_scaling is None:
+    frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim)
+    if (s := config.rope_scaling) is None:
         return frequency
-    s = config.rope_scaling
     turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)      # full turns within the old context
     smooth = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
     return torch.lerp(frequency / s["factor"], frequency, smooth.clamp(0, 1))      # slow ones stretched, fast ones kept
@@ -234,8 +220,6 @@ class LlamaAttention(nn.Module):
 
 
 class LlamaMLP(nn.Module):
-    """SwiGLU."""
-
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -243,7 +227,7 @@ class LlamaMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))      # SwiGLU
 
 
 class LlamaDecoderLayer(nn.Module):
@@ -307,17 +291,14 @@ class Llama(nn.Module):
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, cache: KVCache | None = None,
                 keep: torch.Tensor | None = None) -> torch.Tensor:
         """input_ids (B, T) int64 -> logits (B, T, V), in the weights' dtype.
-
         labels (B, T) int64, -100 for no loss: return the *sum* of the cross-entropies instead, () fp32; the vocabulary
             projection then runs at labelled positions only, about a third of them.
         cache: the tokens continue rows 0..B-1 of it, each from its own length, and are appended.
-        keep (B,) int64: return the logits at that one position of each row only, (B, V).
-        """
+        keep (B,) int64: return the logits at that one position of each row only, (B, V)."""
         hidden = self.model(input_ids, cache)
         if labels is not None:
-            labels = labels[:, 1:]                                   # position t predicts the token at t + 1
-            chosen = labels != -100
-            return F.cross_entropy(self.lm_head(hidden[:, :-1][chosen]).float(), labels[chosen], reduction="sum")
+            at = labels[:, 1:] != -100                               # position t predicts the token at t + 1
+            return F.cross_entropy(self.lm_head(hidden[:, :-1][at]).float(), labels[:, 1:][at], reduction="sum")
         if keep is not None:
             hidden = hidden[torch.arange(len(keep), device=keep.device), keep]
         return self.lm_head(hidden)
@@ -364,37 +345,28 @@ def checkpoint_folder(name: str | Path, kind: str = "model") -> Path:
         return Path(name)
     try:
         return Path(snapshot_download(str(name), repo_type=kind, allow_patterns=["*.json", "*.jsonl", "*.safetensors"]))
-    except HFValidationError:
-        raise UserError(f"no {kind} at {name}") from None
-    except Exception as error:        # no network, no such repository, no permission: the client has dozens of kinds
+    except Exception as error:                  # no network, no such repository, no permission: the client has dozens
         raise UserError(f"no {kind} at {name}: no such folder, and from the Hub: {str(error).splitlines()[0]}") from None
 
 
 def read_json(path: Path) -> dict:
-    """Raises UserError where the file is missing or is no JSON object."""
+    """A file's JSON object. Raises UserError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return content
 
 
 @contextmanager
 def replacing(folder: str | Path):
     """A new folder to write files into; they move to `folder`, over the old ones, only when all of them are complete."""
-    folder, new = Path(folder), None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
-        yield new
-        for file in new.iterdir():
-            os.replace(file, folder / file.name)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as new:
+            yield Path(new)
+            for file in Path(new).iterdir():
+                os.replace(file, Path(folder) / file.name)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write to {folder}: {error}") from None
-    finally:
-        if new:
-            shutil.rmtree(new, ignore_errors=True)

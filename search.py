@@ -13,7 +13,8 @@ import math
 import os
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,9 +22,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import BACKTRACK, GOAL, Tokenizer, load_problems, prompt_text
-from model import (DTYPES, Arguments, KVCache, Llama, UserError, best_dtype, checkpoint_folder, cli, number, read_json,
-                   replacing, start)
+from data import BACKTRACK, GOAL, Tokenizer, load_rows, load_record
+from model import DTYPES, Arguments, KVCache, Llama, UserError, best_dtype, cli, number, replacing, start
 
 SHIPPED = Path(__file__).parent / "assets" / "checkpoint"
 EXAMPLE = {"nums": [39, 45, 10], "target": 60}
@@ -34,8 +34,7 @@ def verify(nums: list[int], target: int, response: str) -> tuple[bool, str]:
     """Does the response solve the problem? (True, "") or (False, which step fails and why).
 
     Every action must be `a op b=c` on numbers that are there, each copy used once, with the right result (division exact,
-    nothing negative); all numbers must be used, the last result be the target, and `Goal Reached!` end the response.
-    """
+    nothing negative); all numbers must be used, the last result be the target, and `Goal Reached!` end the response."""
     *actions, end = response.split("\n")
     left = Counter(nums)
     for i, text in enumerate(actions, 1):
@@ -104,9 +103,7 @@ def prefill(model: Llama, prompts: list[list[int]], room: int) -> tuple[KVCache,
 
 def draw(logits: torch.Tensor, row: torch.Tensor, u: torch.Tensor, temperature: float):
     """A token for each sample, (S,), and its log-probability at temperature 1; sample s is on row[s] of logits (R, V).
-
-    The token is where the cumulative distribution passes the sample's uniform u (S,). Temperature 0 is greedy decoding.
-    """
+    The token is where the cumulative distribution passes the sample's uniform u (S,). Temperature 0 is greedy decoding."""
     logps = logits.float().log_softmax(-1)
     if temperature == 0:
         token = logps.argmax(-1)[row]
@@ -119,10 +116,8 @@ def draw(logits: torch.Tensor, row: torch.Tensor, u: torch.Tensor, temperature: 
 
 def share(row: torch.Tensor, token: torch.Tensor, vocab: int):
     """Samples that are the same so far are one row: the rows that samples (S,) on rows `row` need after drawing `token`.
-
     Returns parents (R,), the old row that each new row continues; its token (R,); and each sample's new row (S,). The
-    first child of a row stays in its place, where it costs nothing; the other children fill the gaps.
-    """
+    first child of a row stays in its place, where it costs nothing; the other children fill the gaps."""
     child, of = torch.unique(row * vocab + token, return_inverse=True)         # sorted: children stand by their parents
     parent = child // vocab
     stays = (parent < len(child)) & (parent != torch.cat([parent.new_tensor([-1]), parent[:-1]]))
@@ -137,11 +132,9 @@ def share(row: torch.Tensor, token: torch.Tensor, vocab: int):
 def expand(model: Llama, tok: Tokenizer, cache: KVCache, logits: torch.Tensor, keys: torch.Tensor, n: int,
            temperature: float, max_new: int, parked: KVCache | None):
     """Sample n continuations of the states in cache rows 0..F-1, whose next-token logits are (F, V), each to its end.
-
     keys (F,) int64 are the states' random keys. Rows fork where their samples part and leave the batch when all their
     samples have ended; those that ended in `<backtrack>` are kept in `parked`, to branch from. Returns, for the F * n
-    samples in order: tokens and log-probabilities (F * n, max_new), lengths and parked rows (-1: none), (F * n,).
-    """
+    samples in order: tokens and log-probabilities (F * n, max_new), lengths and parked rows (-1: none), (F * n,)."""
     S, device = len(keys) * n, logits.device
     live = torch.arange(S, device=device)
     row = live // n
@@ -185,13 +178,10 @@ def finish(tokens: tuple[int, ...], tok: Tokenizer) -> str:
 
 
 @torch.inference_mode()
-def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: list[int], b: int = 1, n: int = 32,
-                   temperature: float = 0.7, limit: int | None = None, seed: int = 0,
-                   max_new: int = 64) -> list[list[Sample]]:
+def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: Sequence[int], b: int, n: int, temperature: float,
+                   max_new: int, limit: int | None = None, seed: int = 0) -> list[list[Sample]]:
     """Every sample of the search, for each problem {nums, target}; the random numbers are keyed by seed and `keys`.
-
-    The frontier of a problem holds at most `limit` states, by default int(sqrt(n)) as in the reference's first version.
-    """
+    The frontier of a problem holds at most `limit` states, by default int(sqrt(n)) as in the reference's first version."""
     prompts = tok.prompts(problems)
     cache, logits = prefill(model, prompts, (b + 1) * max_new)
     parked = KVCache(model.config, len(prompts), cache.kv.shape[4], logits.device, cache.kv.dtype) if b else None
@@ -225,7 +215,7 @@ def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: lis
 
 
 @torch.inference_mode()
-def beam_search(model: Llama, tok: Tokenizer, problems: list[dict], n: int = 32, max_new: int = 64) -> list[list[Sample]]:
+def beam_search(model: Llama, tok: Tokenizer, problems: list[dict], n: int, max_new: int) -> list[list[Sample]]:
     """The n most probable responses by beam search. A beam that ends leaves, and the problem goes on with one beam fewer."""
     cache, logits = prefill(model, tok.prompts(problems), max_new)
     (P, V), device = logits.shape, logits.device
@@ -258,133 +248,124 @@ def beam_search(model: Llama, tok: Tokenizer, problems: list[dict], n: int = 32,
     return found
 
 
-# ---- Decoders and selection ----------------------------------------------------------------------------------------------
-def best_score(candidates: list[Sample]) -> Sample:
-    return max(candidates, key=lambda sample: sample.score)
-
-
-def majority(candidates: list[Sample]) -> Sample:
-    """The answer given most often; among equals the one with the best score."""
-    votes = Counter(sample.tokens for sample in candidates)
-    return max(candidates, key=lambda sample: (votes[sample.tokens], sample.score))
-
-
+# ---- Decoders, selection, evaluation -------------------------------------------------------------------------------------
 DECODERS = ("greedy", "beam", "best_of_n", "majority", "self_backtrack")
 
 
-def decode(model, tok, problems, keys, decoder="self_backtrack", b=1, n=32, temperature=0.7, limit=None, seed=0, max_new=64):
+def decode(model: Llama, tok: Tokenizer, problems: list[dict], keys: Sequence[int], decoder: str = "self_backtrack", b: int = 1,
+           n: int = 32, temperature: float = 0.7, max_new: int = 64, **search) -> list[list[Sample]]:
     """The samples of each problem by one of DECODERS. Best of n is self-backtracking that never steps back (b = 0)."""
     if decoder == "beam":
         return beam_search(model, tok, problems, n, max_new)
     if decoder == "greedy":
-        n, b, temperature = 1, 0, 0.0
-    return self_backtrack(model, tok, problems, keys, b if decoder == "self_backtrack" else 0, n, temperature, limit, seed,
-                          max_new)
+        n, temperature = 1, 0.0
+    return self_backtrack(model, tok, problems, keys, b if decoder == "self_backtrack" else 0, n, temperature, max_new, **search)
 
 
 def select(samples: list[Sample], decoder: str) -> Sample | None:
-    """The answer: among the samples that reached the goal, by score (majority: by votes). The verifier has no say."""
+    """The answer among the samples that reached the goal: the best score; for `majority` the most votes, then the score."""
     candidates = [sample for sample in samples if sample.end == GOAL]
-    return (majority if decoder == "majority" else best_score)(candidates) if candidates else None
-
-
-# ---- Evaluation ----------------------------------------------------------------------------------------------------------
-def evaluate(model: Llama, tok: Tokenizer, problems: list[dict], decoder: str, offset: int = 0, batch_size: int = 64,
-             label: str = "", **search) -> list[dict]:
-    """Search every problem and judge the answers: a row a problem (see `judge`), the same on one rank and on many.
-
-    Problem i is keyed by offset + i, so that neither batches nor ranks change its samples.
-    """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine, rows = range(rank, len(problems), world), []
-    with tqdm(total=len(mine), desc=label or decoder, leave=False, disable=rank > 0) as bar:
-        for at in range(0, len(mine), batch_size):
-            chunk = mine[at:at + batch_size]
-            batch = [problems[i] for i in chunk]
-            found = decode(model, tok, batch, [offset + i for i in chunk], decoder, **search)
-            rows += [judge(tok, problem, samples, decoder) for problem, samples in zip(batch, found)]
-            bar.update(len(batch))
-    parts = gather(rows)
-    return [parts[i % world][i // world] for i in range(len(problems))]
+    votes = Counter(sample.tokens for sample in candidates if decoder == "majority")
+    return max(candidates, key=lambda sample: (votes[sample.tokens], sample.score), default=None)
 
 
 def judge(tok: Tokenizer, problem: dict, samples: list[Sample], decoder: str) -> dict:
-    """nums, target; the selected response, its score, whether and why (not) it is right; verified: is any candidate right?"""
-    nums, target = problem["nums"], problem["target"]
-    answer = select(samples, decoder)
+    """The answer selected, whether and why (not) it is right; `verified`: is any candidate, and `solution`: which."""
+    nums, target, answer = problem["nums"], problem["target"], select(samples, decoder)
     response = tok.decode(answer.tokens) if answer else ""
     correct, reason = verify(nums, target, response) if answer else (False, "no sample reached the goal")
-    candidates = {tok.decode(sample.tokens): None for sample in sorted(samples, key=lambda s: -s.score) if sample.end == GOAL}
-    solution = next((text for text in candidates if verify(nums, target, text)[0]), "")       # the best-scored right one
-    return {"nums": nums, "target": target, "response": response, "score": answer.score if answer else None,
-            "correct": correct, "reason": reason, "verified": solution != "", "solution": solution,
+    ranked = sorted((sample for sample in samples if sample.end == GOAL), key=lambda sample: -sample.score)
+    texts = dict.fromkeys(tok.decode(sample.tokens) for sample in ranked)
+    solution = next((text for text in texts if verify(nums, target, text)[0]), None)
+    return {"nums": nums, "target": target, "response": response, "score": answer and answer.score, "correct": correct,
+            "reason": reason, "verified": solution is not None, "solution": solution,
             "tokens": sum(len(sample.tokens) - sample.state for sample in samples)}
 
 
-def gather(rows: list) -> list[list]:
-    """Every rank's rows, on every rank; as JSON bytes, for torch's own object gathering would unpickle."""
+def evaluate(model: Llama, tok: Tokenizer, problems: list[dict], decoder: str, offset: int = 0, batch_size: int = 64,
+             label: str = "", **search) -> list[dict]:
+    """`judge`'s row for every problem; the ranks share the work and all get the rows.
+    Problem i is keyed by offset + i, so that neither batches nor ranks change its samples."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine, rows = range(rank, len(problems), world), []
+    with tqdm(total=len(mine), desc=label or decoder, unit=" problems", leave=False, disable=rank > 0) as bar:
+        for at in range(0, len(mine), batch_size):
+            batch = [problems[i] for i in mine[at:at + batch_size]]
+            found = decode(model, tok, batch, [offset + i for i in mine[at:at + batch_size]], decoder, **search)
+            rows += [judge(tok, problem, samples, decoder) for problem, samples in zip(batch, found)]
+            bar.update(len(batch))
+    parts = gather(rows, model.lm_head.weight.device)
+    return [parts[i % world][i // world] for i in range(len(problems))]
+
+
+def gather(rows: list, device: torch.device) -> list[list]:
+    """Every rank's rows, on every rank; as JSON bytes, for torch's own gathering of objects would unpickle."""
     if not dist.is_initialized():
         return [rows]
-    device = start()[0]
     mine = torch.tensor(list(json.dumps(rows).encode()), dtype=torch.uint8, device=device)
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, torch.tensor([len(mine)], device=device))
-    parts = [torch.zeros(int(max(sizes)), dtype=torch.uint8, device=device) for _ in sizes]
+    parts = [mine.new_zeros(int(max(sizes))) for _ in sizes]
     dist.all_gather(parts, torch.cat([mine, mine.new_zeros(int(max(sizes)) - len(mine))]))
     return [json.loads(bytes(part[:int(size)].tolist())) for part, size in zip(parts, sizes)]
 
 
-def summary(rows: list[dict]) -> str:
-    """Accuracy as selected and as verified, each with its 95 % interval (Wilson's), and tokens sampled a problem."""
-    def percent(key):
-        n, p, z = len(rows), sum(row[key] for row in rows) / len(rows), 1.96
-        middle, half = (p + z * z / 2 / n) / (1 + z * z / n), z * math.sqrt(p * (1 - p) / n + (z / 2 / n) ** 2) / (1 + z * z / n)
-        return f"{100 * p:5.1f} [{100 * (middle - half):5.1f}, {100 * (middle + half):5.1f}]"
-    return f"{percent('correct')}   {percent('verified')}   {sum(row['tokens'] for row in rows) / len(rows):9.1f}"
+def interval(rows: list[dict], key: str) -> str:
+    """The percentage of rows where `key` holds, with its 95 % interval (Wilson's)."""
+    n, p, z = len(rows), sum(row[key] for row in rows) / len(rows), 1.96
+    middle, half = p + z * z / 2 / n, z * math.sqrt(p * (1 - p) / n + (z / 2 / n) ** 2)
+    low, high = (100 * abs(middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    return f"{100 * p:5.1f} [{low:4.1f}, {high:5.1f}]"
 
 
-HEADER = f"{'':34}{'selected %':>14}{'':9}{'verified %':>14}{'':8}{'tokens':>9}"
+HEADER = f"{'% of problems [95 % interval]':34}{'selected':>19}{'verified':>20}{'tokens each':>14}"
+
+
+def summary(name: str, rows: list[dict]) -> str:
+    """A line under HEADER: accuracy of the selected answers, of any candidate, and the tokens sampled for a problem."""
+    tokens = sum(row["tokens"] for row in rows) / len(rows)
+    return f"{name:34}{interval(rows, 'correct'):>19}{interval(rows, 'verified'):>20}{tokens:14.1f}"
 
 
 # ---- The search tree, drawn ----------------------------------------------------------------------------------------------
-def paint(text: str, code: int) -> str:
-    return f"\033[{code}m{text}\033[0m" if sys.stdout.isatty() and "NO_COLOR" not in os.environ else text
+def paint(text: str, colour: int) -> str:
+    return f"\033[{colour}m{text}\033[0m" if sys.stdout.isatty() and "NO_COLOR" not in os.environ else text
 
 
-def draw_tree(tok: Tokenizer, problem: dict, samples: list[Sample], answer: Sample | None, width: int = 6) -> str:
+def draw_tree(tok: Tokenizer, problem: dict, samples: list[Sample], answer: Sample | None, width: int = 5) -> str:
     """The actions of all samples as one tree, at most `width` branches a state, the most sampled first (100 columns)."""
-    counts, ends, rounds = Counter(), {}, {}
+    through, ends, branched = Counter(), defaultdict(list), Counter()
     for sample in samples:
-        *actions, end = tok.decode(sample.tokens).removesuffix(BACKTRACK).split("\n")
-        path = tuple(actions) + ((end,) if end not in ("", GOAL) else ())
-        for d in range(len(path) + 1):
-            counts[path[:d]] += 1
-        ends.setdefault(path, {}).setdefault(sample.end, []).append(sample)
-        state = tuple(tok.decode(sample.tokens[:sample.state]).split("\n")[:-1])
-        rounds.setdefault(state, (sample.round + 1, Counter()))[1][sample.round] += 1
-    lines = [f"numbers {problem['nums']}  target {problem['target']}"]
+        text = tok.decode(sample.tokens).removesuffix(BACKTRACK).removesuffix(GOAL)
+        path = tuple(text.removesuffix("\n").split("\n")) if text else ()
+        through.update(path[:d] for d in range(1, len(path) + 1))
+        ends[path, sample.end].append(sample)
+        if sample.state:
+            branched[tuple(tok.decode(sample.tokens[:sample.state]).split("\n")[:-1]), sample.round] += 1
+    lines = [f"numbers {problem['nums']}  target {problem['target']}", f"{'action':36}samples"]
 
-    def note(path):
-        for end, same in sorted(ends.get(path, {}).items()):
-            if end == GOAL:
+    def notes(path):
+        for same in (ends[path, end] for end in (GOAL, BACKTRACK, "") if (path, end) in ends):
+            if same[0].end == GOAL:
                 right, why = verify(problem["nums"], problem["target"], tok.decode(same[0].tokens))
-                text = f"{GOAL} {same[0].score:7.3f}  {'right' if right else 'wrong: ' + why.split(': ')[-1]}"
-                chosen = answer is not None and answer.tokens == same[0].tokens
-                yield paint(text + ("  <== chosen" if chosen else ""), (32 if right else 31) + 0), len(same)
+                win = "  <== chosen" if answer and answer.tokens == same[0].tokens else ""
+                verdict = "right" if right else "wrong, " + why.split(": ")[-1]
+                yield paint(f"{GOAL} x{len(same)}  score {same[0].score:.3f}  {verdict}{win}", 32 if right else 31)
             else:
-                yield paint("<backtrack>" if end == BACKTRACK else "cut off", 33), len(same)
+                yield paint(f"{same[0].end or 'cut off'} x{len(same)}", 33)
+        for (state, round), count in branched.items():
+            if state == path:
+                yield paint(f"round {round + 1}: x{count} from here", 36)
 
     def walk(path, indent):
-        children = sorted((c for c in counts if len(c) == len(path) + 1 and c[:-1] == path), key=lambda c: -counts[c])
+        children = sorted((c for c in through if c[:-1] == path), key=lambda c: -through[c])
         for i, child in enumerate(children[:width]):
             last = i == len(children) - 1
-            stem = indent + ("└─ " if last else "├─ ") + child[-1]
-            notes = [f"{text} x{count}" for text, count in note(child)]
-            branch = paint(f"[round {rounds[child][0]}: {sum(rounds[child][1].values())} more samples from here]", 36) if child in rounds else ""
-            lines.append("  ".join(filter(None, [f"{stem:<34} x{counts[child]:<4}", "; ".join(notes), branch])))
+            lines.append(f"{indent + ('└─ ' if last else '├─ ') + child[-1]:36}{through[child]:<6}" + "  ".join(notes(child)))
             walk(child, indent + ("   " if last else "│  "))
-        if len(children) > width:
-            lines.append(indent + f"└─ ... {len(children) - width} more actions, x{sum(counts[c] for c in children[width:])}")
+        if children[width:]:
+            rest = sum(through[c] for c in children[width:])
+            lines.append(f"{indent + f'└─ {len(children) - width} more':36}{rest}")
 
     walk((), "")
     return "\n".join(lines)
@@ -403,35 +384,30 @@ def main() -> None:
     args.add_argument("--b", type=number(int, 0), default=1, help="how often to step back")
     args.add_argument("--n", type=number(int, 1), default=32, help="samples a state; beams")
     args.add_argument("--temperature", type=number(float, 0, strict=True), default=0.7)
+    args.add_argument("--limit", type=number(int, 1), help="states in a frontier; int(sqrt(n)) by default")
     args.add_argument("--seed", type=number(int, 0), default=0)
     args.add_argument("--batch_size", type=number(int, 1), default=64, help="problems decoded together")
     args.add_argument("--max_new_tokens", type=number(int, 1), default=64, help="in a round")
     args.add_argument("--dtype", choices=DTYPES, help="the best of the device by itself")
     args.add_argument("--out", help="write one JSON line a problem to this file")
     args = args.parse_args()
-    if (args.numbers is None) != (args.target is None):
-        raise UserError("--numbers and --target go together")
+    if (args.numbers is None) != (args.target is None) or args.numbers and args.data:
+        raise UserError("--numbers and --target go together, and --data goes without them")
     device, rank, _ = start()
+    tok, record = Tokenizer.from_pretrained(args.ckpt), load_record(args.ckpt)
     model = Llama.from_pretrained(args.ckpt, device, DTYPES.get(args.dtype) or best_dtype(device)).eval()
-    tok = Tokenizer.from_pretrained(args.ckpt)
-    path = checkpoint_folder(args.ckpt) / "record.json"
-    record = read_json(path) if path.exists() else None
-    search = dict(b=args.b, n=args.n, temperature=args.temperature, seed=args.seed, max_new=args.max_new_tokens)
-
-    if args.data is None:                                              # one problem, drawn
+    search = dict(b=args.b, n=args.n, temperature=args.temperature, max_new=args.max_new_tokens, limit=args.limit, seed=args.seed)
+    if args.data is None and rank == 0:
         problem = {"nums": args.numbers, "target": args.target} if args.numbers else EXAMPLE
-        samples = decode(model, tok, [problem], [0], args.decoder, **search)[0]
-        answer = select(samples, args.decoder)
-        print(draw_tree(tok, problem, samples, answer))
+        [samples] = decode(model, tok, [problem], [0], args.decoder, **search)
+        print(draw_tree(tok, problem, samples, select(samples, args.decoder)), end="\n\n")
     splits = [args.data] if args.data else [] if args.numbers else ["val", "val_new"]
     runs = [(split, decoder) for split in splits for decoder in ([args.decoder] if args.data else ["greedy", args.decoder])]
     for i, (split, decoder) in enumerate(runs):
-        problems = load_problems(split, record, args.num, args.offset)
+        problems = load_rows(split, record, args.num, args.offset)
         rows = evaluate(model, tok, problems, decoder, args.offset, args.batch_size, f"{decoder}, {split}", **search)
         if rank == 0:
-            if i == 0:
-                print(HEADER)
-            print(f"{decoder + ', ' + split:34}{summary(rows)}")
+            print(*[HEADER] * (i == 0), summary(f"{decoder}, {split}", rows), sep="\n")
             if args.out:
                 with replacing(Path(args.out).parent) as new:
                     (new / Path(args.out).name).write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -11,30 +11,29 @@ import itertools
 import json
 import math
 import os
-import time
+from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import Tokenizer, block, generate, new_record, read_rows, read_split
-from model import DTYPES, Arguments, Llama, LlamaConfig, UserError, best_dtype, cli, number, read_json, replacing, start
+from data import SPLITS, Tokenizer, generate, load_record, load_rows, new_record, read_rows, read_split
+from model import DTYPES, Arguments, Llama, LlamaConfig, UserError, best_dtype, cli, number, replacing, start
 from search import HEADER, evaluate, summary
 
 
 # ---- Batches -------------------------------------------------------------------------------------------------------------
 class Batches(Dataset):
     """Item i: 64 optimiser steps' batches, sorted by length so that little is padding; each a list of (ids, labels).
-
     rows: a list, of which epoch after epoch is shuffled; or the record of generated data, of which no row comes twice.
-    A step's rows are the same for any number of ranks: rank r of w takes every w-th of them, cut in `accum` parts.
-    """
+    A step's rows are the same for any number of ranks: rank r of w takes every w-th of them, cut in `accum` parts."""
     STEPS = 64
 
     def __init__(self, rows: list[dict] | dict, tok: Tokenizer, batch_size: int, accum: int = 1, context: int = 128,
@@ -45,8 +44,7 @@ class Batches(Dataset):
     def __getitem__(self, i: int) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
         want = self.STEPS * self.size
         if isinstance(self.rows, dict):
-            blocks = (block(self.rows, "train", 100_000 * i + j) for j in itertools.count())
-            rows = list(itertools.islice(itertools.chain.from_iterable(blocks), want))
+            rows = list(generate(self.rows, "train", want, i * want))
         else:
             epochs = [divmod(at, len(self.rows)) for at in range(i * want, (i + 1) * want)]
             order = {e: np.random.default_rng([self.seed, e]).permutation(len(self.rows)) for e in {e for e, _ in epochs}}
@@ -63,8 +61,12 @@ class Batches(Dataset):
                      for column, fill in zip(zip(*rows), (self.tok.eos, -100)))
 
 
-def identity(item):
-    return item
+@torch.no_grad()
+def mean_loss(model: Llama, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Mean cross-entropy over all labelled tokens of the batches (ids, labels)."""
+    device = model.lm_head.weight.device
+    total = sum(model(ids.to(device), labels=labels.to(device)) for ids, labels in batches)
+    return round(float(total) / sum(int((labels[:, 1:] != -100).sum()) for _, labels in batches), 4)
 
 
 # ---- The loop ------------------------------------------------------------------------------------------------------------
@@ -76,9 +78,7 @@ def learning_rate(step: int, steps: int, lr: float, warmup: int) -> float:
 def fit(model: Llama, batches: Batches, steps: int, lr: float, warmup: int, weight_decay: float = 0.01,
         dtype: torch.dtype = torch.float32, state: dict | None = None, every: int = 0, report=None) -> None:
     """Train `model` in place. After each `every` steps, and the last, call report(step, loss, state) with what resumes it.
-
-    state: {"step", "optimizer": AdamW's per-parameter tensors} of an earlier call; dtype is autocast's.
-    """
+    state: {"step", "optimizer": AdamW's per-parameter tensors} of an earlier call; dtype is autocast's."""
     device, rank, world = start()
     wrapped = DistributedDataParallel(model) if world > 1 else model
     matrices, others = ([p for p in model.parameters() if (p.ndim > 1) == big] for big in (True, False))
@@ -91,7 +91,7 @@ def fit(model: Llama, batches: Batches, steps: int, lr: float, warmup: int, weig
         optimizer.load_state_dict({"state": state["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
     workers = min(8, os.cpu_count() - 1) if device.type == "cuda" else 0         # a CPU needs its cores for the training
     items = range(first // batches.STEPS, -(-steps // batches.STEPS))
-    loader = DataLoader(batches, batch_size=None, sampler=items, num_workers=workers, collate_fn=identity)
+    loader = DataLoader(batches, batch_size=None, sampler=items, num_workers=workers)
     stream = itertools.islice(itertools.chain.from_iterable(loader), first % batches.STEPS, None)
     mean = torch.zeros((), device=device)
     model.train()
@@ -126,14 +126,6 @@ def fit(model: Llama, batches: Batches, steps: int, lr: float, warmup: int, weig
 
 
 # ---- python train.py -----------------------------------------------------------------------------------------------------
-def scratch(tok: Tokenizer, hidden_size: int, layers: int, heads: int) -> Llama:
-    """A small Llama with random weights for the digit tokenizer."""
-    return Llama(LlamaConfig(vocab_size=tok.vocab_size, hidden_size=hidden_size, intermediate_size=3 * hidden_size,
-                             num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
-                             head_dim=hidden_size // heads, max_position_embeddings=256, rope_theta=10000.0,
-                             eos_token_id=tok.eos, pad_token_id=tok.tok.token_to_id("<|pad|>")))
-
-
 def save(folder: str | Path, model: Llama, tok: Tokenizer, record: dict, state: dict | None = None) -> None:
     """A checkpoint in Hugging Face's layout, the record of its data, and what `--resume` needs: all of it, or nothing."""
     with replacing(folder) as new:
@@ -150,25 +142,17 @@ def load_state(folder: Path, model: Llama) -> dict:
     """Put back the fp32 weights that `save` wrote, and return fit's state. Safetensors: no pickle is ever read."""
     try:
         tensors = load_file(folder / "resume.safetensors")
-    except Exception as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"cannot resume from {folder}: {error}") from None
-    state = {"step": int(tensors.pop("step")), "optimizer": {}}
+    state = {"step": int(tensors.pop("step")), "optimizer": defaultdict(dict)}
     for key, value in tensors.items():
-        kind, _, name = key.partition(".")
+        kind, name = key.split(".", 1)
         if kind == "weight":
             model.get_parameter(name).data.copy_(value)
         else:
-            i, _, slot = name.partition(".")
-            state["optimizer"].setdefault(int(i), {})[slot] = value
+            i, slot = name.split(".")
+            state["optimizer"][int(i)][slot] = value
     return state
-
-
-@torch.no_grad()
-def validation_loss(model: Llama, batches: list) -> float:
-    """Mean cross-entropy over the labelled tokens of batches [(ids, labels)]."""
-    device = model.lm_head.weight.device
-    total = sum(float(model(ids.to(device), labels=labels.to(device))) for ids, labels in batches)
-    return total / sum(int((labels[:, 1:] != -100).sum()) for _, labels in batches)
 
 
 def main() -> None:
@@ -200,26 +184,26 @@ def main() -> None:
         raise UserError("--resume goes on from --out; it takes no --ckpt")
     begin = out if args.resume else args.ckpt
     tok = Tokenizer.from_pretrained(begin) if begin else Tokenizer.digits()
-    model = Llama.from_pretrained(begin, dtype=torch.float32) if begin else scratch(tok, args.hidden_size, args.layers, args.heads)
+    model = Llama.from_pretrained(begin, dtype=torch.float32) if begin else Llama(LlamaConfig(
+        vocab_size=tok.vocab_size, hidden_size=args.hidden_size, intermediate_size=args.hidden_size * 8 // 3,
+        num_hidden_layers=args.layers, num_attention_heads=args.heads, num_key_value_heads=args.heads,
+        head_dim=args.hidden_size // args.heads, max_position_embeddings=256, rope_theta=10000.0, eos_token_id=tok.eos))
     state = load_state(out, model) if args.resume else None
     model.to(device)
     if args.data is None:
         record = rows = new_record(args.seed, args.sizes)
-        held = [list(generate(record, split, args.num_eval)) for split in ("val", "val_new")]
     elif Path(args.data).is_file():
-        rows, record, held = read_rows(Path(args.data)), {"source": str(args.data)}, []
+        record, rows = {"source": args.data}, read_rows(Path(args.data))
     else:
-        rows, held = read_split(args.data, "train"), [read_split(args.data, s)[:args.num_eval] for s in ("val", "val_new")]
-        path = Path(args.data) / "record.json"
-        record = read_json(path) if path.exists() else {"source": args.data}
+        record, rows = load_record(args.data, "dataset") or {"source": args.data}, read_split(args.data, "train")
     batches = Batches(rows, tok, args.batch_size, args.grad_accum, args.context, args.seed, rank, world)
-    held_batches = [[batches.pad(tok.rows(split[i:i + 100])) for i in range(0, len(split), 100)] for split in held]
+    held = {} if Path(record["source"]).is_file() else {split: load_rows(split, record, args.num_eval) for split in SPLITS[1:]}
 
     def report(step: int, loss: float, state: dict) -> None:
         line = {"step": step, "loss": round(loss, 4), "lr": learning_rate(step, args.steps, args.lr, args.warmup)}
-        for split, rows, part in zip(("val", "val_new"), held, held_batches):
+        for split, rows in held.items():
             answers = evaluate(model, tok, rows, "greedy")
-            line |= {f"{split}_loss": round(validation_loss(model, part), 4),
+            line |= {f"{split}_loss": mean_loss(model, [batches.pad(tok.rows(rows[i:i + 64])) for i in range(0, len(rows), 64)]),
                      f"{split}_greedy": sum(answer["correct"] for answer in answers) / len(answers)}
         if rank == 0:
             tqdm.write(json.dumps(line))
@@ -229,10 +213,10 @@ def main() -> None:
 
     fit(model, batches, args.steps, args.lr, args.warmup, args.weight_decay,
         DTYPES.get(args.dtype) or best_dtype(device), state, args.eval_every, report)
-    table = [(f"{decoder}, {split}", evaluate(model, tok, rows, decoder))
-             for split, rows in zip(("val", "val_new"), held) for decoder in ("greedy", "self_backtrack")]
+    table = [summary(f"{decoder}, {split}", evaluate(model, tok, rows, decoder))
+             for split, rows in held.items() for decoder in ("greedy", "self_backtrack")]
     if rank == 0:
-        print(HEADER, *(f"{name:34}{summary(answers)}" for name, answers in table), f"saved to {out}", sep="\n")
+        print(HEADER, *table, f"saved to {out}", sep="\n")
 
 
 if __name__ == "__main__":

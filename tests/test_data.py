@@ -98,15 +98,16 @@ def test_splits_share_no_problem():
 
 
 def test_rows_depend_on_the_seed_alone():
-    first, again, other = (list(generate(new_record(seed, [3, 4]), "train", 1500, workers))
+    first, again, other = (list(generate(new_record(seed, [3, 4]), "train", 1500, workers=workers))
                            for seed, workers in ((0, 0), (0, 2), (1, 0)))
     assert first == again and first != other
+    assert list(generate(new_record(0, [3, 4]), "train", 700, offset=300)) == first[300:1000]
     assert Counter(len(row["nums"]) for row in first).keys() == {3, 4}
 
 
 def test_simplest_solution_is_a_cheapest_one():
     """Of all solutions found by brute force over the arrays, none is cheaper by the docstring's measure."""
-    nums, target = data.draw_problems(np.random.default_rng(0), "train", 3, 4000)
+    nums, target = data.draw_problems(np.random.default_rng(0), "train", 3, 300)
     steps = data.programs(nums)
     path = data.simplest(steps, data.reachable(steps, target)[-1])
 
