@@ -6,16 +6,13 @@ enumerating all programs as arrays, makes the mistakes and proves each to be one
 
     python data.py --num 500000 --out data/           writes train.jsonl, val.jsonl, val_new.jsonl and record.json
 """
-import itertools
-import json
-import os
-import re
+import itertools, json, os, re
+from collections import namedtuple
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import tokenizers
@@ -30,23 +27,15 @@ HELD_OUT = (18, 21, 28, 42, 56, 81, 89, 96, 98)      # a tenth of the targets, d
 SPLITS = ("train", "val", "val_new")                 # val: validation problems of seen targets; val_new: of new targets
 OPS = "+-*/"
 
-
 def prompt_text(nums: list[int], target: int) -> str:
     return f"###Question: numbers {list(nums)}->target {target}\n###Response:\n"
 
-
 # ---- All programs of a batch of problems, as arrays ----------------------------------------------------------------------
-class Step(NamedTuple):
-    """Every choice of step j of every problem. Its leading axes are (problems, C_1, ..., C_j-1): all histories before it.
-    left (..., k - j + 1): the numbers that are there. a >= b (..., pairs): the operands. result, legal (..., C_j), with
-    C_j = 4 * pairs: choice c takes pair c // 4 and operation OPS[c % 4]; `legal` says that this step and all before it
-    obey the rules (division exact and by no zero; nothing negative can appear, as a >= b)."""
-    left: np.ndarray
-    a: np.ndarray
-    b: np.ndarray
-    result: np.ndarray
-    legal: np.ndarray
-
+Step = namedtuple("Step", "left a b result legal")
+"""Every choice of step j of every problem, as arrays with leading axes (problems, C_1, ..., C_j-1): all histories before it.
+left (..., k - j + 1): the numbers that are there. a >= b (..., pairs): the operands. result, legal (..., C_j), with
+C_j = 4 * pairs: choice c takes pair c // 4 and operation OPS[c % 4]; `legal` says that this step and all before it
+obey the rules (division exact and by no zero; nothing negative can appear, as a >= b)."""
 
 def take_step(left: np.ndarray, legal: np.ndarray) -> Step:
     """Every choice that the numbers left (..., m) allow, after histories that are legal (...) or not."""
@@ -56,39 +45,29 @@ def take_step(left: np.ndarray, legal: np.ndarray) -> Step:
     rules = np.stack([np.ones_like(a, bool)] * 3 + [(b > 0) & (rest == 0)], -1).reshape(*legal.shape, 4 * len(i))
     return Step(left, a, b, np.stack([a + b, a - b, a * b, quotient], -1).reshape(rules.shape), legal[..., None] & rules)
 
-
-def start_numbers(nums: np.ndarray) -> np.ndarray:
-    """nums (problems, k), ints >= 1, largest first, in an integer type that no product of them overflows."""
-    return -np.sort(-nums, axis=1).astype(np.int32 if int(nums.max(initial=1)) ** nums.shape[1] < 2 ** 31 else np.int64)
-
-
 def remaining(step: Step) -> np.ndarray:
     """(..., C_j, k - j): the numbers that are there after each choice; the result comes last."""
     size = step.left.shape[-1]
     others = np.array([[m for m in range(size) if m not in pair] for pair in zip(*np.triu_indices(size, 1))], int)
     return np.concatenate([step.left[..., others.repeat(4, 0)], step.result[..., None]], -1)
 
-
-def programs(nums: np.ndarray) -> list[Step]:
-    """All ways to combine nums (problems, k) into one number: k - 1 steps, 1,152 programs for four numbers."""
-    left, steps = start_numbers(nums), []
-    while left.shape[-1] > 1:
-        steps.append(take_step(left, steps[-1].legal if steps else np.ones(len(nums), bool)))
-        left = remaining(steps[-1])
-    return steps
-
+def programs(nums: np.ndarray, stop: int = 1) -> tuple[list[Step], np.ndarray]:
+    """All ways to combine nums (problems, k), ints >= 1, until `stop` are left: the steps, and what is left after each.
+    Down to one number these are k - 1 steps; for four numbers 24 * 12 * 4 = 1,152 programs."""
+    fits = int(nums.max(initial=1)) ** nums.shape[1] < 2 ** 31                 # no product overflows
+    left, legal, steps = -np.sort(-nums, axis=1).astype(np.int32 if fits else np.int64), np.ones(len(nums), bool), []
+    while left.shape[-1] > stop:
+        steps.append(take_step(left, legal))
+        left, legal = remaining(steps[-1]), steps[-1].legal
+    return steps, left
 
 def solvable(nums: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """(problems,) bool: does any program reach the target? As `programs` would say, but the last step is only compared."""
-    left, legal = start_numbers(nums), np.ones(len(nums), bool)
-    while left.shape[-1] > 2:
-        step = take_step(left, legal)
-        left, legal = remaining(step), step.legal
+    """(problems,) bool: does any program reach the target? As `reachable` would say, but the last step is only compared."""
+    steps, left = programs(nums, stop=2)
     a, b = np.maximum(left[..., 0], left[..., 1]), np.minimum(left[..., 0], left[..., 1])
     t = target.astype(a.dtype).reshape(-1, *[1] * (a.ndim - 1))
-    hit = legal & ((a + b == t) | (a - b == t) | (a * b == t) | (b > 0) & (a == b * t))
-    return hit.reshape(len(nums), -1).any(-1)
-
+    hit = (a + b == t) | (a - b == t) | (a * b == t) | (b > 0) & (a == b * t)
+    return (hit & steps[-1].legal if steps else hit).reshape(len(nums), -1).any(-1)
 
 def reachable(steps: list[Step], target: np.ndarray) -> list[np.ndarray]:
     """For each step, (..., C_j) bool: can target (problems,) still be reached after this choice? The last: the solutions.
@@ -99,11 +78,9 @@ def reachable(steps: list[Step], target: np.ndarray) -> list[np.ndarray]:
         reach.insert(0, reach[0].any(-1))
     return reach
 
-
 def chosen(step: Step, history: tuple[np.ndarray, ...], choice: np.ndarray):
     """a, b and result, each (rows,), of `choice` (rows,) after `history`: indices (rows,) into the leading axes."""
     return step.a[*history, choice // 4], step.b[*history, choice // 4], step.result[*history, choice]
-
 
 def simplest(steps: list[Step], solved: np.ndarray) -> tuple[np.ndarray, ...]:
     """The choices (problems,) at each step of every problem's simplest solution. All problems must have one.
@@ -117,7 +94,6 @@ def simplest(steps: list[Step], solved: np.ndarray) -> tuple[np.ndarray, ...]:
     first = order[np.searchsorted(problem, np.arange(len(solved)))]           # problem is sorted: where each one begins
     return tuple(choices[first] for choices in path)
 
-
 # ---- Problems ------------------------------------------------------------------------------------------------------------
 def in_validation(nums: np.ndarray, target: np.ndarray) -> np.ndarray:
     """(problems,) bool: one problem in 16 belongs to validation for good.
@@ -127,7 +103,6 @@ def in_validation(nums: np.ndarray, target: np.ndarray) -> np.ndarray:
     for column in np.sort(nums, axis=1).T:
         key = key * np.uint64(1_000_003) + column.astype(np.uint64)
     return (key * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(60) == 0
-
 
 def draw_problems(rng: np.random.Generator, split: str, k: int, num: int,
                   held_out: Sequence[int] = HELD_OUT) -> tuple[np.ndarray, np.ndarray]:
@@ -140,7 +115,6 @@ def draw_problems(rng: np.random.Generator, split: str, k: int, num: int,
         found = np.concatenate([found, draws[solvable(draws[:, :-1], draws[:, -1])]])
     return found[:num, :-1], found[:num, -1]
 
-
 # ---- Mistakes: the wrong actions of D_back (paper, section 4.1) ----------------------------------------------------------
 # Each maker sees `step` (its arrays: (rows, ...)), the step that follows the beginning of a solution, `reach` (rows, C),
 # target (rows,) and `used` (rows, u), the numbers used up before. It returns a, choice, b, result and found, each (rows,).
@@ -148,14 +122,12 @@ def pick(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
     """A random true place in each row of mask (rows, C); place 0 in a row without one."""
     return (rng.random(mask.shape, np.float32) * mask).argmax(-1)
 
-
 def exploratory(rng, step, reach, target, used):
     """A legal step from which the target cannot be reached any more."""
     wrong = step.legal & ~reach
     choice = pick(rng, wrong)
     a, b, result = chosen(step, (np.arange(len(target)),), choice)
     return a, choice, b, result, wrong.any(-1)
-
 
 def computational(rng, step, reach, target, used):
     """A legal step with a false result: off by 1 to 9 or by 10 to 90.
@@ -169,7 +141,6 @@ def computational(rng, step, reach, target, used):
         false = np.where((rng.random(len(rows)) < 0.75) & (result != target), target, false)
     return a, choice, b, false, np.ones(len(rows), bool)
 
-
 def rule_violation(rng, step, reach, target, used):
     """A step with a right result that takes a number that is not there, mostly one that has been used up."""
     rows = np.arange(len(target))
@@ -182,20 +153,17 @@ def rule_violation(rng, step, reach, target, used):
     choice = rng.integers(0, 3, len(rows))                                    # + - *
     return a, choice, b, np.choose(choice, [a + b, a - b, a * b]), (step.left != gone[:, None]).all(-1)
 
-
 MISTAKES = {exploratory: 0.4, computational: 0.45, rule_violation: 0.15}      # shares of D_back
 BACK = 0.5                                                                    # share of D_back in all rows
-
 
 # ---- Rows: D_op and D_back -----------------------------------------------------------------------------------------------
 def write_actions(a, choice, b, result) -> list[str]:
     """The text of an action for each row of the arrays (rows,): `45-39=6` and a newline."""
     return [f"{x}{OPS[c % 4]}{y}={r}\n" for x, c, y, r in zip(*(v.tolist() for v in (a, choice, b, result)))]
 
-
 def make_rows(rng: np.random.Generator, nums: np.ndarray, target: np.ndarray) -> list[dict]:
     """A row {nums, target, search_path} for each of nums (problems, k), target (problems,), all solvable: D_op or D_back."""
-    steps, rows = programs(nums), np.arange(len(nums))
+    steps, rows = programs(nums)[0], np.arange(len(nums))
     reach = reachable(steps, target)
     path = simplest(steps, reach[-1])
     actions, used = [], [np.empty((len(rows), 0), np.int64)]                   # by step: each row's action; numbers used up
@@ -216,18 +184,15 @@ def make_rows(rng: np.random.Generator, nums: np.ndarray, target: np.ndarray) ->
                 paths[i][d:] = text, BACKTRACK
     return [{"nums": n, "target": t, "search_path": "".join(p)} for n, t, p in zip(nums.tolist(), target.tolist(), paths)]
 
-
 # ---- Streams and files of rows -------------------------------------------------------------------------------------------
 def new_record(seed: int, sizes: list[int]) -> dict:
     """What a checkpoint remembers of its data, so that nobody measures "new" on targets that it has seen."""
     return {"source": "generated", "seed": seed, "sizes": sizes, "held_out": list(HELD_OUT)}
 
-
 def block(record: dict, split: str, i: int) -> list[dict]:
     """Block i, 256 rows of sizes[i % len(sizes)] numbers, of the endless stream of a split: the same whoever draws it."""
     rng = np.random.default_rng([SPLITS.index(split), record["seed"], i])
     return make_rows(rng, *draw_problems(rng, split, record["sizes"][i % len(record["sizes"])], 256, record["held_out"]))
-
 
 def generate(record: dict, split: str, num: int, offset: int = 0, workers: int = 0) -> Iterator[dict]:
     """Rows offset .. offset + num of a split's stream, the same for any number of worker processes."""
@@ -236,11 +201,9 @@ def generate(record: dict, split: str, num: int, offset: int = 0, workers: int =
         rows = itertools.chain.from_iterable(pool.imap(make, blocks) if workers else map(make, blocks))
         yield from itertools.islice(rows, offset % 256, offset % 256 + num)
 
-
 COLUMNS = {"nums": ("positive whole numbers", lambda x: isinstance(x, list) and x and all(type(i) is int and i > 0 for i in x)),
            "target": ("a whole number", lambda x: type(x) is int),
            "search_path": ("text", lambda x: isinstance(x, str))}
-
 
 def read_rows(path: Path, columns: Sequence[str] = tuple(COLUMNS)) -> list[dict]:
     """Rows of a JSON Lines file, or of a JSON file that is one list of rows. Raises UserError that names the line."""
@@ -261,7 +224,6 @@ def read_rows(path: Path, columns: Sequence[str] = tuple(COLUMNS)) -> list[dict]
                 raise UserError(f"{path}: row {i}: {column} must be {what}, not {row[column]!r}")
     return rows
 
-
 def read_split(source: str, split: str) -> list[dict]:
     """A split of a folder that `data.py` wrote, or of the reference's dataset, in a folder or on the Hub.
     The reference's validation file holds `val` in its first half and `val_new` in its second."""
@@ -272,12 +234,10 @@ def read_split(source: str, split: str) -> list[dict]:
     half = len(rows) // 2
     return {"train": rows, "val": rows[:half], "val_new": rows[half:]}[split]
 
-
 def load_record(name: str, kind: str = "model") -> dict | None:
     """What the checkpoint or dataset of that name was made from; None where nobody wrote it down."""
     path = checkpoint_folder(name, kind) / "record.json"
     return read_json(path) if path.exists() else None
-
 
 def load_rows(data: str, record: dict | None, num: int, offset: int = 0) -> list[dict]:
     """Rows offset .. offset + num of a split as the checkpoint's record has it, or of a file of problems. Raises UserError."""
@@ -294,7 +254,6 @@ def load_rows(data: str, record: dict | None, num: int, offset: int = 0) -> list
     if not rows:
         raise UserError(f"{data} has no problem number {offset} (--offset)")
     return rows
-
 
 # ---- Tokens --------------------------------------------------------------------------------------------------------------
 class Tokenizer:
@@ -358,20 +317,13 @@ class Tokenizer:
         prompts = [prompt_text(row["nums"], row["target"]) for row in rows]
         encoded, out = self.tok.encode_batch([p + row["search_path"] for p, row in zip(prompts, rows)]), []
         for prompt, row, encoding in zip(prompts, rows, encoded):
-            wrong_start, wrong_end = (len(prompt) + x for x in wrong_action(row["search_path"]))
-            labels = [i if start >= len(prompt) and start < end and (end <= wrong_start or start >= wrong_end) else -100
+            body, back, _ = row["search_path"].rpartition(BACKTRACK)
+            wrong_end = len(prompt) + len(body)                       # the last line of the body is the wrong action
+            wrong = len(prompt) + body.rfind("\n", 0, max(len(body) - 1, 0)) + 1 if back else wrong_end
+            labels = [i if start >= len(prompt) and start < end and (end <= wrong or start >= wrong_end) else -100
                       for i, (start, end) in zip(encoding.ids, encoding.offsets)]
             out.append((encoding.ids + [self.eos], labels + [self.eos]))
         return out
-
-
-def wrong_action(search_path: str) -> tuple[int, int]:
-    """The characters [start, end) of the wrong action with its newline, the last line before `<backtrack>`; else (0, 0)."""
-    if not search_path.endswith(BACKTRACK):
-        return 0, 0
-    end = len(search_path) - len(BACKTRACK)
-    return search_path.rfind("\n", 0, max(end - 1, 0)) + 1, end
-
 
 # ---- python data.py ------------------------------------------------------------------------------------------------------
 def main() -> None:
@@ -391,7 +343,6 @@ def main() -> None:
                     file.write(json.dumps(row) + "\n")
         (new / "record.json").write_text(json.dumps(record) + "\n")
     print(f"wrote {args.num} training rows and twice {args.num_val} validation problems to {args.out}")
-
 
 if __name__ == "__main__":
     cli(main)

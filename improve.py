@@ -14,13 +14,11 @@ from model import DTYPES, Arguments, Llama, UserError, best_dtype, cli, number, 
 from search import evaluate
 from train import Batches, fit, save
 
-
 def harvest(rows: list[dict], answers: list[dict]) -> list[dict]:
     """Training rows for a round: the answers that verify, and D_back rows to keep the model able to step back."""
     solved = [{**row, "search_path": answer["solution"]} for row, answer in zip(rows, answers) if answer["verified"]]
     mistakes = [row for row in rows if row["search_path"].endswith(BACKTRACK)]
     return solved + mistakes[:round(len(solved) * BACK)]
-
 
 def main() -> None:
     args = Arguments("Expert iteration: search, verify, keep, fine-tune, repeat.")
@@ -73,7 +71,6 @@ def main() -> None:
     if rank == 0:
         save(Path(args.out), model, tok, record)
         print(f"saved to {args.out}")
-
 
 if __name__ == "__main__":
     cli(main)

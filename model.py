@@ -6,13 +6,7 @@ transformers loads as it is and one of ours opens in transformers.
 
 Shapes: B rows, T new tokens, S tokens in sight, H query heads, K key/value heads, D head size, C hidden size, V vocabulary.
 """
-import argparse
-import dataclasses
-import json
-import math
-import os
-import sys
-import tempfile
+import argparse, dataclasses, json, math, os, sys, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,11 +17,9 @@ import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import SafetensorError, safe_open
 
-
 # ---- What every program here shares: errors in one line, the device, the ranks -------------------------------------------
 class UserError(Exception):
     """What the user gave cannot be used. `cli` prints the message as one line and exits with code 2."""
-
 
 class Arguments(argparse.ArgumentParser):
     def __init__(self, description: str):
@@ -35,7 +27,6 @@ class Arguments(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UserError(f"{message} (see --help)")                     # one line, in place of the whole usage
-
 
 def cli(main) -> None:
     """Run a program's `main()`; a UserError becomes one line on stderr and exit code 2."""
@@ -48,7 +39,6 @@ def cli(main) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-
 def number(kind: type, low: float, strict: bool = False):
     """An argparse type: an int or a finite float that is at least `low` (`strict`: above it)."""
     def parse(text: str):
@@ -58,7 +48,6 @@ def number(kind: type, low: float, strict: bool = False):
         return value
     parse.__name__ = "whole number" if kind is int else "number"
     return parse
-
 
 def start() -> tuple[torch.device, int, int]:
     """(device, rank, world size): the best device there is; more than one rank when torchrun started the program."""
@@ -71,20 +60,16 @@ def start() -> tuple[torch.device, int, int]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device, rank, world
 
-
 def best_dtype(device: torch.device) -> torch.dtype:
     """bf16 where the hardware multiplies it (a CPU: only with matrix units), else fp16 on cuda and fp32 elsewhere."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.bfloat16 if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
 
-
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
 
 # ---- Configuration -------------------------------------------------------------------------------------------------------
 FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-
 
 @dataclasses.dataclass
 class LlamaConfig:
@@ -127,7 +112,6 @@ class LlamaConfig:
         """config.json's content, in the spelling that every version of transformers reads."""
         return {"architectures": ["LlamaForCausalLM"], **FIXED, **dataclasses.asdict(self)}
 
-
 # ---- KV cache ------------------------------------------------------------------------------------------------------------
 class KVCache:
     """Keys and values of every layer, preallocated, with a length for each row.
@@ -169,7 +153,6 @@ class KVCache:
         self.length[:len(length)] = length
         self.width = int(length.max()) if len(length) else 0
 
-
 # ---- The model -----------------------------------------------------------------------------------------------------------
 def rope_frequencies(config: LlamaConfig) -> torch.Tensor:
     """(D / 2,) fp32: radians by which a position turns each pair; with Llama 3's stretch of the low frequencies."""
@@ -180,12 +163,10 @@ def rope_frequencies(config: LlamaConfig) -> torch.Tensor:
     smooth = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
     return torch.lerp(frequency / s["factor"], frequency, smooth.clamp(0, 1))      # slow ones stretched, fast ones kept
 
-
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """RoPE: turn x (B, H, T, D) by the angles whose cos and sin (B, 1, T, D / 2) are given; i is paired with i + D / 2."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Grouped-query attention of q (B, H, T, D) over k, v (B, K, S, D) where mask (B or 1, T, S) is true; (B, H, T, D)."""
@@ -197,7 +178,6 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     scores = (q * D ** -0.5).reshape(B, K, -1, D) @ k.transpose(-1, -2)                        # (B, K, H/K * T, S)
     scores = scores.view(B, H, T, S).masked_fill(~mask[:, None], -torch.inf)
     return (scores.softmax(-1).view(B, K, -1, S) @ v).view(B, H, T, D)
-
 
 class LlamaAttention(nn.Module):
     def __init__(self, config: LlamaConfig):
@@ -218,7 +198,6 @@ class LlamaAttention(nn.Module):
             k, v = cache.update(layer, k, v, positions)
         return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
 
-
 class LlamaMLP(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -228,7 +207,6 @@ class LlamaMLP(nn.Module):
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))      # SwiGLU
-
 
 class LlamaDecoderLayer(nn.Module):
     def __init__(self, config: LlamaConfig):
@@ -241,7 +219,6 @@ class LlamaDecoderLayer(nn.Module):
     def forward(self, x, *context):
         x = x + self.self_attn(self.input_layernorm(x), *context)
         return x + self.mlp(self.post_attention_layernorm(x))
-
 
 class LlamaModel(nn.Module):
     """Embedding, layers, last norm: token ids (B, T) -> hidden states (B, T, C)."""
@@ -270,7 +247,6 @@ class LlamaModel(nn.Module):
             cache.length[:B] += T
         return self.norm(x)
 
-
 class Llama(nn.Module):
     """Llama with its language-model head; transformers' LlamaForCausalLM by another name."""
 
@@ -282,10 +258,7 @@ class Llama(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=config.initializer_range)
-        self.tie_weights()
-
-    def tie_weights(self) -> None:
-        if self.config.tie_word_embeddings:
+        if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, cache: KVCache | None = None,
@@ -324,7 +297,8 @@ class Llama(nn.Module):
             model.load_state_dict(state, assign=True)
         except RuntimeError as error:                                  # names what is missing, left over or of another shape
             raise UserError(f"the weights in {folder} do not fit its config.json: {str(error).split(':', 1)[-1]}") from None
-        model.tie_weights()
+        if model.config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
         return model.to(device)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -337,7 +311,6 @@ class Llama(nn.Module):
             save_torch_state_dict(state, new)
             (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
-
 # ---- Checkpoints on disk -------------------------------------------------------------------------------------------------
 def checkpoint_folder(name: str | Path, kind: str = "model") -> Path:
     """The folder `name` itself, or the cached download of the Hub's model or dataset of that name. Raises UserError."""
@@ -348,7 +321,6 @@ def checkpoint_folder(name: str | Path, kind: str = "model") -> Path:
     except Exception as error:                  # no network, no such repository, no permission: the client has dozens
         raise UserError(f"no {kind} at {name}: no such folder, and from the Hub: {str(error).splitlines()[0]}") from None
 
-
 def read_json(path: Path) -> dict:
     """A file's JSON object. Raises UserError."""
     try:
@@ -357,7 +329,6 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path.parent} has no {path.name}") from None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-
 
 @contextmanager
 def replacing(folder: str | Path):

@@ -8,11 +8,7 @@ branch from; after b such rounds the finished answer with the best mean log-prob
     python search.py --numbers 45 39 10 --target 60                 one problem of your own
     python search.py --data val --decoder self_backtrack --b 1 --n 32 --num 5000 --out results.jsonl
 """
-import json
-import math
-import os
-import re
-import sys
+import json, math, os, re, sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +23,6 @@ from model import DTYPES, Arguments, KVCache, Llama, UserError, best_dtype, cli,
 
 SHIPPED = Path(__file__).parent / "assets" / "checkpoint"
 EXAMPLE = {"nums": [39, 45, 10], "target": 60}
-
 
 # ---- Verification: exact, on integers, and never part of the search ------------------------------------------------------
 def verify(nums: list[int], target: int, response: str) -> tuple[bool, str]:
@@ -59,7 +54,6 @@ def verify(nums: list[int], target: int, response: str) -> tuple[bool, str]:
         return False, f"the end: {left} are left, all numbers must be used"
     return (True, "") if left == [target] else (False, f"the end: {left[0]} is not the target {target}")
 
-
 # ---- Keyed random numbers ------------------------------------------------------------------------------------------------
 def mix(key: torch.Tensor, part: torch.Tensor | int) -> torch.Tensor:
     """Hash `part` into int64 keys (splitmix64's finaliser; products wrap, shifts are made logical by masks)."""
@@ -68,11 +62,9 @@ def mix(key: torch.Tensor, part: torch.Tensor | int) -> torch.Tensor:
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
     return x ^ (x >> 31 & (1 << 33) - 1)
 
-
 def uniform(key: torch.Tensor) -> torch.Tensor:
     """Keys -> fp32 uniform in [0, 1). A sample's randomness depends on its keys alone, never on who shares its batch."""
     return (mix(key, 0) >> 40 & (1 << 24) - 1).float() / (1 << 24)
-
 
 # ---- The engine: cached decoding of many rows ----------------------------------------------------------------------------
 class Sample(NamedTuple):
@@ -88,7 +80,6 @@ class Sample(NamedTuple):
         """Mean log-probability of all tokens, end-of-text included: the paper's measure, no verifier in it."""
         return sum(self.logps) / len(self.logps)
 
-
 def prefill(model: Llama, prompts: list[list[int]], room: int) -> tuple[KVCache, torch.Tensor]:
     """Run prompts through the model once, together: a cache with a row each, and the logits after each prompt, (P, V)."""
     device = model.lm_head.weight.device
@@ -99,7 +90,6 @@ def prefill(model: Llama, prompts: list[list[int]], room: int) -> tuple[KVCache,
     logits = model(ids, cache=cache, keep=length - 1)
     cache.rollback(length)                                                     # the padding goes out of sight
     return cache, logits
-
 
 def draw(logits: torch.Tensor, row: torch.Tensor, u: torch.Tensor, temperature: float):
     """A token for each sample, (S,), and its log-probability at temperature 1; sample s is on row[s] of logits (R, V).
@@ -112,7 +102,6 @@ def draw(logits: torch.Tensor, row: torch.Tensor, u: torch.Tensor, temperature: 
         u = u * cumulative[row, -1]                                            # rounding leaves the last a little off 1
         token = torch.searchsorted(cumulative[row], u[:, None], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
     return token, logps[row, token]
-
 
 def share(row: torch.Tensor, token: torch.Tensor, vocab: int):
     """Samples that are the same so far are one row: the rows that samples (S,) on rows `row` need after drawing `token`.
@@ -127,7 +116,6 @@ def share(row: torch.Tensor, token: torch.Tensor, vocab: int):
     place[stays], place[~stays] = parent[stays], free.nonzero()[:, 0]
     order = place.argsort()
     return parent[order], child[order] % vocab, place[of]
-
 
 def expand(model: Llama, tok: Tokenizer, cache: KVCache, logits: torch.Tensor, keys: torch.Tensor, n: int,
            temperature: float, max_new: int, parked: KVCache | None):
@@ -160,7 +148,6 @@ def expand(model: Llama, tok: Tokenizer, cache: KVCache, logits: torch.Tensor, k
         logits = model(token[:, None], cache=cache)[:, 0]
     return tokens, logps, length, parking
 
-
 # ---- Self-backtracking (paper, section 4.2) ------------------------------------------------------------------------------
 def roll_back(tokens: tuple[int, ...], tok: Tokenizer) -> tuple[int, ...]:
     """Drop `<backtrack>` and the last action: the state to branch from ends with the newline of the action before."""
@@ -169,13 +156,11 @@ def roll_back(tokens: tuple[int, ...], tok: Tokenizer) -> tuple[int, ...]:
         end -= 1
     return tokens[:max(end, 0)]
 
-
 def finish(tokens: tuple[int, ...], tok: Tokenizer) -> str:
     """How a response ended: GOAL, BACKTRACK or ""."""
     if tokens[-1] == tok.backtrack:
         return BACKTRACK
     return GOAL if tokens[-1] == tok.eos and tok.decode(tokens).split("\n")[-1] == GOAL else ""
-
 
 @torch.inference_mode()
 def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: Sequence[int], b: int, n: int, temperature: float,
@@ -213,7 +198,6 @@ def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: Seq
         frontier = branches
     return found
 
-
 @torch.inference_mode()
 def beam_search(model: Llama, tok: Tokenizer, problems: list[dict], n: int, max_new: int) -> list[list[Sample]]:
     """The n most probable responses by beam search. A beam that ends leaves, and the problem goes on with one beam fewer."""
@@ -247,10 +231,8 @@ def beam_search(model: Llama, tok: Tokenizer, problems: list[dict], n: int, max_
         row = (live.flatten().cumsum(0) - 1).view(P, n).clamp(min=0)
     return found
 
-
 # ---- Decoders, selection, evaluation -------------------------------------------------------------------------------------
 DECODERS = ("greedy", "beam", "best_of_n", "majority", "self_backtrack")
-
 
 def decode(model: Llama, tok: Tokenizer, problems: list[dict], keys: Sequence[int], decoder: str = "self_backtrack", b: int = 1,
            n: int = 32, temperature: float = 0.7, max_new: int = 64, **search) -> list[list[Sample]]:
@@ -261,13 +243,11 @@ def decode(model: Llama, tok: Tokenizer, problems: list[dict], keys: Sequence[in
         n, temperature = 1, 0.0
     return self_backtrack(model, tok, problems, keys, b if decoder == "self_backtrack" else 0, n, temperature, max_new, **search)
 
-
 def select(samples: list[Sample], decoder: str) -> Sample | None:
     """The answer among the samples that reached the goal: the best score; for `majority` the most votes, then the score."""
     candidates = [sample for sample in samples if sample.end == GOAL]
     votes = Counter(sample.tokens for sample in candidates if decoder == "majority")
     return max(candidates, key=lambda sample: (votes[sample.tokens], sample.score), default=None)
-
 
 def judge(tok: Tokenizer, problem: dict, samples: list[Sample], decoder: str) -> dict:
     """The answer selected, whether and why (not) it is right; `verified`: is any candidate, and `solution`: which."""
@@ -280,7 +260,6 @@ def judge(tok: Tokenizer, problem: dict, samples: list[Sample], decoder: str) ->
     return {"nums": nums, "target": target, "response": response, "score": answer and answer.score, "correct": correct,
             "reason": reason, "verified": solution is not None, "solution": solution,
             "tokens": sum(len(sample.tokens) - sample.state for sample in samples)}
-
 
 def evaluate(model: Llama, tok: Tokenizer, problems: list[dict], decoder: str, offset: int = 0, batch_size: int = 64,
              label: str = "", **search) -> list[dict]:
@@ -297,7 +276,6 @@ def evaluate(model: Llama, tok: Tokenizer, problems: list[dict], decoder: str, o
     parts = gather(rows, model.lm_head.weight.device)
     return [parts[i % world][i // world] for i in range(len(problems))]
 
-
 def gather(rows: list, device: torch.device) -> list[list]:
     """Every rank's rows, on every rank; as JSON bytes, for torch's own gathering of objects would unpickle."""
     if not dist.is_initialized():
@@ -309,67 +287,51 @@ def gather(rows: list, device: torch.device) -> list[list]:
     dist.all_gather(parts, torch.cat([mine, mine.new_zeros(int(max(sizes)) - len(mine))]))
     return [json.loads(bytes(part[:int(size)].tolist())) for part, size in zip(parts, sizes)]
 
-
-def interval(rows: list[dict], key: str) -> str:
-    """The percentage of rows where `key` holds, with its 95 % interval (Wilson's)."""
-    n, p, z = len(rows), sum(row[key] for row in rows) / len(rows), 1.96
-    middle, half = p + z * z / 2 / n, z * math.sqrt(p * (1 - p) / n + (z / 2 / n) ** 2)
-    low, high = (100 * abs(middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
-    return f"{100 * p:5.1f} [{low:4.1f}, {high:5.1f}]"
-
-
 HEADER = f"{'% of problems [95 % interval]':34}{'selected':>19}{'verified':>20}{'tokens each':>14}"
 
-
 def summary(name: str, rows: list[dict]) -> str:
-    """A line under HEADER: accuracy of the selected answers, of any candidate, and the tokens sampled for a problem."""
-    tokens = sum(row["tokens"] for row in rows) / len(rows)
-    return f"{name:34}{interval(rows, 'correct'):>19}{interval(rows, 'verified'):>20}{tokens:14.1f}"
-
+    """A line under HEADER: accuracy of the selected answers and of any candidate, with Wilson's interval; tokens sampled."""
+    line, n, z = f"{name:34}", len(rows), 1.96
+    for key in ("correct", "verified"):
+        p = sum(row[key] for row in rows) / n
+        middle, half = p + z * z / 2 / n, z * math.sqrt(p * (1 - p) / n + (z / 2 / n) ** 2)
+        low, high = (100 * abs(middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+        line += f"{100 * p:6.1f} [{low:4.1f}, {high:5.1f}]"
+    return line + f"{sum(row['tokens'] for row in rows) / n:13.1f}"
 
 # ---- The search tree, drawn ----------------------------------------------------------------------------------------------
-def paint(text: str, colour: int) -> str:
-    return f"\033[{colour}m{text}\033[0m" if sys.stdout.isatty() and "NO_COLOR" not in os.environ else text
-
-
 def draw_tree(tok: Tokenizer, problem: dict, samples: list[Sample], answer: Sample | None, width: int = 5) -> str:
     """The actions of all samples as one tree, at most `width` branches a state, the most sampled first (100 columns)."""
-    through, ends, branched = Counter(), defaultdict(list), Counter()
+    through, ends = Counter(), defaultdict(Counter)                # samples that pass an action; notes at an action, counted
+    plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ
     for sample in samples:
-        text = tok.decode(sample.tokens).removesuffix(BACKTRACK).removesuffix(GOAL)
-        path = tuple(text.removesuffix("\n").split("\n")) if text else ()
+        text = tok.decode(sample.tokens)
+        path = tuple(text.removesuffix(BACKTRACK).removesuffix(GOAL).removesuffix("\n").split("\n"))
         through.update(path[:d] for d in range(1, len(path) + 1))
-        ends[path, sample.end].append(sample)
+        note, colour = sample.end or "cut off", 33
+        if sample.end == GOAL:
+            right, why = verify(problem["nums"], problem["target"], text)
+            note = f"{GOAL} score {sample.score:.3f}, {'right' if right else 'wrong: ' + why.split(': ')[-1]}"
+            note, colour = note + " <== chosen" * (sample.tokens == answer.tokens), 32 if right else 31
+        ends[path][note, colour] += 1
         if sample.state:
-            branched[tuple(tok.decode(sample.tokens[:sample.state]).split("\n")[:-1]), sample.round] += 1
+            state = tuple(tok.decode(sample.tokens[:sample.state]).split("\n")[:-1])
+            ends[state][f"branch of round {sample.round + 1}", 36] += 1
     lines = [f"numbers {problem['nums']}  target {problem['target']}", f"{'action':36}samples"]
 
-    def notes(path):
-        for same in (ends[path, end] for end in (GOAL, BACKTRACK, "") if (path, end) in ends):
-            if same[0].end == GOAL:
-                right, why = verify(problem["nums"], problem["target"], tok.decode(same[0].tokens))
-                win = "  <== chosen" if answer and answer.tokens == same[0].tokens else ""
-                verdict = "right" if right else "wrong, " + why.split(": ")[-1]
-                yield paint(f"{GOAL} x{len(same)}  score {same[0].score:.3f}  {verdict}{win}", 32 if right else 31)
-            else:
-                yield paint(f"{same[0].end or 'cut off'} x{len(same)}", 33)
-        for (state, round), count in branched.items():
-            if state == path:
-                yield paint(f"round {round + 1}: x{count} from here", 36)
-
-    def walk(path, indent):
+    def walk(path: tuple[str, ...], indent: str) -> None:
         children = sorted((c for c in through if c[:-1] == path), key=lambda c: -through[c])
         for i, child in enumerate(children[:width]):
             last = i == len(children) - 1
-            lines.append(f"{indent + ('└─ ' if last else '├─ ') + child[-1]:36}{through[child]:<6}" + "  ".join(notes(child)))
+            notes = [f"{note} x{count}" if plain else f"\033[{colour}m{note}\033[0m x{count}"
+                     for (note, colour), count in ends[child].items()]
+            lines.append(f"{indent + ('└─ ' if last else '├─ ') + child[-1]:36}{through[child]:<6}{'; '.join(notes)}")
             walk(child, indent + ("   " if last else "│  "))
         if children[width:]:
-            rest = sum(through[c] for c in children[width:])
-            lines.append(f"{indent + f'└─ {len(children) - width} more':36}{rest}")
+            lines.append(f"{indent}└─ {len(children) - width} more, x{sum(through[c] for c in children[width:])}")
 
     walk((), "")
     return "\n".join(lines)
-
 
 # ---- python search.py ----------------------------------------------------------------------------------------------------
 def main() -> None:
@@ -411,7 +373,6 @@ def main() -> None:
             if args.out:
                 with replacing(Path(args.out).parent) as new:
                     (new / Path(args.out).name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-
 
 if __name__ == "__main__":
     cli(main)

@@ -7,12 +7,8 @@
 Every device computes the loss of its own rows as a *sum* over labelled tokens; it is divided by their number on all devices
 and in all accumulation steps together, so that a gradient does not depend on how a batch was cut.
 """
-import itertools
-import json
-import math
-import os
+import itertools, json, math, os
 from collections import defaultdict
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -28,17 +24,16 @@ from data import SPLITS, Tokenizer, generate, load_record, load_rows, new_record
 from model import DTYPES, Arguments, Llama, LlamaConfig, UserError, best_dtype, cli, number, replacing, start
 from search import HEADER, evaluate, summary
 
-
 # ---- Batches -------------------------------------------------------------------------------------------------------------
 class Batches(Dataset):
     """Item i: 64 optimiser steps' batches, sorted by length so that little is padding; each a list of (ids, labels).
     rows: a list, of which epoch after epoch is shuffled; or the record of generated data, of which no row comes twice.
     A step's rows are the same for any number of ranks: rank r of w takes every w-th of them, cut in `accum` parts."""
-    STEPS = 64
+    STEPS, CONTEXT = 64, 128                                           # longer rows are cut, as in the reference
 
-    def __init__(self, rows: list[dict] | dict, tok: Tokenizer, batch_size: int, accum: int = 1, context: int = 128,
-                 seed: int = 0, rank: int = 0, world: int = 1):
-        self.rows, self.tok, self.size, self.accum, self.context = rows, tok, batch_size * accum * world, accum, context
+    def __init__(self, rows: list[dict] | dict, tok: Tokenizer, batch_size: int, accum: int = 1, seed: int = 0,
+                 rank: int = 0, world: int = 1):
+        self.rows, self.tok, self.size, self.accum = rows, tok, batch_size * accum * world, accum
         self.seed, self.rank, self.world = seed, rank, world
 
     def __getitem__(self, i: int) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
@@ -56,10 +51,9 @@ class Batches(Dataset):
 
     def pad(self, rows: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
         """input_ids and labels, (B, T) int64, padded on the right, where causal attention never looks."""
-        T = min(max(len(ids) for ids, _ in rows), self.context)
+        T = min(max(len(ids) for ids, _ in rows), self.CONTEXT)
         return tuple(torch.tensor([(x + [fill] * T)[:T] for x in column])
                      for column, fill in zip(zip(*rows), (self.tok.eos, -100)))
-
 
 @torch.no_grad()
 def mean_loss(model: Llama, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
@@ -68,43 +62,39 @@ def mean_loss(model: Llama, batches: list[tuple[torch.Tensor, torch.Tensor]]) ->
     total = sum(model(ids.to(device), labels=labels.to(device)) for ids, labels in batches)
     return round(float(total) / sum(int((labels[:, 1:] != -100).sum()) for _, labels in batches), 4)
 
-
 # ---- The loop ------------------------------------------------------------------------------------------------------------
 def learning_rate(step: int, steps: int, lr: float, warmup: int) -> float:
     """Linear warm-up, then half a cosine down to zero."""
     return lr * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
-
-def fit(model: Llama, batches: Batches, steps: int, lr: float, warmup: int, weight_decay: float = 0.01,
-        dtype: torch.dtype = torch.float32, state: dict | None = None, every: int = 0, report=None) -> None:
-    """Train `model` in place. After each `every` steps, and the last, call report(step, loss, state) with what resumes it.
-    state: {"step", "optimizer": AdamW's per-parameter tensors} of an earlier call; dtype is autocast's."""
+def fit(model: Llama, batches: Batches, steps: int, lr: float, warmup: int,
+        dtype: torch.dtype = torch.float32, state: dict | None = None, every: int = 1000, report=None) -> None:
+    """Train `model` in place; dtype is autocast's. After each `every` steps, and the last, call report(loss, state): the
+    state, {"step", "optimizer": AdamW's per-parameter tensors}, given to a later call, goes on from there."""
     device, rank, world = start()
     wrapped = DistributedDataParallel(model) if world > 1 else model
     matrices, others = ([p for p in model.parameters() if (p.ndim > 1) == big] for big in (True, False))
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
                                   lr=lr, betas=(0.9, 0.95), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    first = 0
+    first = state["step"] if state else 0
     if state:
-        first = state["step"]
         optimizer.load_state_dict({"state": state["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
     workers = min(8, os.cpu_count() - 1) if device.type == "cuda" else 0         # a CPU needs its cores for the training
     items = range(first // batches.STEPS, -(-steps // batches.STEPS))
     loader = DataLoader(batches, batch_size=None, sampler=items, num_workers=workers)
     stream = itertools.islice(itertools.chain.from_iterable(loader), first % batches.STEPS, None)
     mean = torch.zeros((), device=device)
-    model.train()
     for step in (bar := tqdm(range(first, steps), initial=first, total=steps, desc="train", disable=rank > 0)):
-        parts = [(ids.to(device, non_blocking=True), labels.to(device, non_blocking=True)) for ids, labels in next(stream)]
+        parts = [(ids.to(device), labels.to(device)) for ids, labels in next(stream)]
         labelled = sum((labels[:, 1:] != -100).sum() for _, labels in parts)
         if world > 1:
             dist.all_reduce(labelled)
         loss = torch.zeros((), device=device)
         for i, (ids, labels) in enumerate(parts):
-            last = i == len(parts) - 1
-            with nullcontext() if last or world == 1 else wrapped.no_sync(), \
-                    torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            if world > 1:
+                wrapped.require_backward_grad_sync = i == len(parts) - 1           # ranks meet once, at the last part
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 part = wrapped(ids, labels=labels) / labelled
             scaler.scale(part * world).backward()                                  # DDP takes the mean over ranks
             loss += part.detach()
@@ -120,10 +110,8 @@ def fit(model: Llama, batches: Batches, steps: int, lr: float, warmup: int, weig
         mean = torch.lerp(loss, mean, 0.98 if step > first else 0.0)
         if rank == 0 and step % 20 == 0:
             bar.set_postfix(loss=f"{float(mean):.4f}")                             # the one place that waits for the device
-        if report and ((every and (step + 1) % every == 0) or step + 1 == steps):
-            report(step + 1, float(mean), {"step": step + 1, "optimizer": optimizer.state_dict()["state"]})
-            model.train()
-
+        if report and ((step + 1) % every == 0 or step + 1 == steps):
+            report(float(mean), {"step": step + 1, "optimizer": optimizer.state_dict()["state"]})
 
 # ---- python train.py -----------------------------------------------------------------------------------------------------
 def save(folder: str | Path, model: Llama, tok: Tokenizer, record: dict, state: dict | None = None) -> None:
@@ -133,10 +121,9 @@ def save(folder: str | Path, model: Llama, tok: Tokenizer, record: dict, state: 
         tok.save_pretrained(new)
         (new / "record.json").write_text(json.dumps(record) + "\n")
         if state:
-            tensors = {f"weight.{key}": value for key, value in model.state_dict().items() if key != "lm_head.weight"}
-            tensors |= {f"optimizer.{i}.{key}": value for i, slot in state["optimizer"].items() for key, value in slot.items()}
+            tensors = {f"weight.{key}": value.detach() for key, value in model.named_parameters()}
+            tensors |= {f"{i}.{key}": value for i, slots in state["optimizer"].items() for key, value in slots.items()}
             save_file(tensors | {"step": torch.tensor(state["step"])}, new / "resume.safetensors")
-
 
 def load_state(folder: Path, model: Llama) -> dict:
     """Put back the fp32 weights that `save` wrote, and return fit's state. Safetensors: no pickle is ever read."""
@@ -150,10 +137,8 @@ def load_state(folder: Path, model: Llama) -> dict:
         if kind == "weight":
             model.get_parameter(name).data.copy_(value)
         else:
-            i, slot = name.split(".")
-            state["optimizer"][int(i)][slot] = value
+            state["optimizer"][int(kind)][name] = value
     return state
-
 
 def main() -> None:
     args = Arguments("Train on D_op and D_back: a small model from scratch, or a checkpoint.")
@@ -167,12 +152,9 @@ def main() -> None:
     args.add_argument("--grad_accum", type=number(int, 1), default=1)
     args.add_argument("--lr", type=number(float, 0, strict=True), default=2e-3)
     args.add_argument("--warmup", type=number(int, 1), default=100)
-    args.add_argument("--weight_decay", type=number(float, 0), default=0.01)
     args.add_argument("--dtype", choices=DTYPES, help="of autocast; the best of the device by itself")
-    args.add_argument("--context", type=number(int, 1), default=128, help="longest row, in tokens")
     args.add_argument("--hidden_size", type=number(int, 8), default=128)
     args.add_argument("--layers", type=number(int, 1), default=4)
-    args.add_argument("--heads", type=number(int, 1), default=4)
     args.add_argument("--seed", type=number(int, 0), default=0)
     args.add_argument("--eval_every", type=number(int, 1), default=1000, help="steps between evaluations and checkpoints")
     args.add_argument("--num_eval", type=number(int, 1), default=200, help="problems a split in an evaluation")
@@ -186,21 +168,21 @@ def main() -> None:
     tok = Tokenizer.from_pretrained(begin) if begin else Tokenizer.digits()
     model = Llama.from_pretrained(begin, dtype=torch.float32) if begin else Llama(LlamaConfig(
         vocab_size=tok.vocab_size, hidden_size=args.hidden_size, intermediate_size=args.hidden_size * 8 // 3,
-        num_hidden_layers=args.layers, num_attention_heads=args.heads, num_key_value_heads=args.heads,
-        head_dim=args.hidden_size // args.heads, max_position_embeddings=256, rope_theta=10000.0, eos_token_id=tok.eos))
+        num_hidden_layers=args.layers, num_attention_heads=args.hidden_size // 16, num_key_value_heads=args.hidden_size // 16,
+        head_dim=16, max_position_embeddings=256, rope_theta=10000.0, eos_token_id=tok.eos))
     state = load_state(out, model) if args.resume else None
     model.to(device)
     if args.data is None:
-        record = rows = new_record(args.seed, args.sizes)
+        record = rows = load_record(out) if args.resume else new_record(args.seed, args.sizes)
     elif Path(args.data).is_file():
         record, rows = {"source": args.data}, read_rows(Path(args.data))
     else:
         record, rows = load_record(args.data, "dataset") or {"source": args.data}, read_split(args.data, "train")
-    batches = Batches(rows, tok, args.batch_size, args.grad_accum, args.context, args.seed, rank, world)
+    batches = Batches(rows, tok, args.batch_size, args.grad_accum, args.seed, rank, world)
     held = {} if Path(record["source"]).is_file() else {split: load_rows(split, record, args.num_eval) for split in SPLITS[1:]}
 
-    def report(step: int, loss: float, state: dict) -> None:
-        line = {"step": step, "loss": round(loss, 4), "lr": learning_rate(step, args.steps, args.lr, args.warmup)}
+    def report(loss: float, state: dict) -> None:
+        line = {"step": state["step"], "loss": round(loss, 4)}
         for split, rows in held.items():
             answers = evaluate(model, tok, rows, "greedy")
             line |= {f"{split}_loss": mean_loss(model, [batches.pad(tok.rows(rows[i:i + 64])) for i in range(0, len(rows), 64)]),
@@ -211,13 +193,12 @@ def main() -> None:
             with open(out / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
 
-    fit(model, batches, args.steps, args.lr, args.warmup, args.weight_decay,
-        DTYPES.get(args.dtype) or best_dtype(device), state, args.eval_every, report)
+    dtype = DTYPES.get(args.dtype) or best_dtype(device)
+    fit(model, batches, args.steps, args.lr, args.warmup, dtype, state, args.eval_every, report)
     table = [summary(f"{decoder}, {split}", evaluate(model, tok, rows, decoder))
              for split, rows in held.items() for decoder in ("greedy", "self_backtrack")]
     if rank == 0:
         print(HEADER, *table, f"saved to {out}", sep="\n")
-
 
 if __name__ == "__main__":
     cli(main)

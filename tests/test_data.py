@@ -23,10 +23,10 @@ def test_solver_agrees_with_brute_force(k, count):
     expected = [solutions(tuple(n), t) for n, t in zip(nums.tolist(), target.tolist())]
     assert 0 < sum(expected) < count
     assert data.solvable(nums, target).tolist() == expected
-    reach = data.reachable(data.programs(nums), target)
+    reach = data.reachable(data.programs(nums)[0], target)
     assert reach[-1].reshape(count, -1).any(-1).tolist() == expected
     # After a first choice, too: what is left must reach the target by brute force exactly where the solver says so.
-    step = data.programs(nums)[0]
+    step = data.programs(nums)[0][0]
     left = data.remaining(step)
     for p in range(0, count, 10):
         for c in range(step.legal.shape[1]):
@@ -34,12 +34,12 @@ def test_solver_agrees_with_brute_force(k, count):
 
 
 def test_program_counts():
-    assert [data.programs(np.array([[5] * k]))[-1].result[0].size for k in (2, 3, 4, 5)] == [4, 48, 1152, 46080]
+    assert [data.programs(np.array([[5] * k]))[0][-1].result[0].size for k in (2, 3, 4, 5)] == [4, 48, 1152, 46080]
 
 
 def test_large_numbers_do_not_overflow():
     nums = np.array([[99] * 5])
-    assert max(int(step.result.max()) for step in data.programs(nums)) == 99 ** 5
+    assert max(int(step.result.max()) for step in data.programs(nums)[0]) == 99 ** 5
 
 
 def take(left: list[int], text: str) -> tuple[list[int], bool, bool]:
@@ -108,7 +108,7 @@ def test_rows_depend_on_the_seed_alone():
 def test_simplest_solution_is_a_cheapest_one():
     """Of all solutions found by brute force over the arrays, none is cheaper by the docstring's measure."""
     nums, target = data.draw_problems(np.random.default_rng(0), "train", 3, 300)
-    steps = data.programs(nums)
+    steps, _ = data.programs(nums)
     path = data.simplest(steps, data.reachable(steps, target)[-1])
 
     def cost(p, c1, c2):

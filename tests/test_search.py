@@ -223,7 +223,6 @@ def test_judging():
     assert search.judge(TOK, problem, [], "self_backtrack")["reason"] == "no sample reached the goal"
 
 
-def test_interval():
-    rows = [{"correct": i < 30, "verified": True} for i in range(100)]
-    assert [search.interval(rows, key).split() for key in ("correct", "verified")] == [["30.0", "[21.9,", "39.6]"],
-                                                                                      ["100.0", "[96.3,", "100.0]"]]
+def test_summary():
+    rows = [{"correct": i < 30, "verified": True, "tokens": 2} for i in range(100)]
+    assert search.summary("x", rows).split() == "x 30.0 [21.9, 39.6] 100.0 [96.3, 100.0] 2.0".split()
