@@ -2,14 +2,12 @@
 
 A model learns from two kinds of rows (paper, section 4.1). D_op: a problem and one solution of it. D_back: a problem, the
 beginning of a solution, one wrong action and `<backtrack>`. This file draws the problems, finds every solution of each by
-enumerating all programs as arrays, makes the mistakes and proves each to be one, and turns rows into tokens with labels.
-
+enumerating all programs as arrays, makes the mistakes, proves each to be one, and turns rows into tokens with labels.
     python data.py --num 500000 --out data/           writes train.jsonl, val.jsonl, val_new.jsonl and record.json
 """
-import itertools, json, os, re
+import itertools, json, re
 from collections import namedtuple
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
@@ -194,12 +192,10 @@ def block(record: dict, split: str, i: int) -> list[dict]:
     rng = np.random.default_rng([SPLITS.index(split), record["seed"], i])
     return make_rows(rng, *draw_problems(rng, split, record["sizes"][i % len(record["sizes"])], 256, record["held_out"]))
 
-def generate(record: dict, split: str, num: int, offset: int = 0, workers: int = 0) -> Iterator[dict]:
-    """Rows offset .. offset + num of a split's stream, the same for any number of worker processes."""
-    blocks, make = range(offset // 256, -(-(offset + num) // 256)), partial(block, record, split)
-    with Pool(workers) if workers else nullcontext() as pool:
-        rows = itertools.chain.from_iterable(pool.imap(make, blocks) if workers else map(make, blocks))
-        yield from itertools.islice(rows, offset % 256, offset % 256 + num)
+def generate(record: dict, split: str, num: int, offset: int = 0, over=map) -> Iterator[dict]:
+    """Rows offset .. offset + num of a split's stream; `over` maps a function over blocks (a pool's imap: in parallel)."""
+    blocks = over(partial(block, record, split), range(offset // 256, -(-(offset + num) // 256)))
+    return itertools.islice(itertools.chain.from_iterable(blocks), offset % 256, offset % 256 + num)
 
 COLUMNS = {"nums": ("positive whole numbers", lambda x: isinstance(x, list) and x and all(type(i) is int and i > 0 for i in x)),
            "target": ("a whole number", lambda x: type(x) is int),
@@ -262,7 +258,7 @@ class Tokenizer:
     def __init__(self, tok: tokenizers.Tokenizer, eos: str = EOS):
         self.tok = tok
         self.eos, self.backtrack, self.vocab_size = tok.token_to_id(eos), tok.token_to_id(BACKTRACK), tok.get_vocab_size()
-        if self.eos is None or self.backtrack is None:
+        if None in (self.eos, self.backtrack):
             raise UserError(f"the tokenizer lacks {BACKTRACK if self.backtrack is None else eos}")
         pieces = tok.decode_batch([[i] for i in range(self.vocab_size)], skip_special_tokens=False)
         self.ends_line = [piece.endswith("\n") for piece in pieces]
@@ -286,10 +282,10 @@ class Tokenizer:
         folder = checkpoint_folder(name)
         eos = read_json(folder / "tokenizer_config.json").get("eos_token", EOS)
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")),
-                       eos["content"] if isinstance(eos, dict) else eos)
+            tok = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:                                     # the library raises bare Exceptions
             raise UserError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
+        return cls(tok, eos["content"] if isinstance(eos, dict) else eos)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer reads them."""
@@ -301,8 +297,8 @@ class Tokenizer:
             (new / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     def prompts(self, problems: list[dict]) -> list[list[int]]:
-        texts = [prompt_text(problem["nums"], problem["target"]) for problem in problems]
-        return [encoding.ids for encoding in self.tok.encode_batch(texts)]
+        """The token ids of each problem's prompt."""
+        return [encoding.ids for encoding in self.tok.encode_batch([prompt_text(p["nums"], p["target"]) for p in problems])]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of response tokens, `<backtrack>` included, without a closing end-of-text."""
@@ -335,11 +331,10 @@ def main() -> None:
     args.add_argument("--out", default="data", help="the folder to write to")
     args = args.parse_args()
     record = new_record(args.seed, args.sizes)
-    with replacing(args.out) as new:
-        for split in SPLITS:
-            num = args.num if split == "train" else args.num_val
+    with replacing(args.out) as new, Pool() as pool:
+        for split, num in zip(SPLITS, (args.num, args.num_val, args.num_val)):
             with open(new / f"{split}.jsonl", "w", encoding="utf-8") as file:
-                for row in tqdm(generate(record, split, num, workers=os.cpu_count()), desc=split, total=num, unit=" rows"):
+                for row in tqdm(generate(record, split, num, over=pool.imap), desc=split, total=num, unit=" rows"):
                     file.write(json.dumps(row) + "\n")
         (new / "record.json").write_text(json.dumps(record) + "\n")
     print(f"wrote {args.num} training rows and twice {args.num_val} validation problems to {args.out}")

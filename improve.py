@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from data import BACK, BACKTRACK, Tokenizer, load_record, load_rows
-from model import DTYPES, Arguments, Llama, UserError, best_dtype, cli, number, start
+from model import Arguments, Llama, UserError, best_dtype, cli, number, replacing, start
 from search import evaluate
 from train import Batches, fit, save
 
@@ -28,26 +28,25 @@ def main() -> None:
     args.add_argument("--num", type=number(int, 1), default=2000, help="problems searched in a round")
     args.add_argument("--b", type=number(int, 0), default=1)
     args.add_argument("--n", type=number(int, 1), default=16)
-    args.add_argument("--temperature", type=number(float, 0, strict=True), default=0.7)
     args.add_argument("--epochs", type=number(int, 1), default=3, help="over what a round has kept")
     args.add_argument("--lr", type=number(float, 0, strict=True), default=5e-4)
     args.add_argument("--batch_size", type=number(int, 1), default=32)
     args.add_argument("--num_eval", type=number(int, 1), default=300, help="validation problems a split")
     args.add_argument("--seed", type=number(int, 0), default=0)
-    args.add_argument("--dtype", choices=DTYPES, help="the best of the device by itself")
     args = args.parse_args()
     device, rank, world = start()
     torch.manual_seed(args.seed)
     tok, model = Tokenizer.from_pretrained(args.ckpt), Llama.from_pretrained(args.ckpt, device, torch.float32)
-    record, dtype = load_record(args.ckpt), DTYPES.get(args.dtype) or best_dtype(device)
-    if record is None:
+    with replacing(args.out):
+        pass                                                           # if it cannot be written to, say so now
+    if (record := load_record(args.ckpt)) is None:
         raise UserError(f"{args.ckpt} has no record of its data, so no fresh training problems can be drawn")
     held = {split: load_rows(split, record, args.num_eval) for split in ("val", "val_new")}
-    search = dict(b=args.b, n=args.n, temperature=args.temperature, seed=args.seed)
+    search = {key: getattr(args, key) for key in ("b", "n", "seed")}
 
     def report(round: int, note: str) -> None:
         cells = []
-        for split, problems in held.items():
+        for problems in held.values():
             for decoder in ("greedy", "self_backtrack"):
                 answers = evaluate(model, tok, problems, decoder, **search)
                 cells.append(100 * sum(answer["correct"] for answer in answers) / len(answers))
@@ -66,7 +65,7 @@ def main() -> None:
             raise UserError("the search solved nothing, so there is nothing to learn from: start from a better checkpoint")
         batches = Batches(kept, tok, args.batch_size, seed=args.seed + round, rank=rank, world=world)
         steps = -(-len(kept) * args.epochs // batches.size)
-        fit(model, batches, steps, args.lr, warmup=10, dtype=dtype)
+        fit(model, batches, steps, args.lr, warmup=10, dtype=best_dtype(device))
         report(round, f"{sum(a['verified'] for a in answers)} of {len(rows)} solved, {steps} steps")
     if rank == 0:
         save(Path(args.out), model, tok, record)

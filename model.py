@@ -1,9 +1,7 @@
 """The language model: Llama, written by hand. Read this file first, then data.py.
 
-Self-backtracking (arXiv 2502.04404) needs nothing special of the model: it adds one token to its vocabulary,
-`<backtrack>`, and one operation to its KV cache, `rollback`. Modules carry Hugging Face's names, so that a state dict of
-transformers loads as it is and one of ours opens in transformers.
-
+Self-backtracking (arXiv 2502.04404) adds one token to its vocabulary, `<backtrack>`, and one operation to its KV cache,
+`rollback`. Modules carry Hugging Face's names, so that state dicts and checkpoints pass from here to transformers and back.
 Shapes: B rows, T new tokens, S tokens in sight, H query heads, K key/value heads, D head size, C hidden size, V vocabulary.
 """
 import argparse, dataclasses, json, math, os, sys, tempfile
@@ -108,10 +106,6 @@ class LlamaConfig:
         raw["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
         return cls(**{field.name: raw[field.name] for field in dataclasses.fields(cls) if field.name in raw})
 
-    def to_dict(self) -> dict:
-        """config.json's content, in the spelling that every version of transformers reads."""
-        return {"architectures": ["LlamaForCausalLM"], **FIXED, **dataclasses.asdict(self)}
-
 # ---- KV cache ------------------------------------------------------------------------------------------------------------
 class KVCache:
     """Keys and values of every layer, preallocated, with a length for each row.
@@ -191,8 +185,7 @@ class LlamaAttention(nn.Module):
 
     def forward(self, x, rope, mask, positions, layer, cache):
         B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (f(x).view(B, T, -1, self.head_dim).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.update(layer, k, v, positions)
@@ -287,10 +280,8 @@ class Llama(nn.Module):
             try:
                 with safe_open(folder / file, framework="pt", device=str(device)) as tensors:
                     state |= {key: tensors.get_tensor(key).to(dtype) for key in tensors.keys() if "rotary" not in key}
-            except FileNotFoundError:
-                raise UserError(f"{folder} has no {file}") from None
-            except SafetensorError as error:
-                raise UserError(f"{folder / file} is damaged: {error}") from None
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{folder / file} is missing or damaged: {error}") from None
         if model.config.tie_word_embeddings and "model.embed_tokens.weight" in state:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         try:
@@ -306,7 +297,7 @@ class Llama(nn.Module):
         state = {key: value.detach().to(dtype) for key, value in self.state_dict().items()}
         if self.config.tie_word_embeddings:
             del state["lm_head.weight"]
-        config = self.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
+        config = {"architectures": ["LlamaForCausalLM"], **FIXED, **dataclasses.asdict(self.config), "dtype": str(dtype)[6:]}
         with replacing(folder) as new:
             save_torch_state_dict(state, new)
             (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -325,8 +316,6 @@ def read_json(path: Path) -> dict:
     """A file's JSON object. Raises UserError."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} has no {path.name}") from None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 

@@ -10,7 +10,6 @@ branch from; after b such rounds the finished answer with the best mean log-prob
 """
 import json, math, os, re, sys
 from collections import Counter, defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +26,6 @@ EXAMPLE = {"nums": [39, 45, 10], "target": 60}
 # ---- Verification: exact, on integers, and never part of the search ------------------------------------------------------
 def verify(nums: list[int], target: int, response: str) -> tuple[bool, str]:
     """Does the response solve the problem? (True, "") or (False, which step fails and why).
-
     Every action must be `a op b=c` on numbers that are there, each copy used once, with the right result (division exact,
     nothing negative); all numbers must be used, the last result be the target, and `Goal Reached!` end the response."""
     *actions, end = response.split("\n")
@@ -96,11 +94,10 @@ def draw(logits: torch.Tensor, row: torch.Tensor, u: torch.Tensor, temperature: 
     The token is where the cumulative distribution passes the sample's uniform u (S,). Temperature 0 is greedy decoding."""
     logps = logits.float().log_softmax(-1)
     if temperature == 0:
-        token = logps.argmax(-1)[row]
-    else:
-        cumulative = (logps / temperature).softmax(-1).cumsum(-1)
-        u = u * cumulative[row, -1]                                            # rounding leaves the last a little off 1
-        token = torch.searchsorted(cumulative[row], u[:, None], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+        return (token := logps.argmax(-1)[row]), logps[row, token]
+    cumulative = (logps / temperature).softmax(-1).cumsum(-1)
+    u = u * cumulative[row, -1]                                                # rounding leaves the last a little off 1
+    token = torch.searchsorted(cumulative[row], u[:, None], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
     return token, logps[row, token]
 
 def share(row: torch.Tensor, token: torch.Tensor, vocab: int):
@@ -163,7 +160,7 @@ def finish(tokens: tuple[int, ...], tok: Tokenizer) -> str:
     return GOAL if tokens[-1] == tok.eos and tok.decode(tokens).split("\n")[-1] == GOAL else ""
 
 @torch.inference_mode()
-def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: Sequence[int], b: int, n: int, temperature: float,
+def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: list[int], b: int, n: int, temperature: float,
                    max_new: int, limit: int | None = None, seed: int = 0) -> list[list[Sample]]:
     """Every sample of the search, for each problem {nums, target}; the random numbers are keyed by seed and `keys`.
     The frontier of a problem holds at most `limit` states, by default int(sqrt(n)) as in the reference's first version."""
@@ -203,12 +200,10 @@ def beam_search(model: Llama, tok: Tokenizer, problems: list[dict], n: int, max_
     """The n most probable responses by beam search. A beam that ends leaves, and the problem goes on with one beam fewer."""
     cache, logits = prefill(model, tok.prompts(problems), max_new)
     (P, V), device = logits.shape, logits.device
-    total = torch.full((P, n), -torch.inf, device=device)                      # of each beam; -inf: there is none
-    total[:, 0] = 0
+    total = torch.tensor([[0.0] + [-torch.inf] * (n - 1)] * P, device=device)  # of each beam; -inf: there is none
     row = torch.arange(P, device=device)[:, None].expand(P, n)                 # of the cache
-    tokens = torch.zeros((P, n, max_new), dtype=torch.int64, device=device)
     logps = torch.zeros((P, n, max_new), device=device)
-    found, room = [[] for _ in range(P)], torch.full((P,), n, device=device)
+    tokens, room, found = logps.long(), torch.full((P,), n, device=device), [[] for _ in range(P)]
     for t in range(max_new):
         logp = logits.float().log_softmax(-1)
         total, best = (total[..., None] + logp[row]).flatten(1).topk(n)        # (P, n) of (P, n * V)
@@ -234,14 +229,15 @@ def beam_search(model: Llama, tok: Tokenizer, problems: list[dict], n: int, max_
 # ---- Decoders, selection, evaluation -------------------------------------------------------------------------------------
 DECODERS = ("greedy", "beam", "best_of_n", "majority", "self_backtrack")
 
-def decode(model: Llama, tok: Tokenizer, problems: list[dict], keys: Sequence[int], decoder: str = "self_backtrack", b: int = 1,
+def decode(model: Llama, tok: Tokenizer, problems: list[dict], keys: list[int], decoder: str = "self_backtrack", b: int = 1,
            n: int = 32, temperature: float = 0.7, max_new: int = 64, **search) -> list[list[Sample]]:
     """The samples of each problem by one of DECODERS. Best of n is self-backtracking that never steps back (b = 0)."""
     if decoder == "beam":
         return beam_search(model, tok, problems, n, max_new)
     if decoder == "greedy":
         n, temperature = 1, 0.0
-    return self_backtrack(model, tok, problems, keys, b if decoder == "self_backtrack" else 0, n, temperature, max_new, **search)
+    b = b if decoder == "self_backtrack" else 0
+    return self_backtrack(model, tok, problems, keys, b, n, temperature, max_new, **search)
 
 def select(samples: list[Sample], decoder: str) -> Sample | None:
     """The answer among the samples that reached the goal: the best score; for `majority` the most votes, then the score."""
@@ -358,7 +354,7 @@ def main() -> None:
     device, rank, _ = start()
     tok, record = Tokenizer.from_pretrained(args.ckpt), load_record(args.ckpt)
     model = Llama.from_pretrained(args.ckpt, device, DTYPES.get(args.dtype) or best_dtype(device)).eval()
-    search = dict(b=args.b, n=args.n, temperature=args.temperature, max_new=args.max_new_tokens, limit=args.limit, seed=args.seed)
+    search = {key: getattr(args, key) for key in ("b", "n", "temperature", "limit", "seed")} | {"max_new": args.max_new_tokens}
     if args.data is None and rank == 0:
         problem = {"nums": args.numbers, "target": args.target} if args.numbers else EXAMPLE
         [samples] = decode(model, tok, [problem], [0], args.decoder, **search)

@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=2 train.py                     the same on two devices
     python train.py --ckpt assets/checkpoint --data data/    from a checkpoint, on files that data.py wrote
 
-Every device computes the loss of its own rows as a *sum* over labelled tokens; it is divided by their number on all devices
-and in all accumulation steps together, so that a gradient does not depend on how a batch was cut.
+Every device sums the loss of its own rows over labelled tokens and divides by their number on all devices and in all parts of
+the step together, so that a gradient does not depend on how a batch was cut.
 """
 import itertools, json, math, os
 from collections import defaultdict
@@ -49,17 +49,16 @@ class Batches(Dataset):
         return [[self.pad(steps[s][a::self.accum]) for a in range(self.accum)]
                 for s in np.random.default_rng([self.seed, i]).permutation(self.STEPS)]
 
-    def pad(self, rows: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def pad(self, rows: list[tuple[list[int], list[int]]], device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
         """input_ids and labels, (B, T) int64, padded on the right, where causal attention never looks."""
         T = min(max(len(ids) for ids, _ in rows), self.CONTEXT)
-        return tuple(torch.tensor([(x + [fill] * T)[:T] for x in column])
+        return tuple(torch.tensor([(x + [fill] * T)[:T] for x in column], device=device)
                      for column, fill in zip(zip(*rows), (self.tok.eos, -100)))
 
 @torch.no_grad()
 def mean_loss(model: Llama, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
     """Mean cross-entropy over all labelled tokens of the batches (ids, labels)."""
-    device = model.lm_head.weight.device
-    total = sum(model(ids.to(device), labels=labels.to(device)) for ids, labels in batches)
+    total = sum(model(ids, labels=labels) for ids, labels in batches)
     return round(float(total) / sum(int((labels[:, 1:] != -100).sum()) for _, labels in batches), 4)
 
 # ---- The loop ------------------------------------------------------------------------------------------------------------
@@ -67,8 +66,8 @@ def learning_rate(step: int, steps: int, lr: float, warmup: int) -> float:
     """Linear warm-up, then half a cosine down to zero."""
     return lr * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
-def fit(model: Llama, batches: Batches, steps: int, lr: float, warmup: int,
-        dtype: torch.dtype = torch.float32, state: dict | None = None, every: int = 1000, report=None) -> None:
+def fit(model: Llama, batches: Batches, steps: int, lr: float, warmup: int, dtype: torch.dtype = torch.float32,
+        state: dict | None = None, every: int = 1000, report=None) -> None:
     """Train `model` in place; dtype is autocast's. After each `every` steps, and the last, call report(loss, state): the
     state, {"step", "optimizer": AdamW's per-parameter tensors}, given to a later call, goes on from there."""
     device, rank, world = start()
@@ -178,15 +177,19 @@ def main() -> None:
         record, rows = {"source": args.data}, read_rows(Path(args.data))
     else:
         record, rows = load_record(args.data, "dataset") or {"source": args.data}, read_split(args.data, "train")
+    with replacing(out):
+        pass                                                           # if it cannot be written to, say so now
     batches = Batches(rows, tok, args.batch_size, args.grad_accum, args.seed, rank, world)
-    held = {} if Path(record["source"]).is_file() else {split: load_rows(split, record, args.num_eval) for split in SPLITS[1:]}
+    splits = () if Path(record["source"]).is_file() else SPLITS[1:]
+    held = {split: load_rows(split, record, args.num_eval) for split in splits}
 
     def report(loss: float, state: dict) -> None:
         line = {"step": state["step"], "loss": round(loss, 4)}
         for split, rows in held.items():
             answers = evaluate(model, tok, rows, "greedy")
-            line |= {f"{split}_loss": mean_loss(model, [batches.pad(tok.rows(rows[i:i + 64])) for i in range(0, len(rows), 64)]),
-                     f"{split}_greedy": sum(answer["correct"] for answer in answers) / len(answers)}
+            padded = [batches.pad(tok.rows(rows[i:i + 64]), device) for i in range(0, len(rows), 64)]
+            line[f"{split}_loss"] = mean_loss(model, padded)
+            line[f"{split}_greedy"] = sum(answer["correct"] for answer in answers) / len(rows)
         if rank == 0:
             tqdm.write(json.dumps(line))
             save(out, model, tok, record, state)

@@ -3,6 +3,7 @@ import json
 import lzma
 import os
 from collections import Counter
+from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
@@ -92,14 +93,15 @@ def test_splits_share_no_problem():
     assert not train & {key(row) for row in val + new}
     assert {row["target"] for row in new} == set(HELD_OUT)
     assert {row["target"] for row in val}.isdisjoint(HELD_OUT) and len(HELD_OUT) == 9
-    shuffled = data.in_validation(np.array([[x for x in reversed(row["nums"])] for row in val]),
+    shuffled = data.in_validation(np.array([row["nums"][::-1] for row in val]),
                                   np.array([row["target"] for row in val]))
     assert shuffled.all()                                             # the order of the numbers changes nothing
 
 
 def test_rows_depend_on_the_seed_alone():
-    first, again, other = (list(generate(new_record(seed, [3, 4]), "train", 1500, workers=workers))
-                           for seed, workers in ((0, 0), (0, 2), (1, 0)))
+    with Pool(2) as pool:
+        first, again, other = (list(generate(new_record(seed, [3, 4]), "train", 1500, over=over))
+                               for seed, over in ((0, map), (0, pool.imap), (1, map)))
     assert first == again and first != other
     assert list(generate(new_record(0, [3, 4]), "train", 700, offset=300)) == first[300:1000]
     assert Counter(len(row["nums"]) for row in first).keys() == {3, 4}
@@ -138,8 +140,8 @@ def check_mask(tok: Tokenizer, rows: list[dict]):
 
 
 ROWS = [{"nums": [2, 39, 45, 10], "target": 62, "search_path": text} for text in
-        ("45-39=6\n10*6=60\n2+60=62\nGoal Reached!", "45-39=6\n39+6=45\n<backtrack>", "45-39=7\n<backtrack>", "39+6=45<backtrack>",
-         "<backtrack>", "45-39=6\n10*6=60\n1+1273=1274\n<backtrack>")]
+        ("45-39=6\n10*6=60\n2+60=62\nGoal Reached!", "45-39=6\n39+6=45\n<backtrack>", "45-39=7\n<backtrack>",
+         "39+6=45<backtrack>", "<backtrack>", "45-39=6\n10*6=60\n1+1273=1274\n<backtrack>")]
 
 
 def test_mask_of_the_digit_tokenizer():

@@ -137,5 +137,5 @@ def test_damaged_checkpoints_are_named(tmp_path):
     with pytest.raises(UserError, match="size mismatch"):
         Llama.from_pretrained(tmp_path)
     file.unlink()
-    with pytest.raises(UserError, match="has no model.safetensors"):
+    with pytest.raises(UserError, match="is missing or damaged"):
         Llama.from_pretrained(tmp_path)

@@ -88,10 +88,11 @@ def test_keyed_numbers():
     keys = torch.arange(100_000)
     assert search.mix(keys[:50], 7).tolist() == [(x + 2 ** 63) % 2 ** 64 - 2 ** 63 for x in (mix(k, 7) for k in range(50))]
     u = search.uniform(keys)
-    assert 0 <= u.min() and u.max() < 1
+    assert u.min() >= 0 and u.max() < 1
     counts = torch.histc(u, 100, 0, 1)
     assert ((counts - 1000) ** 2 / 1000).sum() < 150                      # chi-squared with 99 degrees of freedom
-    pairs = torch.histc(search.uniform(search.mix(keys, 1)) * 10 // 1 * 10 + search.uniform(search.mix(keys, 2)) * 10, 100, 0, 100)
+    first, second = (search.uniform(search.mix(keys, step)) * 10 for step in (1, 2))
+    pairs = torch.histc(first.floor() * 10 + second, 100, 0, 100)
     assert ((pairs - 1000) ** 2 / 1000).sum() < 150                       # neighbouring steps are independent
 
 
@@ -163,7 +164,8 @@ def test_samples_depend_on_their_keys_alone(model):
         assert [s.tokens for s in alone] == [s.tokens for s in whole[at]]
     few = decode(model, TOK, problems[:5], range(5), b=0, n=4, seed=1, max_new=18)
     assert all([s.tokens for s in a] == [s.tokens for s in b[:4]] for a, b in zip(few, whole))
-    rows = [evaluate(model, TOK, problems[off:], "self_backtrack", off, size, **settings) for off, size in ((0, 24), (0, 5), (6, 7))]
+    rows = [evaluate(model, TOK, problems[offset:], "self_backtrack", offset, size, **settings)
+            for offset, size in ((0, 24), (0, 5), (6, 7))]
     for row in sum(rows, []):
         row["score"] = round(row["score"], 3) if row["score"] else None
     assert rows[0] == rows[1] and rows[0][6:] == rows[2]
@@ -218,7 +220,8 @@ def test_judging():
     right, wrong = Sample(tokens, (-1.0,) * len(tokens), 0, 0, GOAL), Sample(false, (-0.5,) * len(false), 3, 1, GOAL)
     row = search.judge(TOK, problem, [right, wrong], "self_backtrack")
     assert (row["correct"], row["verified"], row["response"]) == (False, True, "5+3=9\nGoal Reached!")
-    assert "false, it is 8" in row["reason"] and row["tokens"] == 2 * len(tokens) - 3 and row["solution"] == "3+5=8\nGoal Reached!"
+    assert "false, it is 8" in row["reason"] and row["tokens"] == 2 * len(tokens) - 3
+    assert row["solution"] == "3+5=8\nGoal Reached!"
     assert search.judge(TOK, problem, [right], "self_backtrack")["correct"]
     assert search.judge(TOK, problem, [], "self_backtrack")["reason"] == "no sample reached the goal"
 

@@ -1,0 +1,156 @@
+"""Batches, gradients, resuming, two processes against one."""
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from data import Tokenizer, generate, new_record
+from model import Llama, LlamaConfig
+from train import Batches, fit, learning_rate, load_state, mean_loss, save
+
+TOK, RECORD = Tokenizer.digits(), new_record(0, [3])
+ROOT = Path(__file__).parent.parent
+
+
+def tiny(dtype=torch.float32) -> Llama:
+    torch.manual_seed(0)
+    return Llama(LlamaConfig(vocab_size=TOK.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                             num_attention_heads=2, num_key_value_heads=2, head_dim=16)).to(dtype)
+
+
+def rows_of(parts) -> list[tuple[int, ...]]:
+    """The rows of a step's (ids, labels) parts, without end-of-text and padding, sorted."""
+    return sorted(tuple(i for i in row if i != TOK.eos) for ids, _ in parts for row in ids.tolist())
+
+
+@pytest.mark.parametrize("rows", [RECORD, list(generate(RECORD, "train", 100))], ids=["stream", "list"])
+def test_a_steps_rows_do_not_depend_on_ranks_or_accumulation(rows):
+    whole = Batches(rows, TOK, 8)[1]
+    assert len(whole) == 64 and all(len(parts) == 1 and len(parts[0][0]) == 8 for parts in whole)
+    parts = Batches(rows, TOK, 2, accum=4)[1]
+    ranks = [Batches(rows, TOK, 4, rank=r, world=2)[1] for r in range(2)]
+    for s in range(64):
+        assert rows_of(whole[s]) == rows_of(parts[s]) == rows_of(ranks[0][s] + ranks[1][s])
+
+
+def test_a_list_is_gone_through_once_an_epoch():
+    rows = list(generate(RECORD, "train", 256))
+    seen = [x for i in range(2) for parts in Batches(rows, TOK, 4)[i] for x in rows_of(parts)]
+    assert sorted(seen[:256]) == sorted(seen[256:]) and seen[:256] != seen[256:]
+    other = [x for parts in Batches(rows, TOK, 4, seed=1)[0] for x in rows_of(parts)]
+    assert sorted(other) == sorted(seen[:256]) and other != seen[:256]
+
+
+def test_batches_are_bucketed_and_labelled():
+    item = Batches(RECORD, TOK, 16)[0]
+    padding = sum(int((ids == TOK.eos).sum()) - 16 for [(ids, _)] in item)
+    assert padding < 0.02 * sum(ids.numel() for [(ids, _)] in item)
+    for [(ids, labels)] in item:
+        assert ((labels == ids) | (labels == -100)).all() and (labels[:, 0] == -100).all()
+        assert ((labels == TOK.eos).sum(1) == 1).all()                       # the first end-of-text; none of the padding
+
+
+def test_the_loss_is_the_mean_over_labelled_tokens():
+    model, batches = tiny(torch.float64), [parts[0] for parts in Batches(RECORD, TOK, 4)[0][:3]]
+    total = count = 0
+    for ids, labels in batches:
+        logps = model(ids).log_softmax(-1)
+        for row in range(len(ids)):
+            for t in range(1, ids.shape[1]):
+                if labels[row, t] != -100:
+                    total, count = total - float(logps[row, t - 1, ids[row, t]]), count + 1
+    assert abs(mean_loss(model, batches) - total / count) < 1e-4
+
+
+def test_one_step_equals_pytorchs_own(tmp_path):
+    """A step of `fit`, in four parts, against transformers' loss on the whole batch and a plain AdamW."""
+    model = tiny()
+    theirs = LlamaForCausalLM.from_pretrained(save_for_transformers(model, tmp_path))
+    batches = Batches(RECORD, TOK, 2, accum=4)
+    fit(model, batches, 1, 1e-3, warmup=1)
+    [ids, labels] = Batches(RECORD, TOK, 8)[0][0][0]
+    groups = [{"params": [p for p in theirs.parameters() if p.ndim > 1], "weight_decay": 0.01},
+              {"params": [p for p in theirs.parameters() if p.ndim == 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+    theirs(input_ids=ids, labels=labels).loss.backward()
+    torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+    optimizer.step()
+    expected = theirs.state_dict()
+    for key, value in model.state_dict().items():
+        assert (value - expected[key]).abs().max() < 2e-5, key
+
+
+def save_for_transformers(model, folder):
+    model.save_pretrained(folder, torch.float32)
+    return folder
+
+
+def test_learning_rate():
+    rates = [learning_rate(step, 100, 1.0, 10) for step in range(100)]
+    assert rates[0] == 0.1 and max(rates) <= 1 and rates.index(max(rates)) in range(8, 12)
+    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 0.001
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path, tied):
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=TOK.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                         num_attention_heads=2, num_key_value_heads=2, head_dim=16, tie_word_embeddings=tied)
+    first = Llama(config)
+    second = copy.deepcopy(first)
+    batches = Batches(RECORD, TOK, 4)
+    fit(first, batches, 90, 1e-2, warmup=5)
+
+    class Interrupted(Exception):
+        pass
+
+    def stop(loss, state):
+        save(tmp_path, second, TOK, RECORD, state)
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        fit(second, batches, 90, 1e-2, warmup=5, every=70, report=stop)
+    third = Llama.from_pretrained(tmp_path, dtype=torch.float32)
+    state = load_state(tmp_path, third)
+    assert state["step"] == 70
+    fit(third, batches, 90, 1e-2, warmup=5, state=state)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), third.parameters()))
+    assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+
+
+WORKER = """
+import sys; sys.path.insert(0, {root!r}); sys.path.insert(0, {tests!r})
+import torch
+from model import start
+from search import evaluate
+from train import Batches, fit
+from test_train import RECORD, TOK, tiny
+from data import generate
+device, rank, world = start()
+model = tiny()
+fit(model, Batches(RECORD, TOK, 8 // world, accum=1, rank=rank, world=world), 20, 1e-2, warmup=2)
+rows = evaluate(model.double(), TOK, list(generate(RECORD, "val", 9)), "self_backtrack", b=1, n=4, max_new=12)
+if rank == 0:
+    import json
+    json.dump([rows, [p.double().flatten()[:50].tolist() for p in model.parameters()]], open({out!r}, "w"))
+"""
+
+
+def test_two_processes_equal_one(tmp_path):
+    results = []
+    for world in (1, 2):
+        out, script = tmp_path / f"{world}.json", tmp_path / f"{world}.py"
+        script.write_text(WORKER.format(root=str(ROOT), tests=str(ROOT / "tests"), out=str(out)))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", str(script)]
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+        results.append(json.loads(out.read_text()))
+    (rows1, weights1), (rows2, weights2) = results
+    for a, b in zip(weights1, weights2):
+        torch.testing.assert_close(torch.tensor(a), torch.tensor(b), atol=1e-4, rtol=1e-3)
+    assert [(r["nums"], r["tokens"]) for r in rows1] == [(r["nums"], r["tokens"]) for r in rows2]
