@@ -11,7 +11,7 @@ import torch
 
 from data import BACK, BACKTRACK, Tokenizer, load_record, load_rows
 from model import Arguments, Llama, UserError, best_dtype, cli, number, replacing, start
-from search import evaluate
+from search import compare, evaluate
 from train import Batches, fit, save
 
 def harvest(rows: list[dict], answers: list[dict]) -> list[dict]:
@@ -44,29 +44,19 @@ def main() -> None:
     held = {split: load_rows(split, record, args.num_eval) for split in ("val", "val_new")}
     search = {key: getattr(args, key) for key in ("b", "n", "seed")}
 
-    def report(round: int, note: str) -> None:
-        cells = []
-        for problems in held.values():
-            for decoder in ("greedy", "self_backtrack"):
-                answers = evaluate(model, tok, problems, decoder, **search)
-                cells.append(100 * sum(answer["correct"] for answer in answers) / len(answers))
-        if rank == 0:
-            print(f"{round:5} {cells[0]:11.1f} {cells[1]:8.1f} {cells[2]:13.1f} {cells[3]:8.1f}   {note}", flush=True)
-
-    if rank == 0:
-        print(f"round  greedy seen  search    greedy new   search   (accuracy %, {args.num_eval} problems a split)")
-    report(0, "")
+    compare(model, tok, held, ["greedy", "self_backtrack"], "before", **search)
     for round in range(1, args.rounds + 1):
         fresh = {**record, "seed": record.get("seed", 0) + 1_000_000}       # a stream that training never drew from
         rows = load_rows("train", fresh, args.num, args.num * (round - 1))
-        answers = evaluate(model, tok, rows, "self_backtrack", label=f"round {round}: search", **search)
+        answers = evaluate(model, tok, rows, "self_backtrack", **search)
         kept = harvest(rows, answers)
         if not kept:
             raise UserError("the search solved nothing, so there is nothing to learn from: start from a better checkpoint")
         batches = Batches(kept, tok, args.batch_size, seed=args.seed + round, rank=rank, world=world)
         steps = -(-len(kept) * args.epochs // batches.size)
         fit(model, batches, steps, args.lr, warmup=10, dtype=best_dtype(device))
-        report(round, f"{sum(a['verified'] for a in answers)} of {len(rows)} solved, {steps} steps")
+        title = f"round {round}: {sum(a['verified'] for a in answers)} of {len(rows)} solved"
+        compare(model, tok, held, ["greedy", "self_backtrack"], title, **search)
     if rank == 0:
         save(Path(args.out), model, tok, record)
         print(f"saved to {args.out}")

@@ -258,12 +258,12 @@ def judge(tok: Tokenizer, problem: dict, samples: list[Sample], decoder: str) ->
             "tokens": sum(len(sample.tokens) - sample.state for sample in samples)}
 
 def evaluate(model: Llama, tok: Tokenizer, problems: list[dict], decoder: str, offset: int = 0, batch_size: int = 64,
-             label: str = "", **search) -> list[dict]:
+             **search) -> list[dict]:
     """`judge`'s row for every problem; the ranks share the work and all get the rows.
     Problem i is keyed by offset + i, so that neither batches nor ranks change its samples."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine, rows = range(rank, len(problems), world), []
-    with tqdm(total=len(mine), desc=label or decoder, unit=" problems", leave=False, disable=rank > 0) as bar:
+    with tqdm(total=len(mine), desc=decoder, unit=" problems", leave=False, disable=rank > 0) as bar:
         for at in range(0, len(mine), batch_size):
             batch = [problems[i] for i in mine[at:at + batch_size]]
             found = decode(model, tok, batch, [offset + i for i in mine[at:at + batch_size]], decoder, **search)
@@ -283,10 +283,8 @@ def gather(rows: list, device: torch.device) -> list[list]:
     dist.all_gather(parts, torch.cat([mine, mine.new_zeros(int(max(sizes)) - len(mine))]))
     return [json.loads(bytes(part[:int(size)].tolist())) for part, size in zip(parts, sizes)]
 
-HEADER = f"{'% of problems [95 % interval]':34}{'selected':>19}{'verified':>20}{'tokens each':>14}"
-
 def summary(name: str, rows: list[dict]) -> str:
-    """A line under HEADER: accuracy of the selected answers and of any candidate, with Wilson's interval; tokens sampled."""
+    """A line of `compare`: accuracy of the selected answers and of any candidate, with Wilson's interval; tokens sampled."""
     line, n, z = f"{name:34}", len(rows), 1.96
     for key in ("correct", "verified"):
         p = sum(row[key] for row in rows) / n
@@ -294,6 +292,18 @@ def summary(name: str, rows: list[dict]) -> str:
         low, high = (100 * abs(middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
         line += f"{100 * p:6.1f} [{low:4.1f}, {high:5.1f}]"
     return line + f"{sum(row['tokens'] for row in rows) / n:13.1f}"
+
+def compare(model: Llama, tok: Tokenizer, splits: dict[str, list[dict]], decoders: list[str], title="", **search) -> list[dict]:
+    """Evaluate every decoder on the problems of every split and print a table, one line for each; the last one's rows."""
+    rows, rank = [], dist.get_rank() if dist.is_initialized() else 0
+    if rank == 0:
+        print(f"{title + ' %, 95 % interval':34}{'selected':>14}{'verified':>20}{'tokens a problem':>20}")
+    for split, problems in splits.items():
+        for decoder in decoders:
+            rows = evaluate(model, tok, problems, decoder, **search)
+            if rank == 0:
+                print(summary(f"{decoder}, {split}", rows), flush=True)
+    return rows
 
 # ---- The search tree, drawn ----------------------------------------------------------------------------------------------
 def draw_tree(tok: Tokenizer, problem: dict, samples: list[Sample], answer: Sample | None, width: int = 5) -> str:
@@ -359,16 +369,13 @@ def main() -> None:
         problem = {"nums": args.numbers, "target": args.target} if args.numbers else EXAMPLE
         [samples] = decode(model, tok, [problem], [0], args.decoder, **search)
         print(draw_tree(tok, problem, samples, select(samples, args.decoder)), end="\n\n")
-    splits = [args.data] if args.data else [] if args.numbers else ["val", "val_new"]
-    runs = [(split, decoder) for split in splits for decoder in ([args.decoder] if args.data else ["greedy", args.decoder])]
-    for i, (split, decoder) in enumerate(runs):
-        problems = load_rows(split, record, args.num, args.offset)
-        rows = evaluate(model, tok, problems, decoder, args.offset, args.batch_size, f"{decoder}, {split}", **search)
-        if rank == 0:
-            print(*[HEADER] * (i == 0), summary(f"{decoder}, {split}", rows), sep="\n")
-            if args.out:
-                with replacing(Path(args.out).parent) as new:
-                    (new / Path(args.out).name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = [args.data] if args.data else [] if args.numbers else ["val", "val_new"]
+    splits = {name: load_rows(name, record, args.num, args.offset) for name in names}
+    decoders = [args.decoder] if args.data else ["greedy", args.decoder]
+    rows = compare(model, tok, splits, decoders, offset=args.offset, batch_size=args.batch_size, **search) if splits else []
+    if args.out and rank == 0:
+        with replacing(Path(args.out).parent) as new:
+            (new / Path(args.out).name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 if __name__ == "__main__":
     cli(main)

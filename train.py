@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data import SPLITS, Tokenizer, generate, load_record, load_rows, new_record, read_rows, read_split
 from model import DTYPES, Arguments, Llama, LlamaConfig, UserError, best_dtype, cli, number, replacing, start
-from search import HEADER, evaluate, summary
+from search import compare, evaluate
 
 # ---- Batches -------------------------------------------------------------------------------------------------------------
 class Batches(Dataset):
@@ -198,10 +198,7 @@ def main() -> None:
 
     dtype = DTYPES.get(args.dtype) or best_dtype(device)
     fit(model, batches, args.steps, args.lr, args.warmup, dtype, state, args.eval_every, report)
-    table = [summary(f"{decoder}, {split}", evaluate(model, tok, rows, decoder))
-             for split, rows in held.items() for decoder in ("greedy", "self_backtrack")]
-    if rank == 0:
-        print(HEADER, *table, f"saved to {out}", sep="\n")
+    compare(model, tok, held, ["greedy", "self_backtrack"])
 
 if __name__ == "__main__":
     cli(main)

@@ -119,7 +119,7 @@ def test_bad_input_gets_one_line(ckpt, tmp_path, capsys, monkeypatch, args, comp
 
 @pytest.mark.parametrize("damage,complaint", [
     (lambda f: (f / "model.safetensors").unlink(), "is missing or damaged"),
-    (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]), "is damaged"),
+    (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]), "missing or damaged"),
     (lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('rs": 1', 'rs": 2')), "do not fit"),
     (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
     (lambda f: (f / "config.json").write_text("{}"), "is no Llama's"),

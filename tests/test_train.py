@@ -60,7 +60,7 @@ def test_the_loss_is_the_mean_over_labelled_tokens():
     model, batches = tiny(torch.float64), [parts[0] for parts in Batches(RECORD, TOK, 4)[0][:3]]
     total = count = 0
     for ids, labels in batches:
-        logps = model(ids).log_softmax(-1)
+        logps = model(ids).log_softmax(-1).detach()
         for row in range(len(ids)):
             for t in range(1, ids.shape[1]):
                 if labels[row, t] != -100:
