@@ -94,16 +94,14 @@ def simplest(steps: list[Step], solved: np.ndarray) -> tuple[np.ndarray, ...]:
 
 # ---- Problems ------------------------------------------------------------------------------------------------------------
 def in_validation(nums: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """(problems,) bool: one problem in 16 belongs to validation for good.
-    A hash of what a problem is, its sorted numbers and its target, decides. So no training row, from whatever seed and
-    however many are drawn, is a validation problem in another order."""
+    """(problems,) bool: a hash of a problem's sorted numbers and its target puts one in 16 into validation for good, so that
+    no training row, from whatever seed and however many are drawn, is a validation problem in another order."""
     key = target.astype(np.uint64)
     for column in np.sort(nums, axis=1).T:
         key = key * np.uint64(1_000_003) + column.astype(np.uint64)
     return (key * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(60) == 0
 
-def draw_problems(rng: np.random.Generator, split: str, k: int, num: int,
-                  held_out: Sequence[int] = HELD_OUT) -> tuple[np.ndarray, np.ndarray]:
+def draw_problems(rng: np.random.Generator, split: str, k: int, num: int, held_out=HELD_OUT) -> tuple[np.ndarray, np.ndarray]:
     """`num` solvable problems of a split: nums (num, k) in 1..99 and target (num,) in 10..100, both uniform draws."""
     pool, found = held_out if split == "val_new" else [t for t in TARGETS if t not in held_out], np.empty((0, k + 1), int)
     while len(found) < num:
@@ -154,7 +152,6 @@ def rule_violation(rng, step, reach, target, used):
 MISTAKES = {exploratory: 0.4, computational: 0.45, rule_violation: 0.15}      # shares of D_back
 BACK = 0.5                                                                    # share of D_back in all rows
 
-# ---- Rows: D_op and D_back -----------------------------------------------------------------------------------------------
 def write_actions(a, choice, b, result) -> list[str]:
     """The text of an action for each row of the arrays (rows,): `45-39=6` and a newline."""
     return [f"{x}{OPS[c % 4]}{y}={r}\n" for x, c, y, r in zip(*(v.tolist() for v in (a, choice, b, result)))]
@@ -254,7 +251,6 @@ def load_rows(data: str, record: dict | None, num: int, offset: int = 0) -> list
 # ---- Tokens --------------------------------------------------------------------------------------------------------------
 class Tokenizer:
     """A `tokenizers` tokenizer and what the method asks of one: prompts, rows with labels, where lines end."""
-
     def __init__(self, tok: tokenizers.Tokenizer, eos: str = EOS):
         self.tok = tok
         self.eos, self.backtrack, self.vocab_size = tok.token_to_id(eos), tok.token_to_id(BACKTRACK), tok.get_vocab_size()
@@ -321,7 +317,6 @@ class Tokenizer:
             out.append((encoding.ids + [self.eos], labels + [self.eos]))
         return out
 
-# ---- python data.py ------------------------------------------------------------------------------------------------------
 def main() -> None:
     args = Arguments("Generate Countdown data: training rows and two validation splits, as JSON Lines.")
     args.add_argument("--num", type=number(int, 1), default=500_000, help="training rows")

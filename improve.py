@@ -35,15 +35,12 @@ def main() -> None:
     args.add_argument("--seed", type=number(int, 0), default=0)
     args = args.parse_args()
     device, rank, world = start()
-    torch.manual_seed(args.seed)
     tok, model = Tokenizer.from_pretrained(args.ckpt), Llama.from_pretrained(args.ckpt, device, torch.float32)
     with replacing(args.out):
         pass                                                           # if it cannot be written to, say so now
-    if (record := load_record(args.ckpt)) is None:
-        raise UserError(f"{args.ckpt} has no record of its data, so no fresh training problems can be drawn")
+    record = load_record(args.ckpt)
     held = {split: load_rows(split, record, args.num_eval) for split in ("val", "val_new")}
     search = {key: getattr(args, key) for key in ("b", "n", "seed")}
-
     compare(model, tok, held, ["greedy", "self_backtrack"], "before", **search)
     for round in range(1, args.rounds + 1):
         fresh = {**record, "seed": record.get("seed", 0) + 1_000_000}       # a stream that training never drew from
@@ -55,7 +52,7 @@ def main() -> None:
         batches = Batches(kept, tok, args.batch_size, seed=args.seed + round, rank=rank, world=world)
         steps = -(-len(kept) * args.epochs // batches.size)
         fit(model, batches, steps, args.lr, warmup=10, dtype=best_dtype(device))
-        title = f"round {round}: {sum(a['verified'] for a in answers)} of {len(rows)} solved"
+        title = f"round {round}: {sum(answer['verified'] for answer in answers)} of {len(rows)} solved"
         compare(model, tok, held, ["greedy", "self_backtrack"], title, **search)
     if rank == 0:
         save(Path(args.out), model, tok, record)

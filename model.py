@@ -66,7 +66,6 @@ def best_dtype(device: torch.device) -> torch.dtype:
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# ---- Configuration -------------------------------------------------------------------------------------------------------
 FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
 @dataclasses.dataclass
@@ -106,12 +105,10 @@ class LlamaConfig:
         raw["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
         return cls(**{field.name: raw[field.name] for field in dataclasses.fields(cls) if field.name in raw})
 
-# ---- KV cache ------------------------------------------------------------------------------------------------------------
 class KVCache:
     """Keys and values of every layer, preallocated, with a length for each row.
     kv: (2, layers, rows, K, max_len, D); length: (rows,) int64, the tokens that a row holds. What lies beyond a row's
     length is never seen, which makes the method's two operations cheap: `fork` copies rows, `rollback` sets lengths."""
-
     def __init__(self, config: LlamaConfig, rows: int, max_len: int, device, dtype: torch.dtype):
         shape = (2, config.num_hidden_layers, rows, config.num_key_value_heads, max_len, config.head_dim)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)
@@ -127,8 +124,7 @@ class KVCache:
 
     def fork(self, parents: torch.Tensor, source: "KVCache | None" = None, at: int = 0) -> None:
         """Row at + i becomes a copy of row parents[i] of `source` (default: this cache as it was); parents: (N,) int64.
-        One prefill serves n samples, and a branch starts from its parent's row. Rows that stay where they are cost
-        nothing. The cache grows (doubling) when it has too few rows."""
+        Rows that stay where they are cost nothing. The cache doubles when it has too few rows."""
         source = source or self
         if at + len(parents) > len(self.length):
             more = max(at + len(parents), 2 * len(self.length)) - len(self.length)
@@ -215,7 +211,6 @@ class LlamaDecoderLayer(nn.Module):
 
 class LlamaModel(nn.Module):
     """Embedding, layers, last norm: token ids (B, T) -> hidden states (B, T, C)."""
-
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -242,7 +237,6 @@ class LlamaModel(nn.Module):
 
 class Llama(nn.Module):
     """Llama with its language-model head; transformers' LlamaForCausalLM by another name."""
-
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config

@@ -10,6 +10,7 @@ branch from; after b such rounds the finished answer with the best mean log-prob
 """
 import json, math, os, re, sys
 from collections import Counter, defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,20 +40,15 @@ def verify(nums: list[int], target: int, response: str) -> tuple[bool, str]:
             if not left[x]:
                 return False, f"step {i}: {text}: there is no {x} (left)"
             left[x] -= 1
-        if op == "/" and (b == 0 or a % b):
-            return False, f"step {i}: {text}: the division is not exact"
-        right = {"+": a + b, "-": a - b, "*": a * b, "/": a // max(b, 1)}[op]
+        right = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b and a % b == 0 else "no whole number"}[op]
         if right != result:
             return False, f"step {i}: {text}: false, it is {right}"
         left[result] += 1
     if end != GOAL:
         return False, f"the end: {end!r} in place of {GOAL!r}"
     left = list(left.elements())
-    if len(left) > 1:
-        return False, f"the end: {left} are left, all numbers must be used"
-    return (True, "") if left == [target] else (False, f"the end: {left[0]} is not the target {target}")
+    return (True, "") if left == [target] else (False, f"the end: {left} are left in place of the target {target} alone")
 
-# ---- Keyed random numbers ------------------------------------------------------------------------------------------------
 def mix(key: torch.Tensor, part: torch.Tensor | int) -> torch.Tensor:
     """Hash `part` into int64 keys (splitmix64's finaliser; products wrap, shifts are made logical by masks)."""
     x = key * 31 + part - 0x61C8864680B583EB
@@ -168,30 +164,30 @@ def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: lis
     cache, logits = prefill(model, prompts, (b + 1) * max_new)
     parked = KVCache(model.config, len(prompts), cache.kv.shape[4], logits.device, cache.kv.dtype) if b else None
     problem_keys = mix(torch.full((len(keys),), seed, device=logits.device), torch.tensor(keys, device=logits.device))
-    frontier = [(p, 0, (), ()) for p in range(len(prompts))]    # states: problem, rank in its frontier, tokens, their logps
+    frontier = [(p, 0, (), (), p) for p in range(len(prompts))]     # problem, rank in its frontier, tokens, logps, cache row
     visited, found = [{()} for _ in prompts], [[] for _ in prompts]
     for round in range(b + 1):
         owner, rank = torch.tensor([state[:2] for state in frontier], device=logits.device).T
         state_keys = mix(mix(problem_keys[owner], round), rank)
         drawn = expand(model, tok, cache, logits, state_keys, n, temperature, max_new, parked if round < b else None)
-        branches, rows, joined = [], [], Counter()
+        branches, joined = [], Counter()
         for i, (tokens, logps, length, parking) in enumerate(zip(*(x.tolist() for x in drawn))):
-            p, _, state, before = frontier[i // n]
+            p, _, state, before, _ = frontier[i // n]
             tokens, logps = state + tuple(tokens[:length]), before + tuple(logps[:length])
             found[p].append(Sample(tokens, logps, len(state), round, finish(tokens, tok)))
             if tokens[-1] == tok.backtrack and round < b and joined[p] < (limit or math.isqrt(n)):
                 state = roll_back(tokens, tok)
                 if state not in visited[p]:
                     visited[p].add(state)
-                    branches.append((p, joined[p], state, logps[:len(state)]))
-                    rows.append(parking)
+                    branches.append((p, joined[p], state, logps[:len(state)], parking))
                     joined[p] += 1
         if not branches:
             break
         # A branch starts from its parent's row, cut back; only its last token runs again, for a cache holds no logits.
+        rows, lengths, last = zip(*((row, len(prompts[p]) + len(state) - 1, state[-1]) for p, _, state, _, row in branches))
         cache.fork(torch.tensor(rows, device=logits.device), source=parked)
-        cache.rollback(torch.tensor([len(prompts[p]) + len(state) - 1 for p, _, state, _ in branches], device=logits.device))
-        logits = model(torch.tensor([[state[-1]] for _, _, state, _ in branches], device=logits.device), cache=cache)[:, 0]
+        cache.rollback(torch.tensor(lengths, device=logits.device))
+        logits = model(torch.tensor(last, device=logits.device)[:, None], cache=cache)[:, 0]
         frontier = branches
     return found
 
@@ -234,10 +230,8 @@ def decode(model: Llama, tok: Tokenizer, problems: list[dict], keys: list[int], 
     """The samples of each problem by one of DECODERS. Best of n is self-backtracking that never steps back (b = 0)."""
     if decoder == "beam":
         return beam_search(model, tok, problems, n, max_new)
-    if decoder == "greedy":
-        n, temperature = 1, 0.0
-    b = b if decoder == "self_backtrack" else 0
-    return self_backtrack(model, tok, problems, keys, b, n, temperature, max_new, **search)
+    n, temperature = (1, 0.0) if decoder == "greedy" else (n, temperature)
+    return self_backtrack(model, tok, problems, keys, b * (decoder == "self_backtrack"), n, temperature, max_new, **search)
 
 def select(samples: list[Sample], decoder: str) -> Sample | None:
     """The answer among the samples that reached the goal: the best score; for `majority` the most votes, then the score."""
@@ -250,19 +244,17 @@ def judge(tok: Tokenizer, problem: dict, samples: list[Sample], decoder: str) ->
     nums, target, answer = problem["nums"], problem["target"], select(samples, decoder)
     response = tok.decode(answer.tokens) if answer else ""
     correct, reason = verify(nums, target, response) if answer else (False, "no sample reached the goal")
-    ranked = sorted((sample for sample in samples if sample.end == GOAL), key=lambda sample: -sample.score)
-    texts = dict.fromkeys(tok.decode(sample.tokens) for sample in ranked)
+    texts = dict.fromkeys(tok.decode(s.tokens) for s in sorted(samples, key=lambda s: -s.score) if s.end == GOAL)
     solution = next((text for text in texts if verify(nums, target, text)[0]), None)
     return {"nums": nums, "target": target, "response": response, "score": answer and answer.score, "correct": correct,
             "reason": reason, "verified": solution is not None, "solution": solution,
             "tokens": sum(len(sample.tokens) - sample.state for sample in samples)}
 
-def evaluate(model: Llama, tok: Tokenizer, problems: list[dict], decoder: str, offset: int = 0, batch_size: int = 64,
-             **search) -> list[dict]:
+def evaluate(model: Llama, tok: Tokenizer, problems: list[dict], decoder: str, offset=0, batch_size=64, **search) -> list[dict]:
     """`judge`'s row for every problem; the ranks share the work and all get the rows.
     Problem i is keyed by offset + i, so that neither batches nor ranks change its samples."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine, rows = range(rank, len(problems), world), []
+    (_, rank, world), rows = start(), []
+    mine = range(rank, len(problems), world)
     with tqdm(total=len(mine), desc=decoder, unit=" problems", leave=False, disable=rank > 0) as bar:
         for at in range(0, len(mine), batch_size):
             batch = [problems[i] for i in mine[at:at + batch_size]]
@@ -295,7 +287,7 @@ def summary(name: str, rows: list[dict]) -> str:
 
 def compare(model: Llama, tok: Tokenizer, splits: dict[str, list[dict]], decoders: list[str], title="", **search) -> list[dict]:
     """Evaluate every decoder on the problems of every split and print a table, one line for each; the last one's rows."""
-    rows, rank = [], dist.get_rank() if dist.is_initialized() else 0
+    (_, rank, _), rows = start(), []
     if rank == 0:
         print(f"{title + ' %, 95 % interval':34}{'selected':>14}{'verified':>20}{'tokens a problem':>20}")
     for split, problems in splits.items():
@@ -305,7 +297,6 @@ def compare(model: Llama, tok: Tokenizer, splits: dict[str, list[dict]], decoder
                 print(summary(f"{decoder}, {split}", rows), flush=True)
     return rows
 
-# ---- The search tree, drawn ----------------------------------------------------------------------------------------------
 def draw_tree(tok: Tokenizer, problem: dict, samples: list[Sample], answer: Sample | None, width: int = 5) -> str:
     """The actions of all samples as one tree, at most `width` branches a state, the most sampled first (100 columns)."""
     through, ends = Counter(), defaultdict(Counter)                # samples that pass an action; notes at an action, counted
@@ -323,7 +314,8 @@ def draw_tree(tok: Tokenizer, problem: dict, samples: list[Sample], answer: Samp
         if sample.state:
             state = tuple(tok.decode(sample.tokens[:sample.state]).split("\n")[:-1])
             ends[state][f"branch of round {sample.round + 1}", 36] += 1
-    lines = [f"numbers {problem['nums']}  target {problem['target']}", f"{'action':36}samples"]
+    nobody = "" if answer else "  (no sample reached the goal)"
+    lines = [f"numbers {problem['nums']}  target {problem['target']}{nobody}", f"{'action':36}samples"]
 
     def walk(path: tuple[str, ...], indent: str) -> None:
         children = sorted((c for c in through if c[:-1] == path), key=lambda c: -through[c])
@@ -339,7 +331,6 @@ def draw_tree(tok: Tokenizer, problem: dict, samples: list[Sample], answer: Samp
     walk((), "")
     return "\n".join(lines)
 
-# ---- python search.py ----------------------------------------------------------------------------------------------------
 def main() -> None:
     args = Arguments("Search with a checkpoint: one problem and its tree, an evaluation (--data), or by default both.")
     args.add_argument("--ckpt", default=str(SHIPPED), help="a folder or Hub id")
@@ -361,6 +352,8 @@ def main() -> None:
     args = args.parse_args()
     if (args.numbers is None) != (args.target is None) or args.numbers and args.data:
         raise UserError("--numbers and --target go together, and --data goes without them")
+    with replacing(Path(args.out).parent) if args.out else nullcontext():
+        pass                                                           # if it cannot be written to, say so now
     device, rank, _ = start()
     tok, record = Tokenizer.from_pretrained(args.ckpt), load_record(args.ckpt)
     model = Llama.from_pretrained(args.ckpt, device, DTYPES.get(args.dtype) or best_dtype(device)).eval()

@@ -24,15 +24,13 @@ from data import SPLITS, Tokenizer, generate, load_record, load_rows, new_record
 from model import DTYPES, Arguments, Llama, LlamaConfig, UserError, best_dtype, cli, number, replacing, start
 from search import compare, evaluate
 
-# ---- Batches -------------------------------------------------------------------------------------------------------------
 class Batches(Dataset):
     """Item i: 64 optimiser steps' batches, sorted by length so that little is padding; each a list of (ids, labels).
     rows: a list, of which epoch after epoch is shuffled; or the record of generated data, of which no row comes twice.
     A step's rows are the same for any number of ranks: rank r of w takes every w-th of them, cut in `accum` parts."""
     STEPS, CONTEXT = 64, 128                                           # longer rows are cut, as in the reference
 
-    def __init__(self, rows: list[dict] | dict, tok: Tokenizer, batch_size: int, accum: int = 1, seed: int = 0,
-                 rank: int = 0, world: int = 1):
+    def __init__(self, rows: list[dict] | dict, tok: Tokenizer, batch_size: int, accum=1, seed=0, rank=0, world=1):
         self.rows, self.tok, self.size, self.accum = rows, tok, batch_size * accum * world, accum
         self.seed, self.rank, self.world = seed, rank, world
 
@@ -61,19 +59,18 @@ def mean_loss(model: Llama, batches: list[tuple[torch.Tensor, torch.Tensor]]) ->
     total = sum(model(ids, labels=labels) for ids, labels in batches)
     return round(float(total) / sum(int((labels[:, 1:] != -100).sum()) for _, labels in batches), 4)
 
-# ---- The loop ------------------------------------------------------------------------------------------------------------
 def learning_rate(step: int, steps: int, lr: float, warmup: int) -> float:
     """Linear warm-up, then half a cosine down to zero."""
     return lr * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
-def fit(model: Llama, batches: Batches, steps: int, lr: float, warmup: int, dtype: torch.dtype = torch.float32,
-        state: dict | None = None, every: int = 1000, report=None) -> None:
+def fit(model: Llama, batches: Batches, steps: int, lr: float, warmup: int, weight_decay: float = 0.1,
+        dtype: torch.dtype = torch.float32, state: dict | None = None, every: int = 1000, report=None) -> None:
     """Train `model` in place; dtype is autocast's. After each `every` steps, and the last, call report(loss, state): the
     state, {"step", "optimizer": AdamW's per-parameter tensors}, given to a later call, goes on from there."""
     device, rank, world = start()
     wrapped = DistributedDataParallel(model) if world > 1 else model
     matrices, others = ([p for p in model.parameters() if (p.ndim > 1) == big] for big in (True, False))
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
                                   lr=lr, betas=(0.9, 0.95), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     first = state["step"] if state else 0
@@ -112,7 +109,6 @@ def fit(model: Llama, batches: Batches, steps: int, lr: float, warmup: int, dtyp
         if report and ((step + 1) % every == 0 or step + 1 == steps):
             report(float(mean), {"step": step + 1, "optimizer": optimizer.state_dict()["state"]})
 
-# ---- python train.py -----------------------------------------------------------------------------------------------------
 def save(folder: str | Path, model: Llama, tok: Tokenizer, record: dict, state: dict | None = None) -> None:
     """A checkpoint in Hugging Face's layout, the record of its data, and what `--resume` needs: all of it, or nothing."""
     with replacing(folder) as new:
@@ -141,18 +137,19 @@ def load_state(folder: Path, model: Llama) -> dict:
 
 def main() -> None:
     args = Arguments("Train on D_op and D_back: a small model from scratch, or a checkpoint.")
-    args.add_argument("--ckpt", help="a folder or Hub id to start from; without it a small model is made from scratch")
+    args.add_argument("--ckpt", help="a folder or Hub id to start from; without it (or --resume) a small model from scratch")
     args.add_argument("--data", help="a file, a folder of data.py, or a Hub dataset; without it rows are generated, none twice")
     args.add_argument("--sizes", type=number(int, 2), nargs="+", default=[3], help="generated data: how many numbers")
     args.add_argument("--out", default="checkpoint", help="the folder to save to")
-    args.add_argument("--resume", action="store_true", help="go on from what --out holds")
+    args.add_argument("--resume", action="store_true", help="go on from what --out holds, if need be with more --steps")
     args.add_argument("--steps", type=number(int, 1), default=4000)
     args.add_argument("--batch_size", type=number(int, 1), default=32, help="rows a device and accumulation step")
     args.add_argument("--grad_accum", type=number(int, 1), default=1)
     args.add_argument("--lr", type=number(float, 0, strict=True), default=2e-3)
     args.add_argument("--warmup", type=number(int, 1), default=100)
+    args.add_argument("--weight_decay", type=number(float, 0), default=0.1)
     args.add_argument("--dtype", choices=DTYPES, help="of autocast; the best of the device by itself")
-    args.add_argument("--hidden_size", type=number(int, 8), default=128)
+    args.add_argument("--hidden_size", type=number(int, 32), default=96, help="32 a head")
     args.add_argument("--layers", type=number(int, 1), default=4)
     args.add_argument("--seed", type=number(int, 0), default=0)
     args.add_argument("--eval_every", type=number(int, 1), default=1000, help="steps between evaluations and checkpoints")
@@ -161,14 +158,12 @@ def main() -> None:
     device, rank, world = start()
     torch.manual_seed(args.seed)
     out = Path(args.out)
-    if args.resume and args.ckpt:
-        raise UserError("--resume goes on from --out; it takes no --ckpt")
     begin = out if args.resume else args.ckpt
     tok = Tokenizer.from_pretrained(begin) if begin else Tokenizer.digits()
     model = Llama.from_pretrained(begin, dtype=torch.float32) if begin else Llama(LlamaConfig(
         vocab_size=tok.vocab_size, hidden_size=args.hidden_size, intermediate_size=args.hidden_size * 8 // 3,
-        num_hidden_layers=args.layers, num_attention_heads=args.hidden_size // 16, num_key_value_heads=args.hidden_size // 16,
-        head_dim=16, max_position_embeddings=256, rope_theta=10000.0, eos_token_id=tok.eos))
+        num_hidden_layers=args.layers, num_attention_heads=args.hidden_size // 32, num_key_value_heads=args.hidden_size // 32,
+        head_dim=32, max_position_embeddings=256, rope_theta=10000.0, eos_token_id=tok.eos))
     state = load_state(out, model) if args.resume else None
     model.to(device)
     if args.data is None:
@@ -197,7 +192,7 @@ def main() -> None:
                 log.write(json.dumps(line) + "\n")
 
     dtype = DTYPES.get(args.dtype) or best_dtype(device)
-    fit(model, batches, args.steps, args.lr, args.warmup, dtype, state, args.eval_every, report)
+    fit(model, batches, args.steps, args.lr, args.warmup, args.weight_decay, dtype, state, args.eval_every, report)
     compare(model, tok, held, ["greedy", "self_backtrack"])
 
 if __name__ == "__main__":
