@@ -52,7 +52,7 @@ def main() -> None:
         batches = Batches(kept, tok, args.batch_size, seed=args.seed + round, rank=rank, world=world)
         steps = -(-len(kept) * args.epochs // batches.size)
         fit(model, batches, steps, args.lr, warmup=10, dtype=best_dtype(device))
-        title = f"round {round}: {sum(answer['verified'] for answer in answers)} of {len(rows)} solved"
+        title = f"round {round} (solved {sum(answer['verified'] for answer in answers)} of {len(rows)})"
         compare(model, tok, held, ["greedy", "self_backtrack"], title, **search)
     if rank == 0:
         save(Path(args.out), model, tok, record)

@@ -5,7 +5,7 @@ n continuations of a state; each that ends in `<backtrack>` drops its last actio
 branch from; after b such rounds the finished answer with the best mean log-probability wins. No verifier takes part.
 
     python search.py                                                a search tree, then greedy against self-backtracking
-    python search.py --numbers 45 39 10 --target 60                 one problem of your own
+    python search.py --numbers 39 45 10 --target 60                 one problem of your own
     python search.py --data val --decoder self_backtrack --b 1 --n 32 --num 5000 --out results.jsonl
 """
 import json, math, os, re, sys
@@ -22,7 +22,7 @@ from data import BACKTRACK, GOAL, Tokenizer, load_rows, load_record
 from model import DTYPES, Arguments, KVCache, Llama, UserError, best_dtype, cli, number, replacing, start
 
 SHIPPED = Path(__file__).parent / "assets" / "checkpoint"
-EXAMPLE = {"nums": [39, 45, 10], "target": 60}
+EXAMPLE = {"nums": [24, 31, 5], "target": 89}
 
 # ---- Verification: exact, on integers, and never part of the search ------------------------------------------------------
 def verify(nums: list[int], target: int, response: str) -> tuple[bool, str]:
@@ -289,7 +289,7 @@ def compare(model: Llama, tok: Tokenizer, splits: dict[str, list[dict]], decoder
     """Evaluate every decoder on the problems of every split and print a table, one line for each; the last one's rows."""
     (_, rank, _), rows = start(), []
     if rank == 0:
-        print(f"{title + ' %, 95 % interval':34}{'selected':>14}{'verified':>20}{'tokens a problem':>20}")
+        print(f"{title:34}{'selected % [95 %]':>20}{'verified % [95 %]':>20}{'tokens':>13}", flush=True)
     for split, problems in splits.items():
         for decoder in decoders:
             rows = evaluate(model, tok, problems, decoder, **search)
