@@ -68,18 +68,26 @@ def test_the_loss_is_the_mean_over_labelled_tokens():
     assert abs(mean_loss(model, batches) - total / count) < 1e-4
 
 
-def test_one_step_equals_pytorchs_own(tmp_path):
+def test_one_step_equals_pytorchs_own(tmp_path, monkeypatch):
     """A step of `fit`, in four parts, against transformers' loss on the whole batch and a plain AdamW."""
-    model = tiny()
+    model, gradients, clip = tiny(), [], torch.nn.utils.clip_grad_norm_
     theirs = LlamaForCausalLM.from_pretrained(save_for_transformers(model, tmp_path))
-    batches = Batches(RECORD, TOK, 2, accum=4)
-    fit(model, batches, 1, 1e-3, warmup=1)
+
+    def recording(parameters, norm):
+        gradients.extend(p.grad.clone() for p in model.parameters())
+        return clip(parameters, norm)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recording)
+    fit(model, Batches(RECORD, TOK, 2, accum=4), 1, 1e-3, warmup=1)
     [ids, labels] = Batches(RECORD, TOK, 8)[0][0][0]
     groups = [{"params": [p for p in theirs.parameters() if p.ndim > 1], "weight_decay": 0.1},
               {"params": [p for p in theirs.parameters() if p.ndim == 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
     theirs(input_ids=ids, labels=labels).loss.backward()
-    torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+    names = dict(theirs.named_parameters())
+    for (key, _), gradient in zip(model.named_parameters(), gradients):
+        assert (gradient - names[key].grad).norm() < 1e-5 * gradient.norm(), key
+    clip(theirs.parameters(), 1.0)
     optimizer.step()
     expected = theirs.state_dict()
     for key, value in model.state_dict().items():
