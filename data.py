@@ -150,7 +150,7 @@ def rule_violation(rng, step, reach, target, used):
     return a, choice, b, np.choose(choice, [a + b, a - b, a * b]), (step.left != gone[:, None]).all(-1)
 
 MISTAKES = {exploratory: 0.4, computational: 0.45, rule_violation: 0.15}      # shares of D_back
-BACK = 0.5                                                                    # share of D_back in all rows
+BACK = 0.5                                                                    # share of D_back in all rows, at most
 
 def write_actions(a, choice, b, result) -> list[str]:
     """The text of an action for each row of the arrays (rows,): `45-39=6` and a newline."""
@@ -238,14 +238,14 @@ def load_rows(data: str, record: dict | None, num: int, offset: int = 0) -> list
         if not Path(data).is_file():
             raise UserError(f"--data wants val, val_new or a file of JSON Lines, and {data} is none of them")
         rows = read_rows(Path(data), ("nums", "target"))[offset:offset + num]
-    elif record is None:
-        raise UserError(f"this checkpoint has no record of its data, so it has no {data}: give --data a file")
+    elif record is None or Path(record["source"]).is_file():
+        raise UserError(f"no record of the checkpoint's data, or only of a file, so no {data}: give --data a file")
     elif record["source"] == "generated":
         rows = list(generate(record, data, num, offset))
     else:
         rows = read_split(record["source"], data)[offset:offset + num]
     if not rows:
-        raise UserError(f"{data} has no problem number {offset} (--offset)")
+        raise UserError(f"{data} has no row number {offset}")
     return rows
 
 # ---- Tokens --------------------------------------------------------------------------------------------------------------
@@ -293,7 +293,6 @@ class Tokenizer:
             (new / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     def prompts(self, problems: list[dict]) -> list[list[int]]:
-        """The token ids of each problem's prompt."""
         return [encoding.ids for encoding in self.tok.encode_batch([prompt_text(p["nums"], p["target"]) for p in problems])]
 
     def decode(self, tokens: Sequence[int]) -> str:

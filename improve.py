@@ -1,7 +1,7 @@
 """Self-improvement: expert iteration turns slow search into fast answers (paper, section 4.3). Read last.
 
-Each round searches fresh training problems with the current model, keeps the answers that verify and fine-tunes on them. The
-validation problems that accuracy is reported on are never searched: by their hash they belong to no training stream.
+Each round searches fresh training problems (of a dataset: its training rows), keeps the answers that verify and fine-tunes on
+them. The validation problems that accuracy is reported on are never searched: no training stream holds them.
 
     python improve.py --ckpt checkpoint --out improved
 """
@@ -25,12 +25,12 @@ def main() -> None:
     args.add_argument("--ckpt", default="checkpoint", help="a folder or Hub id")
     args.add_argument("--out", default="improved", help="the folder to save to")
     args.add_argument("--rounds", type=number(int, 1), default=3)
-    args.add_argument("--num", type=number(int, 1), default=2000, help="problems searched in a round")
+    args.add_argument("--num", type=number(int, 1), default=5000, help="problems searched in a round")
     args.add_argument("--b", type=number(int, 0), default=1)
     args.add_argument("--n", type=number(int, 1), default=16)
-    args.add_argument("--epochs", type=number(int, 1), default=3, help="over what a round has kept")
-    args.add_argument("--lr", type=number(float, 0, strict=True), default=5e-4)
-    args.add_argument("--batch_size", type=number(int, 1), default=32)
+    args.add_argument("--epochs", type=number(int, 1), default=3, help="over what a round has kept, about")
+    args.add_argument("--lr", type=number(float, 0, strict=True), default=1e-3)
+    args.add_argument("--batch_size", type=number(int, 1), default=64)
     args.add_argument("--num_eval", type=number(int, 1), default=300, help="validation problems a split")
     args.add_argument("--seed", type=number(int, 0), default=0)
     args = args.parse_args()
@@ -43,7 +43,7 @@ def main() -> None:
     search = {key: getattr(args, key) for key in ("b", "n", "seed")}
     compare(model, tok, held, ["greedy", "self_backtrack"], "before", **search)
     for round in range(1, args.rounds + 1):
-        fresh = {**record, "seed": record.get("seed", 0) + 1_000_000}       # a stream that training never drew from
+        fresh = {**record, "seed": record.get("seed", 0) + 1_000_000 * (args.seed + 1)}     # a stream that training never drew
         rows = load_rows("train", fresh, args.num, args.num * (round - 1))
         answers = evaluate(model, tok, rows, "self_backtrack", **search)
         kept = harvest(rows, answers)

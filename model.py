@@ -113,7 +113,7 @@ class KVCache:
         shape = (2, config.num_hidden_layers, rows, config.num_key_value_heads, max_len, config.head_dim)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.width = 0                                  # no row is longer; kept on the host, so that no step has to ask
+        self.width = 0                                  # no row in use is longer; kept on the host, so no step asks
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor):
         """Write k, v (B, K, T, D) at positions (B, T) of rows 0..B-1; return all that these rows hold, (B, K, S, D)."""
@@ -251,8 +251,8 @@ class Llama(nn.Module):
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, cache: KVCache | None = None,
                 keep: torch.Tensor | None = None) -> torch.Tensor:
         """input_ids (B, T) int64 -> logits (B, T, V), in the weights' dtype.
-        labels (B, T) int64, -100 for no loss: return the *sum* of the cross-entropies instead, () fp32; the vocabulary
-            projection then runs at labelled positions only, about a third of them.
+        labels (B, T) int64, -100 for no loss: return the *sum* of the cross-entropies instead, () fp32, with the vocabulary
+            projection at labelled positions only.
         cache: the tokens continue rows 0..B-1 of it, each from its own length, and are appended.
         keep (B,) int64: return the logits at that one position of each row only, (B, V)."""
         hidden = self.model(input_ids, cache)

@@ -40,7 +40,7 @@ def verify(nums: list[int], target: int, response: str) -> tuple[bool, str]:
             if not left[x]:
                 return False, f"step {i}: {text}: there is no {x} (left)"
             left[x] -= 1
-        right = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b and a % b == 0 else "no whole number"}[op]
+        right = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b and a % b == 0 else "not whole"}[op]
         if right != result:
             return False, f"step {i}: {text}: false, it is {right}"
         left[result] += 1
@@ -99,7 +99,7 @@ def draw(logits: torch.Tensor, row: torch.Tensor, u: torch.Tensor, temperature: 
 def share(row: torch.Tensor, token: torch.Tensor, vocab: int):
     """Samples that are the same so far are one row: the rows that samples (S,) on rows `row` need after drawing `token`.
     Returns parents (R,), the old row that each new row continues; its token (R,); and each sample's new row (S,). The
-    first child of a row stays in its place, where it costs nothing; the other children fill the gaps."""
+    first child of a row stays in its place, where it costs nothing; the others fill the gaps: R children, R places."""
     child, of = torch.unique(row * vocab + token, return_inverse=True)         # sorted: children stand by their parents
     parent = child // vocab
     stays = (parent < len(child)) & (parent != torch.cat([parent.new_tensor([-1]), parent[:-1]]))
@@ -151,15 +151,15 @@ def roll_back(tokens: tuple[int, ...], tok: Tokenizer) -> tuple[int, ...]:
 
 def finish(tokens: tuple[int, ...], tok: Tokenizer) -> str:
     """How a response ended: GOAL, BACKTRACK or ""."""
-    if tokens[-1] == tok.backtrack:
-        return BACKTRACK
-    return GOAL if tokens[-1] == tok.eos and tok.decode(tokens).split("\n")[-1] == GOAL else ""
+    goal = tokens[-1] == tok.eos and tok.decode(tokens).split("\n")[-1] == GOAL
+    return GOAL if goal else BACKTRACK if tokens[-1] == tok.backtrack else ""
 
 @torch.inference_mode()
 def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: list[int], b: int, n: int, temperature: float,
                    max_new: int, limit: int | None = None, seed: int = 0) -> list[list[Sample]]:
     """Every sample of the search, for each problem {nums, target}; the random numbers are keyed by seed and `keys`.
-    The frontier of a problem holds at most `limit` states, by default int(sqrt(n)) as in the reference's first version."""
+    A problem's frontier holds at most `limit` states, by default int(sqrt(n)) as in the reference's first version. The prompt
+    counts as visited: who steps back from the first action opens no branch, for n samples of the prompt are there already."""
     prompts = tok.prompts(problems)
     cache, logits = prefill(model, prompts, (b + 1) * max_new)
     parked = KVCache(model.config, len(prompts), cache.kv.shape[4], logits.device, cache.kv.dtype) if b else None
@@ -308,14 +308,14 @@ def draw_tree(tok: Tokenizer, problem: dict, samples: list[Sample], answer: Samp
         note, colour = sample.end or "cut off", 33
         if sample.end == GOAL:
             right, why = verify(problem["nums"], problem["target"], text)
-            note = f"{GOAL} score {sample.score:.3f}, {'right' if right else 'wrong: ' + why.split(': ')[-1]}"
-            note, colour = note + " <== chosen" * (sample.tokens == answer.tokens), 32 if right else 31
+            note = f"goal {sample.score:.3f}, {'right' if right else why.split(': ')[-1]}"
+            note, colour = note + " <= chosen" * (sample.tokens == answer.tokens), 32 if right else 31
         ends[path][note, colour] += 1
         if sample.state:
             state = tuple(tok.decode(sample.tokens[:sample.state]).split("\n")[:-1])
-            ends[state][f"branch of round {sample.round + 1}", 36] += 1
+            ends[state][f"round {sample.round + 1} from here", 36] += 1
     nobody = "" if answer else "  (no sample reached the goal)"
-    lines = [f"numbers {problem['nums']}  target {problem['target']}{nobody}", f"{'action':36}samples"]
+    lines = [f"numbers {problem['nums']}  target {problem['target']}{nobody}", f"{'action':30}samples"]
 
     def walk(path: tuple[str, ...], indent: str) -> None:
         children = sorted((c for c in through if c[:-1] == path), key=lambda c: -through[c])
@@ -323,7 +323,7 @@ def draw_tree(tok: Tokenizer, problem: dict, samples: list[Sample], answer: Samp
             last = i == len(children) - 1
             notes = [f"{note} x{count}" if plain else f"\033[{colour}m{note}\033[0m x{count}"
                      for (note, colour), count in ends[child].items()]
-            lines.append(f"{indent + ('└─ ' if last else '├─ ') + child[-1]:36}{through[child]:<6}{'; '.join(notes)}")
+            lines.append(f"{indent + ('└─ ' if last else '├─ ') + child[-1][:22]:30}{through[child]:<5}{'; '.join(notes)}")
             walk(child, indent + ("   " if last else "│  "))
         if children[width:]:
             lines.append(f"{indent}└─ {len(children) - width} more, x{sum(through[c] for c in children[width:])}")
@@ -352,6 +352,8 @@ def main() -> None:
     args = args.parse_args()
     if (args.numbers is None) != (args.target is None) or args.numbers and args.data:
         raise UserError("--numbers and --target go together, and --data goes without them")
+    if args.out and (args.data is None or Path(args.out).is_dir()):
+        raise UserError("--out wants a file, and --data beside it")
     with replacing(Path(args.out).parent) if args.out else nullcontext():
         pass                                                           # if it cannot be written to, say so now
     device, rank, _ = start()

@@ -26,7 +26,7 @@ from search import compare, evaluate
 
 class Batches(Dataset):
     """Item i: 64 optimiser steps' batches, sorted by length so that little is padding; each a list of (ids, labels).
-    rows: a list, of which epoch after epoch is shuffled; or the record of generated data, of which no row comes twice.
+    rows: a list, of which epoch after epoch is shuffled; or the record of generated data, an endless stream.
     A step's rows are the same for any number of ranks: rank r of w takes every w-th of them, cut in `accum` parts."""
     STEPS, CONTEXT = 64, 128                                           # longer rows are cut, as in the reference
 
@@ -83,7 +83,7 @@ def fit(model: Llama, batches: Batches, steps: int, lr: float, warmup: int, weig
     mean = torch.zeros((), device=device)
     for step in (bar := tqdm(range(first, steps), initial=first, total=steps, desc="train", disable=rank > 0)):
         parts = [(ids.to(device), labels.to(device)) for ids, labels in next(stream)]
-        labelled = sum((labels[:, 1:] != -100).sum() for _, labels in parts)
+        labelled = sum((labels[:, 1:] != -100).sum() for _, labels in parts).clamp(min=1)
         if world > 1:
             dist.all_reduce(labelled)
         loss = torch.zeros((), device=device)
@@ -92,7 +92,7 @@ def fit(model: Llama, batches: Batches, steps: int, lr: float, warmup: int, weig
                 wrapped.require_backward_grad_sync = i == len(parts) - 1           # ranks meet once, at the last part
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 part = wrapped(ids, labels=labels) / labelled
-            scaler.scale(part * world).backward()                                  # DDP takes the mean over ranks
+            scaler.scale(part * world).backward()                      # DDP averages over ranks; here they are to be added
             loss += part.detach()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -138,7 +138,7 @@ def load_state(folder: Path, model: Llama) -> dict:
 def main() -> None:
     args = Arguments("Train on D_op and D_back: a small model from scratch, or a checkpoint.")
     args.add_argument("--ckpt", help="a folder or Hub id to start from; without it (or --resume) a small model from scratch")
-    args.add_argument("--data", help="a file, a folder of data.py, or a Hub dataset; without it rows are generated, none twice")
+    args.add_argument("--data", help="a file, a folder of data.py, or a Hub dataset; without it rows are generated without end")
     args.add_argument("--sizes", type=number(int, 2), nargs="+", default=[3], help="generated data: how many numbers")
     args.add_argument("--out", default="checkpoint", help="the folder to save to")
     args.add_argument("--resume", action="store_true", help="go on from what --out holds, if need be with more --steps")
@@ -166,17 +166,17 @@ def main() -> None:
         head_dim=32, max_position_embeddings=256, rope_theta=10000.0, eos_token_id=tok.eos))
     state = load_state(out, model) if args.resume else None
     model.to(device)
-    if args.data is None:
-        record = rows = load_record(out) if args.resume else new_record(args.seed, args.sizes)
-    elif Path(args.data).is_file():
-        record, rows = {"source": args.data}, read_rows(Path(args.data))
+    old = load_record(args.out) if args.resume else None
+    if (data := args.data or (old or {}).get("data")) is None:
+        record = rows = old or new_record(args.seed, args.sizes)
+    elif Path(data).is_file():
+        record, rows = {"source": data, "data": data}, read_rows(Path(data))
     else:
-        record, rows = load_record(args.data, "dataset") or {"source": args.data}, read_split(args.data, "train")
+        record, rows = {**(load_record(data, "dataset") or {"source": data}), "data": data}, read_split(data, "train")
     with replacing(out):
         pass                                                           # if it cannot be written to, say so now
     batches = Batches(rows, tok, args.batch_size, args.grad_accum, args.seed, rank, world)
-    splits = () if Path(record["source"]).is_file() else SPLITS[1:]
-    held = {split: load_rows(split, record, args.num_eval) for split in splits}
+    held = {} if Path(record["source"]).is_file() else {s: load_rows(s, record, args.num_eval) for s in SPLITS[1:]}
 
     def report(loss: float, state: dict) -> None:
         line = {"step": state["step"], "loss": round(loss, 4)}

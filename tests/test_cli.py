@@ -57,12 +57,16 @@ def test_data_then_train_then_search_then_improve(tmp_path, capsys, monkeypatch)
     code, _, err = run(capsys, monkeypatch, train, *TRAIN, "--data", folder, "--out", out)
     assert code == 0, err
     assert json.loads((out / "record.json").read_text())["sizes"] == [2, 3]
+    code, printed, err = run(capsys, monkeypatch, train, *TRAIN, "--resume", "--out", out, "--steps", 7)
+    assert code == 0 and json.loads((out / "record.json").read_text())["data"] == str(folder), err
     monkeypatch.setattr(improve, "harvest", lambda rows, answers: rows)      # so small a model solves nothing
     code, printed, err = run(capsys, monkeypatch, improve, "--ckpt", out, "--out", tmp_path / "better", "--rounds", 1,
                              "--num", 12, "--n", 2, "--num_eval", 3)
     assert code == 0 and "round" in printed and (tmp_path / "better" / "model.safetensors").exists(), err
     code, printed, _ = run(capsys, monkeypatch, train, *TRAIN, "--ckpt", out, "--data", folder / "train.jsonl", "--out", out)
     assert code == 0
+    code, printed, err = run(capsys, monkeypatch, train, *TRAIN, "--resume", "--out", out, "--steps", 7)
+    assert code == 0 and json.loads((out / "record.json").read_text())["source"] == str(folder / "train.jsonl"), err
 
 
 @pytest.mark.parametrize("decoder", search.DECODERS)
@@ -87,8 +91,8 @@ def test_search_draws_a_tree_within_100_columns(ckpt, capsys, monkeypatch):
 def test_search_without_arguments_shows_a_tree_and_a_table():
     printed = subprocess.run([sys.executable, ROOT / "search.py", "--num", "4"], check=True, capture_output=True, text=True,
                              cwd="/", env={**os.environ, "NO_COLOR": "1"}).stdout
-    assert "target" in printed and "<== chosen" in printed and "self_backtrack, val_new" in printed
-    assert max(map(len, printed.splitlines())) <= 100
+    assert "target" in printed and "<= chosen" in printed and "self_backtrack, val_new" in printed
+    assert max(len(line.rstrip()) for line in printed.splitlines()) <= 100
 
 
 @pytest.mark.parametrize("args,complaint", [
@@ -100,7 +104,9 @@ def test_search_without_arguments_shows_a_tree_and_a_table():
     ("--numbers 3 4 --target 9.5", "--target: invalid whole number value: '9.5'"),
     ("--numbers 3 4", "--numbers and --target"), ("--data nosuchsplit", "nosuchsplit is none of them"),
     ("--ckpt no/such", "no model at no/such"), ("--ckpt /no/such/folder", "no model at /no/such/folder"),
-    ("--data val --out /proc/no/rows.jsonl --num 1 --n 1", "cannot write"), ("--ckpt {tmp}/empty", "cannot be read"),
+    ("--data val --out /proc/no/rows.jsonl --num 1 --n 1", "cannot write"),
+    ("--data val --out {tmp}", "--out wants a file"), ("--out {tmp}/x", "--out wants a file"),
+    ("--ckpt {tmp}/empty", "cannot be read"),
     ("--data {tmp}/rows.jsonl", "rows.jsonl, line 2 cannot be read"),
     ("--data {tmp}/column.jsonl", "row 1 lacks the column target"),
     ("--data {tmp}/zero.jsonl", "nums must be positive whole numbers"),
@@ -125,7 +131,8 @@ def test_bad_input_gets_one_line(ckpt, tmp_path, capsys, monkeypatch, args, comp
     (lambda f: (f / "config.json").write_text("{}"), "is no Llama's"),
     (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json cannot be read"),
     (lambda f: (f / "record.json").write_text("[1]"), "record.json cannot be read"),
-    (lambda f: (f / "record.json").unlink(), "no record of its data")])
+    (lambda f: (f / "record.json").unlink(), "no record of the checkpoint's data"),
+    (lambda f: (f / "record.json").write_text(json.dumps({"source": str(f / "config.json")})), "only of a file")])
 def test_damaged_checkpoints_get_one_line(ckpt, tmp_path, capsys, monkeypatch, damage, complaint):
     folder = tmp_path / "copy"
     shutil.copytree(ckpt, folder)

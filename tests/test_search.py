@@ -44,7 +44,7 @@ def model() -> Llama:
     ([2, 39, 45, 10], 60, "45-39=6\n10*6=60\nGoal Reached!", "[2, 60] are left"),
     ([2, 39, 45, 10], 63, "45-39=6\n10*6=60\n2+60=62\nGoal Reached!", "[62] are left in place of the target 63"),
     ([6, 6], 12, "6+6=12\nGoal Reached!", ""), ([6, 5], 12, "6+6=12\nGoal Reached!", "there is no 6"),
-    ([7, 2], 3, "7/2=3\nGoal Reached!", "no whole number"), ([7, 0], 0, "7/0=0\nGoal Reached!", "no whole number"),
+    ([7, 2], 3, "7/2=3\nGoal Reached!", "not whole"), ([7, 0], 0, "7/0=0\nGoal Reached!", "not whole"),
     ([5, 5, 9], 0, "5-5=0\n0/9=0\nGoal Reached!", ""), ([3, 5], 2, "3-5=-2\nGoal Reached!", "no action"),
     ([3, 5], 8, "3+5=8 \nGoal Reached!", "no action"), ([3, 5], 8, "3+5=8\n\nGoal Reached!", "no action"),
     ([3, 5], 8, "٣+5=8\nGoal Reached!", "no action"), ([3, 5], 8, "", "the end"),
