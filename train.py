@@ -1,7 +1,7 @@
 """Supervised fine-tuning on D_op and D_back (paper, section 4.1). Read after search.py, before improve.py.
 
     python train.py                                          five minutes on two cores: a small model from scratch
-    torchrun --nproc_per_node=2 train.py                     the same on two devices
+    torchrun --nproc_per_node=2 -- train.py                  the same on two devices
     python train.py --ckpt assets/checkpoint --data data/    from a checkpoint, on files that data.py wrote
 
 Every device sums the loss of its own rows over labelled tokens and divides by their number on all devices and in all parts of
