@@ -1,6 +1,6 @@
 """Supervised fine-tuning on D_op and D_back (paper, section 4.1). Read after search.py, before improve.py.
 
-    python train.py                                          five minutes on two cores: a small model from scratch
+    python train.py                                          a small model from scratch: minutes on two cores
     torchrun --nproc_per_node=2 -- train.py                  the same on two devices
     python train.py --ckpt assets/checkpoint --data data/    from a checkpoint, on files that data.py wrote
 
