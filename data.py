@@ -185,8 +185,8 @@ def new_record(seed: int, sizes: list[int]) -> dict:
     return {"source": "generated", "seed": seed, "sizes": sizes, "held_out": list(HELD_OUT)}
 
 def block(record: dict, split: str, i: int) -> list[dict]:
-    """Block i, 256 rows of sizes[i % len(sizes)] numbers, of the endless stream of a split: the same whoever draws it."""
-    rng = np.random.default_rng([SPLITS.index(split), record["seed"], i])
+    """Block i, 256 rows of sizes[i % len(sizes)] numbers, of a split's endless stream. The seed moves training rows only."""
+    rng = np.random.default_rng([SPLITS.index(split), record["seed"] if split == "train" else 0, i])
     return make_rows(rng, *draw_problems(rng, split, record["sizes"][i % len(record["sizes"])], 256, record["held_out"]))
 
 def generate(record: dict, split: str, num: int, offset: int = 0, over=map) -> Iterator[dict]:

@@ -104,6 +104,8 @@ def test_rows_depend_on_the_seed_alone():
                                for seed, over in ((0, map), (0, pool.imap), (1, map)))
     assert first == again and first != other
     assert list(generate(new_record(0, [3, 4]), "train", 700, offset=300)) == first[300:1000]
+    for split in ("val", "val_new"):                                  # so that runs of other seeds are measured on the same
+        assert list(generate(new_record(0, [3]), split, 50)) == list(generate(new_record(9, [3]), split, 50))
     assert Counter(len(row["nums"]) for row in first).keys() == {3, 4}
 
 
