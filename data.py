@@ -3,7 +3,6 @@
 A model learns from two kinds of rows (paper, section 4.1). D_op: a problem and one solution of it. D_back: a problem, the
 beginning of a solution, one wrong action and `<backtrack>`. This file draws the problems, finds every solution of each by
 enumerating all programs as arrays, makes the mistakes, proves each to be one, and turns rows into tokens with labels.
-    python data.py --num 500000 --out data/           writes train.jsonl, val.jsonl, val_new.jsonl and record.json
 """
 import itertools, json, re
 from collections import namedtuple
@@ -19,11 +18,10 @@ from tqdm import tqdm
 
 from model import Arguments, UserError, checkpoint_folder, cli, number, read_json, replacing
 
-GOAL, BACKTRACK, EOS, PAD = "Goal Reached!", "<backtrack>", "<|end_of_text|>", "<|pad|>"
+GOAL, BACKTRACK, EOS, PAD, OPS = "Goal Reached!", "<backtrack>", "<|end_of_text|>", "<|pad|>", "+-*/"
 MAX_NUMBER, TARGETS = 99, range(10, 101)
 HELD_OUT = (18, 21, 28, 42, 56, 81, 89, 96, 98)      # a tenth of the targets, drawn once: the *new* ones, never trained on
 SPLITS = ("train", "val", "val_new")                 # val: validation problems of seen targets; val_new: of new targets
-OPS = "+-*/"
 
 def prompt_text(nums: list[int], target: int) -> str:
     return f"###Question: numbers {list(nums)}->target {target}\n###Response:\n"
@@ -68,8 +66,7 @@ def solvable(nums: np.ndarray, target: np.ndarray) -> np.ndarray:
     return (hit & steps[-1].legal if steps else hit).reshape(len(nums), -1).any(-1)
 
 def reachable(steps: list[Step], target: np.ndarray) -> list[np.ndarray]:
-    """For each step, (..., C_j) bool: can target (problems,) still be reached after this choice? The last: the solutions.
-    This is the exact solver: what it calls unreachable is so, for every program has been run."""
+    """For each step, (..., C_j) bool: does any program still reach target (problems,) after it? The last: the solutions."""
     last = steps[-1]
     reach = [last.legal & (last.result == target.reshape(-1, *[1] * (last.result.ndim - 1)))]
     for _ in steps[1:]:
@@ -81,9 +78,8 @@ def chosen(step: Step, history: tuple[np.ndarray, ...], choice: np.ndarray):
     return step.a[*history, choice // 4], step.b[*history, choice // 4], step.result[*history, choice]
 
 def simplest(steps: list[Step], solved: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The choices (problems,) at each step of every problem's simplest solution. All problems must have one.
-    One canonical answer a problem is easier to learn than a random one of many. Simple is what is cheap by hand: + and -
-    before * and /, then small results. Among equals the first program wins."""
+    """The choices (problems,) at each step of every problem's simplest solution: + and - before * and /, then small results,
+    then the first program. One canonical answer a problem is far easier to learn than any one of many. All must have one."""
     problem, *path = np.nonzero(solved)
     cost = np.zeros(len(problem))
     for j, step in enumerate(steps):
@@ -94,8 +90,7 @@ def simplest(steps: list[Step], solved: np.ndarray) -> tuple[np.ndarray, ...]:
 
 # ---- Problems ------------------------------------------------------------------------------------------------------------
 def in_validation(nums: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """(problems,) bool: a hash of a problem's sorted numbers and its target puts one in 16 into validation for good, so that
-    no training row, from whatever seed and however many are drawn, is a validation problem in another order."""
+    """(problems,) bool: a hash of sorted numbers and target puts one problem in 16 into validation, whatever the seed."""
     key = target.astype(np.uint64)
     for column in np.sort(nums, axis=1).T:
         key = key * np.uint64(1_000_003) + column.astype(np.uint64)
@@ -126,8 +121,7 @@ def exploratory(rng, step, reach, target, used):
     return a, choice, b, result, wrong.any(-1)
 
 def computational(rng, step, reach, target, used):
-    """A legal step with a false result: off by 1 to 9 or by 10 to 90.
-    As a last step mostly the lie that small models tell: the target is claimed, whatever the result would be."""
+    """A legal step whose result is off by 1 to 9 or 10 to 90 or, as a last step, mostly the lie of small models: the target."""
     rows = np.arange(len(target))
     choice = pick(rng, step.legal)
     a, b, result = chosen(step, (rows,), choice)
@@ -261,8 +255,7 @@ class Tokenizer:
 
     @classmethod
     def digits(cls) -> "Tokenizer":
-        """One token a digit, one for each fixed piece of the text: for models from scratch.
-        With whole numbers as tokens a small model learns each target by itself and fails on new ones."""
+        """One token a digit, one a fixed piece of text: with whole numbers as tokens a small model fails on new targets."""
         fixed = ["###Question: numbers [", ", ", "]->target ", "\n###Response:\n", GOAL]
         special = [PAD, EOS, BACKTRACK]
         vocabulary = {piece: i for i, piece in enumerate([*special, *"0123456789", *OPS, "=", "\n", *fixed])}
@@ -301,10 +294,9 @@ class Tokenizer:
         return self.tok.decode(tokens, skip_special_tokens=False)
 
     def rows(self, rows: list[dict]) -> list[tuple[list[int], list[int]]]:
-        """(input_ids, labels) of each row {nums, target, search_path}, end-of-text included; label -100 carries no loss.
-        The loss mask of section 4.1: the prompt and, before `<backtrack>`, the wrong action with its newline carry none:
-        the model learns to step back from mistakes, never to make them. The mask is made of characters and carried to
-        the tokens by their offsets in the one encoding of the whole text; a token with any masked character is masked."""
+        """(input_ids, labels) of each row {nums, target, search_path}, end-of-text included. Label -100 carries no loss: the
+        prompt and, before `<backtrack>`, the wrong action with its newline (section 4.1). The model learns to step back from
+        mistakes, never to make them. Offsets in one encoding of the whole text say which tokens have a masked character."""
         prompts = [prompt_text(row["nums"], row["target"]) for row in rows]
         encoded, out = self.tok.encode_batch([p + row["search_path"] for p, row in zip(prompts, rows)]), []
         for prompt, row, encoding in zip(prompts, rows, encoded):

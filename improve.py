@@ -2,34 +2,32 @@
 
 Each round searches fresh training problems (of a dataset: its training rows), keeps the answers that verify and fine-tunes on
 them. The validation problems that accuracy is reported on are never searched: no training stream holds them.
-
-    python improve.py --ckpt checkpoint --out improved
 """
 from pathlib import Path
 
 import torch
 
-from data import BACK, BACKTRACK, Tokenizer, load_record, load_rows
+from data import BACKTRACK, Tokenizer, load_record, load_rows
 from model import Arguments, Llama, UserError, best_dtype, cli, number, replacing, start
 from search import compare, evaluate
 from train import Batches, fit, save
 
 def harvest(rows: list[dict], answers: list[dict]) -> list[dict]:
-    """Training rows for a round: the answers that verify, and D_back rows to keep the model able to step back."""
+    """A round's training rows: the answers that verify and, lest the model forget how to step back, a tenth of D_back."""
     solved = [{**row, "search_path": answer["solution"]} for row, answer in zip(rows, answers) if answer["verified"]]
     mistakes = [row for row in rows if row["search_path"].endswith(BACKTRACK)]
-    return solved + mistakes[:round(len(solved) * BACK)]
+    return solved + mistakes[:len(solved) // 10]
 
 def main() -> None:
     args = Arguments("Expert iteration: search, verify, keep, fine-tune, repeat.")
     args.add_argument("--ckpt", default="checkpoint", help="a folder or Hub id")
-    args.add_argument("--out", default="improved", help="the folder to save to")
+    args.add_argument("--out", default="improved", help="the folder to save to, after each round")
     args.add_argument("--rounds", type=number(int, 1), default=3)
-    args.add_argument("--num", type=number(int, 1), default=5000, help="problems searched in a round")
+    args.add_argument("--num", type=number(int, 1), default=15_000, help="problems searched in a round")
     args.add_argument("--b", type=number(int, 0), default=1)
     args.add_argument("--n", type=number(int, 1), default=16)
     args.add_argument("--epochs", type=number(int, 1), default=3, help="over what a round has kept, about")
-    args.add_argument("--lr", type=number(float, 0, strict=True), default=1e-3)
+    args.add_argument("--lr", type=number(float, 0, strict=True), default=2e-3)
     args.add_argument("--batch_size", type=number(int, 1), default=64)
     args.add_argument("--num_eval", type=number(int, 1), default=300, help="validation problems a split")
     args.add_argument("--seed", type=number(int, 0), default=0)
@@ -54,9 +52,8 @@ def main() -> None:
         fit(model, batches, steps, args.lr, warmup=10, dtype=best_dtype(device))
         title = f"round {round} (solved {sum(answer['verified'] for answer in answers)} of {len(rows)})"
         compare(model, tok, held, ["greedy", "self_backtrack"], title, **search)
-    if rank == 0:
-        save(Path(args.out), model, tok, record)
-        print(f"saved to {args.out}")
+        if rank == 0:
+            save(Path(args.out), model, tok, record)
 
 if __name__ == "__main__":
     cli(main)

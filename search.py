@@ -3,19 +3,17 @@
 The model says `<backtrack>` when its last action was a mistake. The search of the paper's section 4.2 believes it: it samples
 n continuations of a state; each that ends in `<backtrack>` drops its last action, and what is left becomes a new state to
 branch from; after b such rounds the finished answer with the best mean log-probability wins. No verifier takes part.
-
-    python search.py                                                a search tree, then greedy against self-backtracking
-    python search.py --numbers 39 45 10 --target 60                 one problem of your own
-    python search.py --data val --decoder self_backtrack --b 1 --n 32 --num 5000 --out results.jsonl
 """
-import json, math, os, re, sys
+import itertools, json, math, os, re, sys
 from collections import Counter, defaultdict
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import BACKTRACK, GOAL, Tokenizer, load_rows, load_record
@@ -23,6 +21,7 @@ from model import DTYPES, Arguments, KVCache, Llama, UserError, best_dtype, cli,
 
 SHIPPED = Path(__file__).parent / "assets" / "checkpoint"
 EXAMPLE = {"nums": [24, 31, 5], "target": 89}
+DECODERS = ("greedy", "beam", "best_of_n", "majority", "self_backtrack")
 
 # ---- Verification: exact, on integers, and never part of the search ------------------------------------------------------
 def verify(nums: list[int], target: int, response: str) -> tuple[bool, str]:
@@ -77,9 +76,8 @@ class Sample(NamedTuple):
 def prefill(model: Llama, prompts: list[list[int]], room: int) -> tuple[KVCache, torch.Tensor]:
     """Run prompts through the model once, together: a cache with a row each, and the logits after each prompt, (P, V)."""
     device = model.lm_head.weight.device
-    length = torch.tensor([len(p) for p in prompts])
-    ids = torch.tensor([p + [0] * (int(length.max()) - len(p)) for p in prompts], device=device)
-    length = length.to(device)
+    length = torch.tensor([len(p) for p in prompts], device=device)
+    ids = pad_sequence([torch.tensor(p, device=device) for p in prompts], batch_first=True)
     cache = KVCache(model.config, len(prompts), ids.shape[1] + room, device, model.lm_head.weight.dtype)
     logits = model(ids, cache=cache, keep=length - 1)
     cache.rollback(length)                                                     # the padding goes out of sight
@@ -223,8 +221,6 @@ def beam_search(model: Llama, tok: Tokenizer, problems: list[dict], n: int, max_
     return found
 
 # ---- Decoders, selection, evaluation -------------------------------------------------------------------------------------
-DECODERS = ("greedy", "beam", "best_of_n", "majority", "self_backtrack")
-
 def decode(model: Llama, tok: Tokenizer, problems: list[dict], keys: list[int], decoder: str = "self_backtrack", b: int = 1,
            n: int = 32, temperature: float = 0.7, max_new: int = 64, **search) -> list[list[Sample]]:
     """The samples of each problem by one of DECODERS. Best of n is self-backtracking that never steps back (b = 0)."""
@@ -251,8 +247,7 @@ def judge(tok: Tokenizer, problem: dict, samples: list[Sample], decoder: str) ->
             "tokens": sum(len(sample.tokens) - sample.state for sample in samples)}
 
 def evaluate(model: Llama, tok: Tokenizer, problems: list[dict], decoder: str, offset=0, batch_size=64, **search) -> list[dict]:
-    """`judge`'s row for every problem; the ranks share the work and all get the rows.
-    Problem i is keyed by offset + i, so that neither batches nor ranks change its samples."""
+    """`judge`'s row for every problem. Its samples are keyed by offset + i, so that neither batches nor ranks change them."""
     (_, rank, world), rows = start(), []
     mine = range(rank, len(problems), world)
     with tqdm(total=len(mine), desc=decoder, unit=" problems", leave=False, disable=rank > 0) as bar:
@@ -268,33 +263,28 @@ def gather(rows: list, device: torch.device) -> list[list]:
     """Every rank's rows, on every rank; as JSON bytes, for torch's own gathering of objects would unpickle."""
     if not dist.is_initialized():
         return [rows]
-    mine = torch.tensor(list(json.dumps(rows).encode()), dtype=torch.uint8, device=device)
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(mine)], device=device))
-    parts = [mine.new_zeros(int(max(sizes))) for _ in sizes]
-    dist.all_gather(parts, torch.cat([mine, mine.new_zeros(int(max(sizes)) - len(mine))]))
-    return [json.loads(bytes(part[:int(size)].tolist())) for part, size in zip(parts, sizes)]
+    text = json.dumps(rows).encode()
+    longest = torch.tensor(len(text), device=device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    mine = torch.tensor(list(text.ljust(int(longest))), dtype=torch.uint8, device=device)       # JSON may end in blanks
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, mine)
+    return [json.loads(bytes(part.tolist())) for part in parts]
 
-def summary(name: str, rows: list[dict]) -> str:
-    """A line of `compare`: accuracy of the selected answers and of any candidate, with Wilson's interval; tokens sampled."""
-    line, n, z = f"{name:34}", len(rows), 1.96
-    for key in ("correct", "verified"):
-        p = sum(row[key] for row in rows) / n
-        middle, half = p + z * z / 2 / n, z * math.sqrt(p * (1 - p) / n + (z / 2 / n) ** 2)
-        low, high = (100 * abs(middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
-        line += f"{100 * p:6.1f} [{low:4.1f}, {high:5.1f}]"
-    return line + f"{sum(row['tokens'] for row in rows) / n:13.1f}"
+def interval(p: float, n: int, z: float = 1.96) -> str:
+    """A share p of n problems in percent, with Wilson's 95 % interval."""
+    middle, half = p + z * z / 2 / n, z * math.sqrt(p * (1 - p) / n + (z / 2 / n) ** 2)
+    low, high = (100 * abs(middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    return f"{100 * p:6.1f} [{low:4.1f}, {high:5.1f}]"
 
 def compare(model: Llama, tok: Tokenizer, splits: dict[str, list[dict]], decoders: list[str], title="", **search) -> list[dict]:
     """Evaluate every decoder on the problems of every split and print a table, one line for each; the last one's rows."""
-    (_, rank, _), rows = start(), []
-    if rank == 0:
-        print(f"{title:34}{'selected % [95 %]':>20}{'verified % [95 %]':>20}{'tokens':>13}", flush=True)
-    for split, problems in splits.items():
-        for decoder in decoders:
-            rows = evaluate(model, tok, problems, decoder, **search)
-            if rank == 0:
-                print(summary(f"{decoder}, {split}", rows), flush=True)
+    log = partial(print, flush=True) if start()[1] == 0 else lambda line: None
+    log(f"{title:34}{'selected % [95 %]':>20}{'verified % [95 %]':>20}{'tokens':>13}")
+    for split, decoder in itertools.product(splits, decoders):
+        rows = evaluate(model, tok, splits[split], decoder, **search)
+        selected, verified, tokens = (sum(row[key] for row in rows) / len(rows) for key in ("correct", "verified", "tokens"))
+        log(f"{f'{decoder}, {split}':34}{interval(selected, len(rows))}{interval(verified, len(rows))}{tokens:13.1f}")
     return rows
 
 def draw_tree(tok: Tokenizer, problem: dict, samples: list[Sample], answer: Sample | None, width: int = 5) -> str:
@@ -314,22 +304,21 @@ def draw_tree(tok: Tokenizer, problem: dict, samples: list[Sample], answer: Samp
         if sample.state:
             state = tuple(tok.decode(sample.tokens[:sample.state]).split("\n")[:-1])
             ends[state][f"round {sample.round + 1} from here", 36] += 1
-    nobody = "" if answer else "  (no sample reached the goal)"
-    lines = [f"numbers {problem['nums']}  target {problem['target']}{nobody}", f"{'action':30}samples"]
 
-    def walk(path: tuple[str, ...], indent: str) -> None:
+    def walk(path: tuple[str, ...], indent: str):
         children = sorted((c for c in through if c[:-1] == path), key=lambda c: -through[c])
-        for i, child in enumerate(children[:width]):
-            last = i == len(children) - 1
+        for child in children[:width]:
+            last = child == children[-1]
             notes = [f"{note} x{count}" if plain else f"\033[{colour}m{note}\033[0m x{count}"
                      for (note, colour), count in ends[child].items()]
-            lines.append(f"{indent + ('└─ ' if last else '├─ ') + child[-1][:22]:30}{through[child]:<5}{'; '.join(notes)}")
-            walk(child, indent + ("   " if last else "│  "))
+            yield f"{indent + ('└─ ' if last else '├─ ') + child[-1][:22]:30}{through[child]:<5}{'; '.join(notes)}"
+            yield from walk(child, indent + ("   " if last else "│  "))
         if children[width:]:
-            lines.append(f"{indent}└─ {len(children) - width} more, x{sum(through[c] for c in children[width:])}")
+            yield f"{indent}└─ {len(children) - width} more, x{sum(through[c] for c in children[width:])}"
 
-    walk((), "")
-    return "\n".join(lines)
+    nobody = "" if answer else "  (no sample reached the goal)"
+    head = f"numbers {problem['nums']}  target {problem['target']}{nobody}\n{'action':30}samples"
+    return "\n".join([head, *walk((), "")])
 
 def main() -> None:
     args = Arguments("Search with a checkpoint: one problem and its tree, an evaluation (--data), or by default both.")
@@ -354,8 +343,6 @@ def main() -> None:
         raise UserError("--numbers and --target go together, and --data goes without them")
     if args.out and (args.data is None or Path(args.out).is_dir()):
         raise UserError("--out wants a file, and --data beside it")
-    with replacing(Path(args.out).parent) if args.out else nullcontext():
-        pass                                                           # if it cannot be written to, say so now
     device, rank, _ = start()
     tok, record = Tokenizer.from_pretrained(args.ckpt), load_record(args.ckpt)
     model = Llama.from_pretrained(args.ckpt, device, DTYPES.get(args.dtype) or best_dtype(device)).eval()
@@ -367,9 +354,10 @@ def main() -> None:
     names = [args.data] if args.data else [] if args.numbers else ["val", "val_new"]
     splits = {name: load_rows(name, record, args.num, args.offset) for name in names}
     decoders = [args.decoder] if args.data else ["greedy", args.decoder]
-    rows = compare(model, tok, splits, decoders, offset=args.offset, batch_size=args.batch_size, **search) if splits else []
-    if args.out and rank == 0:
-        with replacing(Path(args.out).parent) as new:
+    with replacing(Path(args.out).parent) if args.out else nullcontext() as new:      # an unwritable folder is told at once
+        if splits:
+            rows = compare(model, tok, splits, decoders, offset=args.offset, batch_size=args.batch_size, **search)
+        if args.out and rank == 0:
             (new / Path(args.out).name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 if __name__ == "__main__":

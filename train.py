@@ -1,14 +1,7 @@
-"""Supervised fine-tuning on D_op and D_back (paper, section 4.1). Read after search.py, before improve.py.
-
-    python train.py                                          a small model from scratch: minutes on two cores
-    torchrun --nproc_per_node=2 -- train.py                  the same on two devices
-    python train.py --ckpt assets/checkpoint --data data/    from a checkpoint, on files that data.py wrote
-
-Every device sums the loss of its own rows over labelled tokens and divides by their number on all devices and in all parts of
-the step together, so that a gradient does not depend on how a batch was cut.
-"""
-import itertools, json, math, os
+"""Supervised fine-tuning on D_op and D_back (paper, section 4.1). Read after search.py, before improve.py."""
+import itertools, json, math
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +10,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -49,8 +43,7 @@ class Batches(Dataset):
 
     def pad(self, rows: list[tuple[list[int], list[int]]], device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
         """input_ids and labels, (B, T) int64, padded on the right, where causal attention never looks."""
-        T = min(max(len(ids) for ids, _ in rows), self.CONTEXT)
-        return tuple(torch.tensor([(x + [fill] * T)[:T] for x in column], device=device)
+        return tuple(pad_sequence([torch.tensor(x[:self.CONTEXT]) for x in column], True, fill).to(device)
                      for column, fill in zip(zip(*rows), (self.tok.eos, -100)))
 
 @torch.no_grad()
@@ -63,34 +56,64 @@ def learning_rate(step: int, steps: int, lr: float, warmup: int) -> float:
     """Linear warm-up, then half a cosine down to zero."""
     return lr * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
-def fit(model: Llama, batches: Batches, steps: int, lr: float, warmup: int, weight_decay: float = 0.1,
+def orthogonal(x: torch.Tensor) -> torch.Tensor:
+    """Each of x (N, A, B) with all singular values brought to 0.7 .. 1.2 (those not near zero), by five Newton-Schulz steps."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonal(x.mT).mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+    return x
+
+class Muon(torch.optim.AdamW):
+    """Muon (Jordan et al., 2024) for the matrices of group 0, AdamW for the rest. Momentum is made orthogonal, so that all
+    directions of a matrix learn at one speed, and scaled as AdamW's steps are. From scratch it needs half of AdamW's steps.
+    torch.optim.Muon always multiplies in bf16, which many CPUs only emulate, slowly; this one obeys autocast."""
+    @torch.no_grad()
+    def step(self):
+        params, lr, decay = (self.param_groups[0][key] for key in ("params", "lr", "weight_decay"))
+        for shape in dict.fromkeys(p.shape for p in params):                       # all matrices of a shape at once
+            same = [p for p in params if p.shape == shape]
+            grad, slots = torch.stack([p.grad for p in same]), self.state[same[0]]
+            slots.setdefault("step", torch.zeros(()))                              # without it AdamW would not load the state
+            momentum = slots.setdefault("momentum", torch.zeros_like(grad)).lerp_(grad, 0.05)
+            for p, update in zip(same, orthogonal(grad.lerp(momentum, 0.95))):     # Nesterov's look ahead
+                p.mul_(1 - lr * decay).add_(update, alpha=-0.2 * lr * max(shape) ** 0.5)
+                p.grad = None                                                      # AdamW has nothing left to do here
+        super().step()
+
+def fit(model: Llama, batches: Batches, steps: int, lr: float, warmup: int, weight_decay: float = 0.1, muon: bool = True,
         dtype: torch.dtype = torch.float32, state: dict | None = None, every: int = 1000, report=None) -> None:
-    """Train `model` in place; dtype is autocast's. After each `every` steps, and the last, call report(loss, state): the
-    state, {"step", "optimizer": AdamW's per-parameter tensors}, given to a later call, goes on from there."""
+    """Train `model` in place; dtype is autocast's. The loss is one mean over the labelled tokens of all ranks and parts of a
+    step together, so that a gradient does not depend on how a batch was cut. After each `every` steps, and the last, call
+    report(loss, state): the state, {"step", "optimizer": its tensors}, given to a later call, goes on from there."""
     device, rank, world = start()
     wrapped = DistributedDataParallel(model) if world > 1 else model
-    matrices, others = ([p for p in model.parameters() if (p.ndim > 1) == big] for big in (True, False))
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
-                                  lr=lr, betas=(0.9, 0.95), fused=True)
+    together = dist.all_reduce if world > 1 else lambda tensor: None           # sums a tensor over the ranks, in place
+    kinds = [], [], []                                                   # the layers' matrices; embedding and head; gains
+    for name, p in model.named_parameters():
+        kinds[2 if p.ndim == 1 else ".layers." not in name].append(p)
+    groups = [{"params": ps, "weight_decay": decay} for ps, decay in zip(kinds, (weight_decay, weight_decay, 0.0))]
+    optimizer = (Muon if muon else torch.optim.AdamW)(groups, lr=lr, betas=(0.9, 0.95), fused=dtype != torch.float16)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     first = state["step"] if state else 0
     if state:
         optimizer.load_state_dict({"state": state["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
-    workers = min(8, os.cpu_count() - 1) if device.type == "cuda" else 0         # a CPU needs its cores for the training
+    amp = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     items = range(first // batches.STEPS, -(-steps // batches.STEPS))
-    loader = DataLoader(batches, batch_size=None, sampler=items, num_workers=workers)
+    loader = DataLoader(batches, batch_size=None, sampler=items, num_workers=8 * (device.type == "cuda"))
     stream = itertools.islice(itertools.chain.from_iterable(loader), first % batches.STEPS, None)
     mean = torch.zeros((), device=device)
     for step in (bar := tqdm(range(first, steps), initial=first, total=steps, desc="train", disable=rank > 0)):
         parts = [(ids.to(device), labels.to(device)) for ids, labels in next(stream)]
         labelled = sum((labels[:, 1:] != -100).sum() for _, labels in parts).clamp(min=1)
-        if world > 1:
-            dist.all_reduce(labelled)
+        together(labelled)
         loss = torch.zeros((), device=device)
         for i, (ids, labels) in enumerate(parts):
             if world > 1:
                 wrapped.require_backward_grad_sync = i == len(parts) - 1           # ranks meet once, at the last part
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with amp():
                 part = wrapped(ids, labels=labels) / labelled
             scaler.scale(part * world).backward()                      # DDP averages over ranks; here they are to be added
             loss += part.detach()
@@ -98,11 +121,11 @@ def fit(model: Llama, batches: Batches, steps: int, lr: float, warmup: int, weig
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, lr, warmup)
-        scaler.step(optimizer)
+        with amp():
+            scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        if world > 1:
-            dist.all_reduce(loss)
+        together(loss)
         mean = torch.lerp(loss, mean, 0.98 if step > first else 0.0)
         if rank == 0 and step % 20 == 0:
             bar.set_postfix(loss=f"{float(mean):.4f}")                             # the one place that waits for the device
@@ -126,14 +149,14 @@ def load_state(folder: Path, model: Llama) -> dict:
         tensors = load_file(folder / "resume.safetensors")
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot resume from {folder}: {error}") from None
-    state = {"step": int(tensors.pop("step")), "optimizer": defaultdict(dict)}
+    step, slots = int(tensors.pop("step")), defaultdict(dict)
     for key, value in tensors.items():
         kind, name = key.split(".", 1)
         if kind == "weight":
             model.get_parameter(name).data.copy_(value)
         else:
-            state["optimizer"][int(kind)][name] = value
-    return state
+            slots[int(kind)][name] = value
+    return {"step": step, "optimizer": slots}
 
 def main() -> None:
     args = Arguments("Train on D_op and D_back: a small model from scratch, or a checkpoint.")
@@ -142,10 +165,11 @@ def main() -> None:
     args.add_argument("--sizes", type=number(int, 2), nargs="+", default=[3], help="generated data: how many numbers")
     args.add_argument("--out", default="checkpoint", help="the folder to save to")
     args.add_argument("--resume", action="store_true", help="go on from what --out holds, if need be with more --steps")
-    args.add_argument("--steps", type=number(int, 1), default=3600)
+    args.add_argument("--steps", type=number(int, 1), default=6000)
     args.add_argument("--batch_size", type=number(int, 1), default=64, help="rows a device and accumulation step")
     args.add_argument("--grad_accum", type=number(int, 1), default=1)
-    args.add_argument("--lr", type=number(float, 0, strict=True), default=2e-3)
+    args.add_argument("--lr", type=number(float, 0, strict=True), default=3e-3)
+    args.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="adamw suits a large checkpoint better")
     args.add_argument("--warmup", type=number(int, 1), default=100)
     args.add_argument("--weight_decay", type=number(float, 0), default=0.1)
     args.add_argument("--dtype", choices=DTYPES, help="of autocast; the best of the device by itself")
@@ -165,6 +189,7 @@ def main() -> None:
         num_hidden_layers=args.layers, num_attention_heads=args.hidden_size // 32, num_key_value_heads=args.hidden_size // 32,
         head_dim=32, max_position_embeddings=256, rope_theta=10000.0, eos_token_id=tok.eos))
     state = load_state(out, model) if args.resume else None
+    muon = any("momentum" in slots for slots in state["optimizer"].values()) if state else args.optimizer == "muon"
     model.to(device)
     old = load_record(args.out) if args.resume else None
     if (data := args.data or (old or {}).get("data")) is None:
@@ -181,10 +206,9 @@ def main() -> None:
     def report(loss: float, state: dict) -> None:
         line = {"step": state["step"], "loss": round(loss, 4)}
         for split, rows in held.items():
-            answers = evaluate(model, tok, rows, "greedy")
             padded = [batches.pad(tok.rows(rows[i:i + 64]), device) for i in range(0, len(rows), 64)]
             line[f"{split}_loss"] = mean_loss(model, padded)
-            line[f"{split}_greedy"] = sum(answer["correct"] for answer in answers) / len(rows)
+            line[f"{split}_greedy"] = sum(row["correct"] for row in evaluate(model, tok, rows, "greedy")) / len(rows)
         if rank == 0:
             tqdm.write(json.dumps(line))
             save(out, model, tok, record, state)
@@ -192,7 +216,7 @@ def main() -> None:
                 log.write(json.dumps(line) + "\n")
 
     dtype = DTYPES.get(args.dtype) or best_dtype(device)
-    fit(model, batches, args.steps, args.lr, args.warmup, args.weight_decay, dtype, state, args.eval_every, report)
+    fit(model, batches, args.steps, args.lr, args.warmup, args.weight_decay, muon, dtype, state, args.eval_every, report)
     compare(model, tok, held, ["greedy", "self_backtrack"])
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from data import Tokenizer, generate, new_record
 from model import Llama, LlamaConfig
-from train import Batches, fit, learning_rate, load_state, mean_loss, save
+from train import Batches, Muon, fit, learning_rate, load_state, mean_loss, orthogonal, save
 
 TOK, RECORD = Tokenizer.digits(), new_record(0, [3])
 ROOT = Path(__file__).parent.parent
@@ -69,7 +69,7 @@ def test_the_loss_is_the_mean_over_labelled_tokens():
 
 
 def test_one_step_equals_pytorchs_own(tmp_path, monkeypatch):
-    """A step of `fit`, in four parts, against transformers' loss on the whole batch and a plain AdamW."""
+    """A step of `fit` with AdamW, in four parts, against transformers' loss on the whole batch and a plain AdamW."""
     model, gradients, clip = tiny(), [], torch.nn.utils.clip_grad_norm_
     theirs = LlamaForCausalLM.from_pretrained(save_for_transformers(model, tmp_path))
 
@@ -78,7 +78,7 @@ def test_one_step_equals_pytorchs_own(tmp_path, monkeypatch):
         return clip(parameters, norm)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recording)
-    fit(model, Batches(RECORD, TOK, 2, accum=4), 1, 1e-3, warmup=1)
+    fit(model, Batches(RECORD, TOK, 2, accum=4), 1, 1e-3, warmup=1, muon=False)
     [ids, labels] = Batches(RECORD, TOK, 8)[0][0][0]
     groups = [{"params": [p for p in theirs.parameters() if p.ndim > 1], "weight_decay": 0.1},
               {"params": [p for p in theirs.parameters() if p.ndim == 1], "weight_decay": 0.0}]
@@ -92,6 +92,37 @@ def test_one_step_equals_pytorchs_own(tmp_path, monkeypatch):
     expected = theirs.state_dict()
     for key, value in model.state_dict().items():
         assert (value - expected[key]).abs().max() < 2e-5, key
+
+
+def test_orthogonal_sets_all_singular_values_to_about_one():
+    torch.manual_seed(0)
+    for shape in ((3, 20, 20), (3, 20, 50), (3, 50, 20)):
+        x = torch.randn(shape) * 1e-3
+        values = torch.linalg.svdvals(orthogonal(x))
+        assert 0.5 < values.min() and values.max() < 1.3, shape
+        u, _, v = torch.linalg.svd(x, full_matrices=False)
+        nearest = torch.nn.functional.cosine_similarity(orthogonal(x).flatten(1), (u @ v).flatten(1))
+        assert nearest.min() > 0.95, shape
+
+
+def test_muon_equals_pytorchs_muon_and_adamw():
+    """Ten steps on the same gradients; torch.optim.Muon multiplies in bf16, so the sum of the steps agrees to a percent."""
+    ours = tiny()
+    before, theirs = copy.deepcopy(ours), copy.deepcopy(ours)
+    inner = [[p for p in model.model.layers.parameters() if p.ndim == 2] for model in (ours, theirs)]
+    outer = [[p for p in model.parameters() if p.ndim == 1 or p.shape[0] == TOK.vocab_size] for model in (ours, theirs)]
+    muon = Muon([{"params": inner[0], "weight_decay": 0.1}, {"params": outer[0]}], lr=1e-2, weight_decay=0.0, fused=True)
+    peers = [torch.optim.Muon(inner[1], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+             torch.optim.AdamW(outer[1], lr=1e-2, weight_decay=0.0)]
+    for step in range(10):
+        for group in (*inner, *outer):
+            torch.manual_seed(step)
+            for p in group:
+                p.grad = torch.randn_like(p)
+        for optimizer in (muon, *peers):
+            optimizer.step()
+    for old, a, b in zip(before.parameters(), ours.parameters(), theirs.parameters()):
+        assert (a - b).norm() < 0.01 * (a - old).norm()
 
 
 def save_for_transformers(model, folder):
