@@ -279,7 +279,7 @@ def interval(p: float, n: int, z: float = 1.96) -> str:
 
 def compare(model: Llama, tok: Tokenizer, splits: dict[str, list[dict]], decoders: list[str], title="", **search) -> list[dict]:
     """Evaluate every decoder on the problems of every split and print a table, one line for each; the last one's rows."""
-    log = partial(print, flush=True) if start()[1] == 0 else lambda line: None
+    rows, log = [], partial(print, flush=True) if start()[1] == 0 else lambda line: None
     log(f"{title:34}{'selected % [95 %]':>20}{'verified % [95 %]':>20}{'tokens':>13}")
     for split, decoder in itertools.product(splits, decoders):
         rows = evaluate(model, tok, splits[split], decoder, **search)
