@@ -196,13 +196,14 @@ def read_rows(path: Path, columns: Sequence[str] = tuple(COLUMNS)) -> list[dict]
     """Rows of a JSON Lines file, or of a JSON file that is one list of rows. Raises UserError that names the line."""
     try:
         text = path.read_text(encoding="utf-8")
-        where, rows = f"{path}", json.loads(text) if text.lstrip()[:1] == "[" else []
-        for i, line in enumerate([] if rows else text.split("\n"), 1):
+        where, whole = f"{path}", text.lstrip()[:1] == "["
+        rows = json.loads(text) if whole else []
+        for i, line in enumerate([] if whole else text.split("\n"), 1):
             where = f"{path}, line {i}"
             rows += [json.loads(line)] if line.strip() else []
     except (OSError, ValueError) as error:
         raise UserError(f"{where if isinstance(error, json.JSONDecodeError) else path} cannot be read: {error}") from None
-    for i, row in enumerate(rows, 1):
+    for i, row in enumerate(rows or [None], 1):                               # a file without rows is complained of, too
         for column in columns:
             what, holds = COLUMNS[column]
             if not isinstance(row, dict) or column not in row:
@@ -233,7 +234,7 @@ def load_rows(data: str, record: dict | None, num: int, offset: int = 0) -> list
             raise UserError(f"--data wants val, val_new or a file of JSON Lines, and {data} is none of them")
         rows = read_rows(Path(data), ("nums", "target"))[offset:offset + num]
     elif record is None or Path(record["source"]).is_file():
-        raise UserError(f"no record of the checkpoint's data, or only of a file, so no {data}: give --data a file")
+        raise UserError(f"no {data}: the checkpoint's data is not on record, or was a file (search.py takes one as --data)")
     elif record["source"] == "generated":
         rows = list(generate(record, data, num, offset))
     else:
@@ -312,7 +313,7 @@ def main() -> None:
     args = Arguments("Generate Countdown data: training rows and two validation splits, as JSON Lines.")
     args.add_argument("--num", type=number(int, 1), default=500_000, help="training rows")
     args.add_argument("--num_val", type=number(int, 1), default=5_000, help="problems in each of val and val_new")
-    args.add_argument("--sizes", type=number(int, 2), nargs="+", default=[4], help="how many numbers; several: in turn")
+    args.add_argument("--sizes", type=int, choices=range(2, 6), nargs="+", default=[4], help="how many numbers; or several")
     args.add_argument("--seed", type=number(int, 0), default=0)
     args.add_argument("--out", default="data", help="the folder to write to")
     args = args.parse_args()

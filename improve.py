@@ -40,16 +40,15 @@ def main() -> None:
     held = {split: load_rows(split, record, args.num_eval) for split in ("val", "val_new")}
     search = {key: getattr(args, key) for key in ("b", "n", "seed")}
     compare(model, tok, held, ["greedy", "self_backtrack"], "before", **search)
+    fresh = {**record, "seed": record.get("seed", 0) + 1_000_000 * (args.seed + 1)}         # a stream that training never drew
     for round in range(1, args.rounds + 1):
-        fresh = {**record, "seed": record.get("seed", 0) + 1_000_000 * (args.seed + 1)}     # a stream that training never drew
         rows = load_rows("train", fresh, args.num, args.num * (round - 1))
         answers = evaluate(model, tok, rows, "self_backtrack", **search)
         kept = harvest(rows, answers)
         if not kept:
             raise UserError("the search solved nothing, so there is nothing to learn from: start from a better checkpoint")
         batches = Batches(kept, tok, args.batch_size, seed=args.seed + round, rank=rank, world=world)
-        steps = -(-len(kept) * args.epochs // batches.size)
-        fit(model, batches, steps, args.lr, warmup=10, dtype=best_dtype(device))
+        fit(model, batches, -(-len(kept) * args.epochs // batches.size), args.lr, warmup=10, dtype=best_dtype(device))
         title = f"round {round} (solved {sum(answer['verified'] for answer in answers)} of {len(rows)})"
         compare(model, tok, held, ["greedy", "self_backtrack"], title, **search)
         if rank == 0:

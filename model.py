@@ -41,8 +41,8 @@ def number(kind: type, low: float, strict: bool = False):
     """An argparse type: an int or a finite float that is at least `low` (`strict`: above it)."""
     def parse(text: str):
         value = kind(text)                                             # argparse turns a ValueError into a line of its own
-        if not low <= value < math.inf or strict and value == low:
-            raise argparse.ArgumentTypeError(f"{text} is not {'above' if strict else 'at least'} {low}")
+        if not low <= value < (2 ** 62 if kind is int else math.inf) or strict and value == low:
+            raise argparse.ArgumentTypeError(f"{text} is not {'above' if strict else 'at least'} {low}, or too large")
         return value
     parse.__name__ = "whole number" if kind is int else "number"
     return parse
@@ -171,12 +171,11 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 class LlamaAttention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.head_dim = config.head_dim
-        heads, kv_heads = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, heads, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_heads, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=False)
-        self.o_proj = nn.Linear(heads, config.hidden_size, bias=False)
+        C, D, H, K = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = D
+        self.q_proj = nn.Linear(C, H * D, bias=False)
+        self.k_proj, self.v_proj = (nn.Linear(C, K * D, bias=False) for _ in range(2))
+        self.o_proj = nn.Linear(H * D, C, bias=False)
 
     def forward(self, x, rope, mask, positions, layer, cache):
         B, T, _ = x.shape

@@ -142,7 +142,7 @@ def expand(model: Llama, tok: Tokenizer, cache: KVCache, logits: torch.Tensor, k
 # ---- Self-backtracking (paper, section 4.2) ------------------------------------------------------------------------------
 def roll_back(tokens: tuple[int, ...], tok: Tokenizer) -> tuple[int, ...]:
     """Drop `<backtrack>` and the last action: the state to branch from ends with the newline of the action before."""
-    end = len(tokens) - 2                                  # the last action may lack its newline: start before its last token
+    end = len(tokens) - 2                                  # before the action's last token, be it its newline or not
     while end > 0 and not tok.ends_line[tokens[end - 1]]:
         end -= 1
     return tokens[:max(end, 0)]
@@ -162,7 +162,7 @@ def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: lis
     cache, logits = prefill(model, prompts, (b + 1) * max_new)
     parked = KVCache(model.config, len(prompts), cache.kv.shape[4], logits.device, cache.kv.dtype) if b else None
     problem_keys = mix(torch.full((len(keys),), seed, device=logits.device), torch.tensor(keys, device=logits.device))
-    frontier = [(p, 0, (), (), p) for p in range(len(prompts))]     # problem, rank in its frontier, tokens, logps, cache row
+    frontier = [(p, 0, (), (), None) for p in range(len(prompts))]    # problem, rank in its frontier, tokens, logps, parked row
     visited, found = [{()} for _ in prompts], [[] for _ in prompts]
     for round in range(b + 1):
         owner, rank = torch.tensor([state[:2] for state in frontier], device=logits.device).T
@@ -206,7 +206,7 @@ def beam_search(model: Llama, tok: Tokenizer, problems: list[dict], n: int, max_
         row = row.gather(1, parent)
         tokens[..., t], logps[..., t] = token, logp[row, token]
         total[torch.arange(n, device=device) >= room[:, None]] = -torch.inf
-        ended = total.isfinite() & ((token == tok.eos) | (token == tok.backtrack) | torch.tensor(t == max_new - 1))
+        ended = total.isfinite() & ((token == tok.eos) | (token == tok.backtrack) | (t == max_new - 1))
         for p, i in ended.nonzero().tolist():
             done = tuple(tokens[p, i, :t + 1].tolist())
             found[p].append(Sample(done, tuple(logps[p, i, :t + 1].tolist()), 0, 0, finish(done, tok)))
@@ -331,7 +331,7 @@ def main() -> None:
     args.add_argument("--decoder", choices=DECODERS, default="self_backtrack")
     args.add_argument("--b", type=number(int, 0), default=1, help="how often to step back")
     args.add_argument("--n", type=number(int, 1), default=32, help="samples a state; beams")
-    args.add_argument("--temperature", type=number(float, 0, strict=True), default=0.7)
+    args.add_argument("--temperature", type=number(float, 0.001), default=0.7)
     args.add_argument("--limit", type=number(int, 1), help="states in a frontier; int(sqrt(n)) by default")
     args.add_argument("--seed", type=number(int, 0), default=0)
     args.add_argument("--batch_size", type=number(int, 1), default=64, help="problems decoded together")

@@ -21,7 +21,7 @@ from search import compare, evaluate
 class Batches(Dataset):
     """Item i: 64 optimiser steps' batches, sorted by length so that little is padding; each a list of (ids, labels).
     rows: a list, of which epoch after epoch is shuffled; or the record of generated data, an endless stream.
-    A step's rows are the same for any number of ranks: rank r of w takes every w-th of them, cut in `accum` parts."""
+    A step's rows depend on batch_size * accum * world alone: rank r of w takes every w-th of them, cut in `accum` parts."""
     STEPS, CONTEXT = 64, 128                                           # longer rows are cut, as in the reference
 
     def __init__(self, rows: list[dict] | dict, tok: Tokenizer, batch_size: int, accum=1, seed=0, rank=0, world=1):
@@ -75,7 +75,7 @@ class Muon(torch.optim.AdamW):
         params, lr, decay = (self.param_groups[0][key] for key in ("params", "lr", "weight_decay"))
         for shape in dict.fromkeys(p.shape for p in params):                       # all matrices of a shape at once
             same = [p for p in params if p.shape == shape]
-            grad, slots = torch.stack([p.grad for p in same]), self.state[same[0]]
+            grad, slots = torch.stack([p.grad for p in same]), self.state[same[0]]       # the first one's state is that of all
             slots.setdefault("step", torch.zeros(()))                              # without it AdamW would not load the state
             momentum = slots.setdefault("momentum", torch.zeros_like(grad)).lerp_(grad, 0.05)
             for p, update in zip(same, orthogonal(grad.lerp(momentum, 0.95))):     # Nesterov's look ahead
@@ -91,9 +91,9 @@ def fit(model: Llama, batches: Batches, steps: int, lr: float, warmup: int, weig
     device, rank, world = start()
     wrapped = DistributedDataParallel(model) if world > 1 else model
     together = dist.all_reduce if world > 1 else lambda tensor: None           # sums a tensor over the ranks, in place
-    kinds = [], [], []                                                   # the layers' matrices; embedding and head; gains
+    kinds = [], [], []                                       # 0: the layers' matrices; 1: embedding and head; 2: gains
     for name, p in model.named_parameters():
-        kinds[2 if p.ndim == 1 else ".layers." not in name].append(p)
+        kinds[2 if p.ndim == 1 else 0 if ".layers." in name else 1].append(p)
     groups = [{"params": ps, "weight_decay": decay} for ps, decay in zip(kinds, (weight_decay, weight_decay, 0.0))]
     optimizer = (Muon if muon else torch.optim.AdamW)(groups, lr=lr, betas=(0.9, 0.95), fused=dtype != torch.float16)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -111,8 +111,7 @@ def fit(model: Llama, batches: Batches, steps: int, lr: float, warmup: int, weig
         together(labelled)
         loss = torch.zeros((), device=device)
         for i, (ids, labels) in enumerate(parts):
-            if world > 1:
-                wrapped.require_backward_grad_sync = i == len(parts) - 1           # ranks meet once, at the last part
+            wrapped.require_backward_grad_sync = i == len(parts) - 1               # DDP's ranks meet once, at the last part
             with amp():
                 part = wrapped(ids, labels=labels) / labelled
             scaler.scale(part * world).backward()                      # DDP averages over ranks; here they are to be added
@@ -142,6 +141,8 @@ def save(folder: str | Path, model: Llama, tok: Tokenizer, record: dict, state: 
             tensors = {f"weight.{key}": value.detach() for key, value in model.named_parameters()}
             tensors |= {f"{i}.{key}": value for i, slots in state["optimizer"].items() for key, value in slots.items()}
             save_file(tensors | {"step": torch.tensor(state["step"])}, new / "resume.safetensors")
+    if not state:
+        Path(folder, "resume.safetensors").unlink(missing_ok=True)      # of other weights than these
 
 def load_state(folder: Path, model: Llama) -> dict:
     """Put back the fp32 weights that `save` wrote, and return fit's state. Safetensors: no pickle is ever read."""
@@ -162,7 +163,7 @@ def main() -> None:
     args = Arguments("Train on D_op and D_back: a small model from scratch, or a checkpoint.")
     args.add_argument("--ckpt", help="a folder or Hub id to start from; without it (or --resume) a small model from scratch")
     args.add_argument("--data", help="a file, a folder of data.py, or a Hub dataset; without it rows are generated without end")
-    args.add_argument("--sizes", type=number(int, 2), nargs="+", default=[3], help="generated data: how many numbers")
+    args.add_argument("--sizes", type=int, choices=range(2, 6), nargs="+", default=[3], help="generated data: how many numbers")
     args.add_argument("--out", default="checkpoint", help="the folder to save to")
     args.add_argument("--resume", action="store_true", help="go on from what --out holds, if need be with more --steps")
     args.add_argument("--steps", type=number(int, 1), default=6000)

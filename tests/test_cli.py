@@ -98,8 +98,8 @@ def test_search_without_arguments_shows_a_tree_and_a_table():
 @pytest.mark.parametrize("args,complaint", [
     ("--n 0", "--n: 0 is not at least 1"), ("--b -1", "--b: -1 is not at least 0"),
     ("--n x", "--n: invalid whole number value: 'x'"), ("--decoder x", "invalid choice: 'x'"),
-    ("--temperature 0", "--temperature: 0 is not above 0"), ("--temperature -1", "not above 0"),
-    ("--temperature nan", "not above 0"), ("--temperature inf", "not above 0"),
+    ("--temperature 0", "--temperature: 0 is not at least 0.001"), ("--temperature -1", "not at least 0.001"),
+    ("--temperature nan", "not at least"), ("--temperature inf", "too large"), ("--seed 99999999999999999999", "too large"),
     ("--numbers 3 0 --target 9", "--numbers: 0 is not at least 1"), ("--numbers 3 -4 --target 9", "-4 is not at least 1"),
     ("--numbers 3 4 --target 9.5", "--target: invalid whole number value: '9.5'"),
     ("--numbers 3 4", "--numbers and --target"), ("--data nosuchsplit", "nosuchsplit is none of them"),
@@ -109,13 +109,15 @@ def test_search_without_arguments_shows_a_tree_and_a_table():
     ("--ckpt {tmp}/empty", "cannot be read"),
     ("--data {tmp}/rows.jsonl", "rows.jsonl, line 2 cannot be read"),
     ("--data {tmp}/column.jsonl", "row 1 lacks the column target"),
+    ("--data {tmp}/none.jsonl", "row 1 lacks the column nums"), ("--data {tmp}/list.jsonl", "row 1 lacks the column nums"),
     ("--data {tmp}/zero.jsonl", "nums must be positive whole numbers"),
     ("--data {tmp}/half.jsonl", "target must be a whole number")])
 def test_bad_input_gets_one_line(ckpt, tmp_path, capsys, monkeypatch, args, complaint):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "empty").mkdir()
-    for name, text in (("rows", '{"nums": [3], "target": 3}\n{"nums": [3], "tar'), ("column", '{"nums": [3, 4]}'),
-                       ("zero", '{"nums": [3, 0], "target": 3}'), ("half", '{"nums": [3, 1], "target": 3.5}')):
+    for name, text in (("none", ""), ("list", "[]"), ("rows", '{"nums": [3], "target": 3}\n{"nums": [3], "tar'),
+                       ("column", '{"nums": [3, 4]}'), ("zero", '{"nums": [3, 0], "target": 3}'),
+                       ("half", '{"nums": [3, 1], "target": 3.5}')):
         (tmp_path / f"{name}.jsonl").write_text(text)
     args = args.format(tmp=tmp_path).split()
     code, _, err = run(capsys, monkeypatch, search, *([] if "--ckpt" in args else ["--ckpt", ckpt]), *args)
@@ -131,8 +133,8 @@ def test_bad_input_gets_one_line(ckpt, tmp_path, capsys, monkeypatch, args, comp
     (lambda f: (f / "config.json").write_text("{}"), "is no Llama's"),
     (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json cannot be read"),
     (lambda f: (f / "record.json").write_text("[1]"), "record.json cannot be read"),
-    (lambda f: (f / "record.json").unlink(), "no record of the checkpoint's data"),
-    (lambda f: (f / "record.json").write_text(json.dumps({"source": str(f / "config.json")})), "only of a file")])
+    (lambda f: (f / "record.json").unlink(), "is not on record"),
+    (lambda f: (f / "record.json").write_text(json.dumps({"source": str(f / "config.json")})), "or was a file")])
 def test_damaged_checkpoints_get_one_line(ckpt, tmp_path, capsys, monkeypatch, damage, complaint):
     folder = tmp_path / "copy"
     shutil.copytree(ckpt, folder)
@@ -163,3 +165,4 @@ def test_training_says_that_it_cannot_write_before_it_starts(tmp_path, capsys, m
     monkeypatch.setattr(train, "fit", lambda *_: pytest.fail("it trained first"))
     assert run(capsys, monkeypatch, train, *TRAIN, "--out", tmp_path / "file")[0] == 2
     assert run(capsys, monkeypatch, data, "--num", 10, "--out", tmp_path / "file")[0] == 2
+    assert run(capsys, monkeypatch, data, "--num", 10, "--sizes", 6, "--out", tmp_path / "new")[0] == 2

@@ -161,6 +161,8 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path, tied):
     fit(third, batches, 90, 1e-2, warmup=5, state=state)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), third.parameters()))
     assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+    save(tmp_path, first, TOK, RECORD)                               # weights that no state belongs to: the old one must go
+    assert not (tmp_path / "resume.safetensors").exists() and (tmp_path / "model.safetensors").exists()
 
 
 WORKER = """
