@@ -290,9 +290,8 @@ class Tokenizer:
         return [encoding.ids for encoding in self.tok.encode_batch([prompt_text(p["nums"], p["target"]) for p in problems])]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of response tokens, `<backtrack>` included, without a closing end-of-text."""
-        tokens = list(tokens[:-1] if tokens and tokens[-1] == self.eos else tokens)
-        return self.tok.decode(tokens, skip_special_tokens=False)
+        """The text of response tokens, `<backtrack>` included, without end-of-text."""
+        return self.tok.decode([i for i in tokens if i != self.eos], skip_special_tokens=False)
 
     def rows(self, rows: list[dict]) -> list[tuple[list[int], list[int]]]:
         """(input_ids, labels) of each row {nums, target, search_path}, end-of-text included. Label -100 carries no loss: the

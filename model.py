@@ -122,21 +122,21 @@ class KVCache:
         self.kv[1, layer][rows, :, positions] = v.transpose(1, 2)
         return self.kv[:, layer, :len(k), :, :self.width].unbind()
 
-    def fork(self, parents: torch.Tensor, source: "KVCache | None" = None, at: int = 0) -> None:
-        """Row at + i becomes a copy of row parents[i] of `source` (default: this cache as it was); parents: (N,) int64.
-        Rows that stay where they are cost nothing. The cache doubles when it has too few rows."""
-        source = source or self
-        if at + len(parents) > len(self.length):
-            more = max(at + len(parents), 2 * len(self.length)) - len(self.length)
+    def fork(self, parents: torch.Tensor, source: "KVCache | None" = None, to: torch.Tensor | None = None) -> None:
+        """Row to[i] (default: i) becomes a copy of row parents[i] (N,) int64 of `source` (default: this cache as it was, and
+        no other rows stay in use). Rows that stay where they are cost nothing. The cache doubles when it has too few."""
+        source, rows = source or self, len(parents)
+        to = torch.arange(rows, device=parents.device) if to is None else to
+        if (more := int(to.max()) + 1 - len(self.length)) > 0:
+            more = max(more, len(self.length))
             self.kv = torch.cat([self.kv, self.kv.new_zeros(*self.kv.shape[:2], more, *self.kv.shape[3:])], 2)
             self.length = torch.cat([self.length, self.length.new_zeros(more)])
-        to = at + torch.arange(len(parents), device=parents.device)
         if source is self:
-            moved = to != parents
-            to, parents = to[moved], parents[moved]
-        self.kv[:, :, to, :, :source.width] = source.kv[:, :, parents, :, :source.width]
+            to, parents = to[to != parents], parents[to != parents]
+        width = min(source.width, self.kv.shape[4])
+        self.kv[:, :, to, :, :width] = source.kv[:, :, parents, :, :width]
         self.length[to] = source.length[parents]
-        self.width = max(self.width, source.width)
+        self.width = int(self.length[:rows].max()) if source is self else max(self.width, width)
 
     def rollback(self, length: torch.Tensor) -> None:
         """Cut rows 0..N-1 back to `length` (N,) int64 tokens. Nothing is recomputed: the rest is merely out of sight."""

@@ -5,14 +5,16 @@ n continuations of a state; each that ends in `<backtrack>` drops its last actio
 branch from; after b such rounds the finished answer with the best mean log-probability wins. No verifier takes part.
 """
 import itertools, json, math, os, re, sys
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque, namedtuple
+from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -73,71 +75,109 @@ class Sample(NamedTuple):
         """Mean log-probability of all tokens, end-of-text included: the paper's measure, no verifier in it."""
         return sum(self.logps) / len(self.logps)
 
-def prefill(model: Llama, prompts: list[list[int]], room: int) -> tuple[KVCache, torch.Tensor]:
-    """Run prompts through the model once, together: a cache with a row each, and the logits after each prompt, (P, V)."""
-    device = model.lm_head.weight.device
-    length = torch.tensor([len(p) for p in prompts], device=device)
-    ids = pad_sequence([torch.tensor(p, device=device) for p in prompts], batch_first=True)
-    cache = KVCache(model.config, len(prompts), ids.shape[1] + room, device, model.lm_head.weight.dtype)
-    logits = model(ids, cache=cache, keep=length - 1)
+def prefill(model: Llama, texts: list[list[int]], source: KVCache | None = None, rows: list[int] = ()):
+    """A cache with a row for each of texts, lists of tokens, and the logits after each, (P, V). Prompts run through the model;
+    of a branch, which begins row rows[i] of `source` already, only the last token does, for a cache holds no logits."""
+    device, length = model.lm_head.weight.device, [len(text) for text in texts]
+    cache = KVCache(model.config, len(texts), max(length), device, model.lm_head.weight.dtype)
+    length = torch.tensor(length, device=device)
+    if source is not None:
+        cache.fork(torch.tensor(rows, device=device), source)
+        cache.rollback(length - 1)
+    ids = pad_sequence([torch.tensor(text if source is None else text[-1:], device=device) for text in texts], batch_first=True)
+    logits = model(ids, cache=cache, keep=length - 1 - cache.length)
     cache.rollback(length)                                                     # the padding goes out of sight
     return cache, logits
 
 def draw(logits: torch.Tensor, row: torch.Tensor, u: torch.Tensor, temperature: float):
     """A token for each sample, (S,), and its log-probability at temperature 1; sample s is on row[s] of logits (R, V).
-    The token is where the cumulative distribution passes the sample's uniform u (S,). Temperature 0 is greedy decoding."""
+    The token is where the cumulative distribution passes the sample's uniform u (S,)."""
     logps = logits.float().log_softmax(-1)
-    if temperature == 0:
-        return (token := logps.argmax(-1)[row]), logps[row, token]
     cumulative = (logps / temperature).softmax(-1).cumsum(-1)
     u = u * cumulative[row, -1]                                                # rounding leaves the last a little off 1
     token = torch.searchsorted(cumulative[row], u[:, None], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
     return token, logps[row, token]
 
-def share(row: torch.Tensor, token: torch.Tensor, vocab: int):
-    """Samples that are the same so far are one row: the rows that samples (S,) on rows `row` need after drawing `token`.
-    Returns parents (R,), the old row that each new row continues; its token (R,); and each sample's new row (S,). The
-    first child of a row stays in its place, where it costs nothing; the others fill the gaps: R children, R places."""
-    child, of = torch.unique(row * vocab + token, return_inverse=True)         # sorted: children stand by their parents
-    parent = child // vocab
-    stays = (parent < len(child)) & (parent != torch.cat([parent.new_tensor([-1]), parent[:-1]]))
-    free = torch.ones_like(stays)
-    free[parent[stays]] = False
-    place = torch.empty_like(child)
-    place[stays], place[~stays] = parent[stays], free.nonzero()[:, 0]
-    order = place.argsort()
-    return parent[order], child[order] % vocab, place[of]
+def places(parent: torch.Tensor) -> torch.Tensor:
+    """The rows (C,) for children of rows `parent` (C,), sorted: the first child of a row stays in its place, where it costs
+    nothing, the others fill the gaps, so that C children fill rows 0..C-1. Parents 1 1 3 -> places 1 0 2."""
+    every, first = torch.arange(len(parent), device=parent.device), parent != torch.cat([parent.new_tensor([-1]), parent[:-1]])
+    return parent.masked_scatter(~first | (parent >= len(parent)), every[~torch.isin(every, parent)])
 
-def expand(model: Llama, tok: Tokenizer, cache: KVCache, logits: torch.Tensor, keys: torch.Tensor, n: int,
-           temperature: float, max_new: int, parked: KVCache | None):
-    """Sample n continuations of the states in cache rows 0..F-1, whose next-token logits are (F, V), each to its end.
-    keys (F,) int64 are the states' random keys. Rows fork where their samples part and leave the batch when all their
-    samples have ended; those that ended in `<backtrack>` are kept in `parked`, to branch from. Returns, for the F * n
-    samples in order: tokens and log-probabilities (F * n, max_new), lengths and parked rows (-1: none), (F * n,)."""
-    S, device = len(keys) * n, logits.device
-    live = torch.arange(S, device=device)
-    row = live // n
-    key = mix(keys[row], live % n)
-    tokens = torch.full((S, max_new), tok.eos, device=device)
-    logps = torch.zeros((S, max_new), device=device)
-    length, parking, kept = torch.full_like(live, max_new), torch.full_like(live, -1), 0
-    for t in range(max_new):
-        token, logp = draw(logits, row, uniform(mix(key[live], t)), temperature)
-        tokens[live, t], logps[live, t] = token, logp
-        back, ended = token == tok.backtrack, (token == tok.backtrack) | (token == tok.eos)
-        length[live[ended]] = t + 1
-        if parked is not None and back.any():
-            rows, which = torch.unique(row[back], return_inverse=True)
-            parked.fork(rows, source=cache, at=kept)
-            parking[live[back]] = kept + which
-            kept += len(rows)
-        live, row, token = live[~ended], row[~ended], token[~ended]
-        if not len(live) or t == max_new - 1:
-            break
-        parents, token, row = share(row, token, logits.shape[1])
-        cache.fork(parents)
-        logits = model(token[:, None], cache=cache)[:, 0]
-    return tokens, logps, length, parking
+State = namedtuple("State", "problem round rank tokens logps row", defaults=((), (), None))
+"""To expand: whose it is, when, its rank in the frontier; the response so far, up to an action's end; a parked row of it."""
+
+class Engine:
+    """Expands many states together: n samples of each, or the n best beams (`temperature` None), until each ends. Samples that
+    are the same so far share a row of the cache, which forks where they part. States may join at any step."""
+    def __init__(self, model: Llama, tok: Tokenizer, n: int, temperature: float | None, longest: int, max_new: int):
+        self.model, self.tok, self.n, self.temperature, self.max_new = model, tok, n, temperature, max_new
+        head = model.lm_head.weight
+        self.cache, self.parked = (KVCache(model.config, n, longest + max_new, head.device, head.dtype) for _ in range(2))
+        self.logits = head.new_zeros(0, len(head))                             # (R, V): after each row of the cache
+        self.flying, self.samples, self.rows = {}, [], []       # states by number; tensors (S,) and (R, ...): see admit
+        self.numbers, self.unused, self.spare = itertools.count(), itertools.count(), []       # of states; of rows in `parked`
+
+    def admit(self, states: list[State], cache: KVCache, logits: torch.Tensor, keys: torch.Tensor) -> None:
+        """Begin to expand F states, given a cache with their rows, the logits after them (F, V) and their random keys (F,)."""
+        every, numbers = torch.arange(len(states), device=keys.device), [next(self.numbers) for _ in states]
+        self.flying |= {number: (state, {}) for number, state in zip(numbers, states)}
+        room = torch.tensor([self.max_new - len(state.tokens) for state in states], device=keys.device)
+        tokens = torch.zeros(len(states), self.max_new, dtype=torch.int64, device=keys.device)
+        of, i = torch.cartesian_prod(every, torch.arange(self.n, device=keys.device)).T
+        samples = i, len(self.logits) + of, mix(keys[of], i)                   # number, row, random key
+        rows = numbers[0] + every, 0 * every, room, tokens, tokens.float()     # state, step, room, tokens, log-probabilities
+        self.samples = [torch.cat(pair) for pair in zip(self.samples, samples)] or samples
+        self.rows = [torch.cat(pair) for pair in zip(self.rows, rows)] or rows
+        self.cache.fork(every, cache, len(self.logits) + every)
+        self.logits = torch.cat([self.logits, logits])
+
+    def beams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best continuations of each state, n less those that have ended, take the place of its samples; as `draw`."""
+        (state, t, _, _, logps), logp, n = self.rows, self.logits.float().log_softmax(-1), self.n
+        numbers, of = torch.unique(state, return_inverse=True)
+        rank = F.one_hot(of).cumsum(0).gather(1, of[:, None])[:, 0] - 1                         # of a row among its state's
+        rows, total = of.new_zeros(len(numbers), n), logp.new_full((len(numbers), n, logp.shape[1]), -torch.inf)
+        rows[of, rank], total[of, rank] = torch.arange(len(of), device=of.device), logps.sum(1, keepdim=True) + logp
+        total, best = total.flatten(1).topk(n)                                                  # (states, n) of (states, n * V)
+        left = torch.tensor([n - len(self.flying[number][1]) for number in numbers.tolist()], device=of.device)
+        which, place = (total.isfinite() & (torch.arange(n, device=of.device) < left[:, None])).nonzero().T
+        row, token = rows[which, best[which, place] // logp.shape[1]], best[which, place] % logp.shape[1]
+        self.samples = [t[row] * n + place, row, torch.zeros_like(row)]                         # numbered as they may end
+        return token, logp[row, token]
+
+    def step(self, park: bool) -> list[tuple[State, dict]]:
+        """Draw a token for every sample. Returns the states whose samples have all ended, with these samples by number: tokens,
+        log-probabilities and, if it ended in `<backtrack>` and with `park`, a row of `parked` to branch from."""
+        _, row, key = self.samples
+        u = uniform(mix(key, self.rows[1][row]))                               # keyed by the step, too
+        token, logp = draw(self.logits, row, u, self.temperature) if self.temperature else self.beams()
+        (sample, row, key), vocab, members = self.samples, self.logits.shape[1], defaultdict(list)
+        child, of = torch.unique(row * vocab + token, return_inverse=True)     # sorted: children stand by their parents
+        parent, token = child // vocab, child % vocab
+        state, t, room, tokens, logps = (x[parent] for x in self.rows)
+        tokens.scatter_(1, t[:, None], token[:, None])
+        logps.scatter_(1, t[:, None], torch.zeros_like(logps[:, 0]).scatter(0, of, logp)[:, None])
+        t, back, kept = t + 1, token == self.tok.backtrack, torch.full_like(t, -1)
+        if park and back.any():
+            free = [self.spare.pop() if self.spare else next(self.unused) for _ in range(int(back.sum()))]
+            kept[back] = torch.tensor(free, device=t.device)
+            self.parked.fork(parent[back], self.cache, kept[back])
+        ended = back | (token == self.tok.eos) | (t == room)
+        for c, i in zip(of[ended[of]].tolist(), sample[ended[of]].tolist()):
+            members[c].append(i)
+        over = zip(ended.nonzero()[:, 0].tolist(), *(x[ended].tolist() for x in (state, t, tokens, logps, kept)))
+        for c, whose, length, text, scores, parked in over:
+            self.flying[whose][1].update(dict.fromkeys(members[c], (tuple(text[:length]), tuple(scores[:length]), parked)))
+        place = torch.full_like(t, -1)
+        place[~ended] = places(parent[~ended])
+        order, row = place.argsort()[int(ended.sum()):], place[of]             # children in the order of their rows
+        self.samples = [x[row >= 0] for x in (sample, row, key)]
+        self.rows, self.logits = [x[order] for x in (state, t, room, tokens, logps)], self.logits[:0]
+        if len(order):
+            self.cache.fork(parent[order])
+            self.logits = self.model(token[order, None], cache=self.cache)[:, 0]
+        return [self.flying.pop(number) for number in set(state[ended].tolist()) - set(self.rows[0].tolist())]
 
 # ---- Self-backtracking (paper, section 4.2) ------------------------------------------------------------------------------
 def roll_back(tokens: tuple[int, ...], tok: Tokenizer) -> tuple[int, ...]:
@@ -147,86 +187,56 @@ def roll_back(tokens: tuple[int, ...], tok: Tokenizer) -> tuple[int, ...]:
         end -= 1
     return tokens[:max(end, 0)]
 
-def finish(tokens: tuple[int, ...], tok: Tokenizer) -> str:
-    """How a response ended: GOAL, BACKTRACK or ""."""
-    goal = tokens[-1] == tok.eos and tok.decode(tokens).split("\n")[-1] == GOAL
-    return GOAL if goal else BACKTRACK if tokens[-1] == tok.backtrack else ""
-
 @torch.inference_mode()
 def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: list[int], b: int, n: int, temperature: float,
-                   max_new: int, limit: int | None = None, seed: int = 0) -> list[list[Sample]]:
-    """Every sample of the search, for each problem {nums, target}; the random numbers are keyed by seed and `keys`.
-    A problem's frontier holds at most `limit` states, by default int(sqrt(n)) as in the reference's first version. The prompt
-    counts as visited: who steps back from the first action opens no branch, for n samples of the prompt are there already."""
-    prompts = tok.prompts(problems)
-    cache, logits = prefill(model, prompts, (b + 1) * max_new)
-    parked = KVCache(model.config, len(prompts), cache.kv.shape[4], logits.device, cache.kv.dtype) if b else None
-    problem_keys = mix(torch.full((len(keys),), seed, device=logits.device), torch.tensor(keys, device=logits.device))
-    frontier = [(p, 0, (), (), None) for p in range(len(prompts))]    # problem, rank in its frontier, tokens, logps, parked row
-    visited, found = [{()} for _ in prompts], [[] for _ in prompts]
-    for round in range(b + 1):
-        owner, rank = torch.tensor([state[:2] for state in frontier], device=logits.device).T
-        state_keys = mix(mix(problem_keys[owner], round), rank)
-        drawn = expand(model, tok, cache, logits, state_keys, n, temperature, max_new, parked if round < b else None)
-        branches, joined = [], Counter()
-        for i, (tokens, logps, length, parking) in enumerate(zip(*(x.tolist() for x in drawn))):
-            p, _, state, before, _ = frontier[i // n]
-            tokens, logps = state + tuple(tokens[:length]), before + tuple(logps[:length])
-            found[p].append(Sample(tokens, logps, len(state), round, finish(tokens, tok)))
-            if tokens[-1] == tok.backtrack and round < b and joined[p] < (limit or math.isqrt(n)):
-                state = roll_back(tokens, tok)
-                if state not in visited[p]:
-                    visited[p].add(state)
-                    branches.append((p, joined[p], state, logps[:len(state)], parking))
-                    joined[p] += 1
-        if not branches:
-            break
-        # A branch starts from its parent's row, cut back; only its last token runs again, for a cache holds no logits.
-        rows, lengths, last = zip(*((row, len(prompts[p]) + len(state) - 1, state[-1]) for p, _, state, _, row in branches))
-        cache.fork(torch.tensor(rows, device=logits.device), source=parked)
-        cache.rollback(torch.tensor(lengths, device=logits.device))
-        logits = model(torch.tensor(last, device=logits.device)[:, None], cache=cache)[:, 0]
-        frontier = branches
-    return found
-
-@torch.inference_mode()
-def beam_search(model: Llama, tok: Tokenizer, problems: list[dict], n: int, max_new: int) -> list[list[Sample]]:
-    """The n most probable responses by beam search. A beam that ends leaves, and the problem goes on with one beam fewer."""
-    cache, logits = prefill(model, tok.prompts(problems), max_new)
-    (P, V), device = logits.shape, logits.device
-    total = torch.tensor([[0.0] + [-torch.inf] * (n - 1)] * P, device=device)  # of each beam; -inf: there is none
-    row = torch.arange(P, device=device)[:, None].expand(P, n)                 # of the cache
-    logps = torch.zeros((P, n, max_new), device=device)
-    tokens, room, found = logps.long(), torch.full((P,), n, device=device), [[] for _ in range(P)]
-    for t in range(max_new):
-        logp = logits.float().log_softmax(-1)
-        total, best = (total[..., None] + logp[row]).flatten(1).topk(n)        # (P, n) of (P, n * V)
-        parent, token = best // V, best % V
-        tokens, logps = (x.gather(1, parent[..., None].expand_as(x)) for x in (tokens, logps))
-        row = row.gather(1, parent)
-        tokens[..., t], logps[..., t] = token, logp[row, token]
-        total[torch.arange(n, device=device) >= room[:, None]] = -torch.inf
-        ended = total.isfinite() & ((token == tok.eos) | (token == tok.backtrack) | (t == max_new - 1))
-        for p, i in ended.nonzero().tolist():
-            done = tuple(tokens[p, i, :t + 1].tolist())
-            found[p].append(Sample(done, tuple(logps[p, i, :t + 1].tolist()), 0, 0, finish(done, tok)))
-        room = room - ended.sum(1)
-        total[ended] = -torch.inf
-        live = total.isfinite()
-        if not live.any():
-            break
-        cache.fork(row[live])
-        logits = model(token[live][:, None], cache=cache)[:, 0]
-        row = (live.flatten().cumsum(0) - 1).view(P, n).clamp(min=0)
-    return found
+                   max_new: int, limit: int | None = None, seed: int = 0, batch_size: int = 128) -> Iterator:
+    """(i, every sample of the search) of problem i {nums, target}, when it is done; seed and keys[i] key its random numbers.
+    A frontier holds at most `limit` states, by default int(sqrt(n)) as in the reference's first version. The prompt counts as
+    visited: stepping back from the first action opens no branch, for n samples of the prompt are there already. At most
+    `batch_size` states are expanded at a time, however many problems there are, so batch_size * n rows bound the cache."""
+    prompts, limit = tok.prompts(problems), limit or math.isqrt(n)
+    engine = Engine(model, tok, n, temperature, max(map(len, prompts)), max_new)
+    frontier = {p: [State(p, 0, 0)] for p in range(len(problems))}
+    fresh, branches = deque(state for [state] in frontier.values()), deque()
+    visited, found, done = defaultdict(lambda: {()}), defaultdict(list), {}
+    while fresh or branches or engine.flying:
+        for queue, parked in ((branches, engine.parked), (fresh, None)):       # branches first: they hold parked rows
+            if queue and len(engine.flying) <= batch_size * 3 // 4:
+                group = [queue.popleft() for _ in range(min(len(queue), batch_size - len(engine.flying)))]
+                parts = torch.tensor([(seed, keys[s.problem], s.round, s.rank) for s in group], device=engine.logits.device).T
+                texts, rows = [prompts[state.problem] + list(state.tokens) for state in group], [state.row for state in group]
+                engine.admit(group, *prefill(model, texts, parked, rows), reduce(mix, parts))
+                engine.spare += rows if parked else []
+        done |= engine.step(park=b > 0)
+        for p in {state.problem for state in done if all(other in done for other in frontier[state.problem])}:
+            following, rows = [], set()                                        # a problem's round is over
+            for state in frontier[p]:
+                made = {}
+                for _, drawn in sorted(done.pop(state).items()):
+                    tokens, logps, row = state.tokens + drawn[0], state.logps + drawn[1], drawn[2]
+                    if tokens not in made:
+                        goal = tokens[-1] == tok.eos and tok.decode(tokens).split("\n")[-1] == GOAL
+                        end = GOAL if goal else BACKTRACK if tokens[-1] == tok.backtrack else ""
+                        made[tokens] = Sample(tokens, logps, len(state.tokens), state.round, end)
+                    found[p].append(made[tokens])
+                    rows.add(row)
+                    if tokens[-1] == tok.backtrack and state.round < b and len(following) < limit:
+                        back = roll_back(tokens, tok)
+                        if back not in visited[p]:
+                            visited[p].add(back)
+                            following.append(State(p, state.round + 1, len(following), back, logps[:len(back)], row))
+            engine.spare += rows - {-1} - {state.row for state in following}
+            branches += following
+            frontier[p] = following
+            if not following:
+                yield p, found.pop(p)
 
 # ---- Decoders, selection, evaluation -------------------------------------------------------------------------------------
 def decode(model: Llama, tok: Tokenizer, problems: list[dict], keys: list[int], decoder: str = "self_backtrack", b: int = 1,
-           n: int = 32, temperature: float = 0.7, max_new: int = 64, **search) -> list[list[Sample]]:
-    """The samples of each problem by one of DECODERS. Best of n is self-backtracking that never steps back (b = 0)."""
-    if decoder == "beam":
-        return beam_search(model, tok, problems, n, max_new)
-    n, temperature = (1, 0.0) if decoder == "greedy" else (n, temperature)
+           n: int = 32, temperature: float = 0.7, max_new: int = 64, **search) -> Iterator[tuple[int, list[Sample]]]:
+    """(i, samples) of each problem, when it is done, by one of DECODERS. The others are self-backtracking that never steps back
+    (b = 0): best of n; beam search, which keeps the n most probable beams in place of samples; greedy, with one beam."""
+    n, temperature = {"greedy": (1, None), "beam": (n, None)}.get(decoder, (n, temperature))
     return self_backtrack(model, tok, problems, keys, b * (decoder == "self_backtrack"), n, temperature, max_new, **search)
 
 def select(samples: list[Sample], decoder: str) -> Sample | None:
@@ -246,17 +256,13 @@ def judge(tok: Tokenizer, problem: dict, samples: list[Sample], decoder: str) ->
             "reason": reason, "verified": solution is not None, "solution": solution,
             "tokens": sum(len(sample.tokens) - sample.state for sample in samples)}
 
-def evaluate(model: Llama, tok: Tokenizer, problems: list[dict], decoder: str, offset=0, batch_size=64, **search) -> list[dict]:
+def evaluate(model: Llama, tok: Tokenizer, problems: list[dict], decoder: str, offset=0, **search) -> list[dict]:
     """`judge`'s row for every problem. Its samples are keyed by offset + i, so that neither batches nor ranks change them."""
-    (_, rank, world), rows = start(), []
-    mine = range(rank, len(problems), world)
-    with tqdm(total=len(mine), desc=decoder, unit=" problems", leave=False, disable=rank > 0) as bar:
-        for at in range(0, len(mine), batch_size):
-            batch = [problems[i] for i in mine[at:at + batch_size]]
-            found = decode(model, tok, batch, [offset + i for i in mine[at:at + batch_size]], decoder, **search)
-            rows += [judge(tok, problem, samples, decoder) for problem, samples in zip(batch, found)]
-            bar.update(len(batch))
-    parts = gather(rows, model.lm_head.weight.device)
+    _, rank, world = start()
+    own, keys = problems[rank::world], range(offset + rank, offset + len(problems), world)
+    bar = tqdm(decode(model, tok, own, keys, decoder, **search), decoder, len(own), unit=" problems", leave=False, disable=rank)
+    rows = {i: judge(tok, own[i], samples, decoder) for i, samples in bar}
+    parts = gather([rows[i] for i in range(len(own))], model.lm_head.weight.device)
     return [parts[i % world][i // world] for i in range(len(problems))]
 
 def gather(rows: list, device: torch.device) -> list[list]:
@@ -304,7 +310,6 @@ def draw_tree(tok: Tokenizer, problem: dict, samples: list[Sample], answer: Samp
         if sample.state:
             state = tuple(tok.decode(sample.tokens[:sample.state]).split("\n")[:-1])
             ends[state][f"round {sample.round + 1} from here", 36] += 1
-
     def walk(path: tuple[str, ...], indent: str):
         children = sorted((c for c in through if c[:-1] == path), key=lambda c: -through[c])
         for child in children[:width]:
@@ -334,8 +339,8 @@ def main() -> None:
     args.add_argument("--temperature", type=number(float, 0.001), default=0.7)
     args.add_argument("--limit", type=number(int, 1), help="states in a frontier; int(sqrt(n)) by default")
     args.add_argument("--seed", type=number(int, 0), default=0)
-    args.add_argument("--batch_size", type=number(int, 1), default=64, help="problems decoded together")
-    args.add_argument("--max_new_tokens", type=number(int, 1), default=64, help="in a round")
+    args.add_argument("--batch_size", type=number(int, 1), default=128, help="states expanded together; bounds the memory")
+    args.add_argument("--max_new_tokens", dest="max_new", type=number(int, 1), default=64, help="of a whole response")
     args.add_argument("--dtype", choices=DTYPES, help="the best of the device by itself")
     args.add_argument("--out", help="write one JSON line a problem to this file")
     args = args.parse_args()
@@ -346,17 +351,17 @@ def main() -> None:
     device, rank, _ = start()
     tok, record = Tokenizer.from_pretrained(args.ckpt), load_record(args.ckpt)
     model = Llama.from_pretrained(args.ckpt, device, DTYPES.get(args.dtype) or best_dtype(device)).eval()
-    search = {key: getattr(args, key) for key in ("b", "n", "temperature", "limit", "seed")} | {"max_new": args.max_new_tokens}
+    search = {key: getattr(args, key) for key in ("b", "n", "temperature", "limit", "seed", "batch_size", "max_new")}
     if args.data is None and rank == 0:
         problem = {"nums": args.numbers, "target": args.target} if args.numbers else EXAMPLE
-        [samples] = decode(model, tok, [problem], [0], args.decoder, **search)
+        [(_, samples)] = decode(model, tok, [problem], [0], args.decoder, **search)
         print(draw_tree(tok, problem, samples, select(samples, args.decoder)), end="\n\n")
     names = [args.data] if args.data else [] if args.numbers else ["val", "val_new"]
     splits = {name: load_rows(name, record, args.num, args.offset) for name in names}
     decoders = [args.decoder] if args.data else ["greedy", args.decoder]
     with replacing(Path(args.out).parent) if args.out else nullcontext() as new:      # an unwritable folder is told at once
         if splits:
-            rows = compare(model, tok, splits, decoders, offset=args.offset, batch_size=args.batch_size, **search)
+            rows = compare(model, tok, splits, decoders, offset=args.offset, **search)
         if args.out and rank == 0:
             (new / Path(args.out).name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 

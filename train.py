@@ -151,8 +151,7 @@ def load_state(folder: Path, model: Llama) -> dict:
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot resume from {folder}: {error}") from None
     step, slots = int(tensors.pop("step")), defaultdict(dict)
-    for key, value in tensors.items():
-        kind, name = key.split(".", 1)
+    for kind, name, value in ((*key.split(".", 1), value) for key, value in tensors.items()):
         if kind == "weight":
             model.get_parameter(name).data.copy_(value)
         else:
@@ -164,7 +163,7 @@ def main() -> None:
     args.add_argument("--ckpt", help="a folder or Hub id to start from; without it (or --resume) a small model from scratch")
     args.add_argument("--data", help="a file, a folder of data.py, or a Hub dataset; without it rows are generated without end")
     args.add_argument("--sizes", type=int, choices=range(2, 6), nargs="+", default=[3], help="generated data: how many numbers")
-    args.add_argument("--out", default="checkpoint", help="the folder to save to")
+    args.add_argument("--out", type=Path, default="checkpoint", help="the folder to save to")
     args.add_argument("--resume", action="store_true", help="go on from what --out holds, if need be with more --steps")
     args.add_argument("--steps", type=number(int, 1), default=6000)
     args.add_argument("--batch_size", type=number(int, 1), default=64, help="rows a device and accumulation step")
@@ -182,14 +181,13 @@ def main() -> None:
     args = args.parse_args()
     device, rank, world = start()
     torch.manual_seed(args.seed)
-    out = Path(args.out)
-    begin = out if args.resume else args.ckpt
+    begin = args.out if args.resume else args.ckpt
     tok = Tokenizer.from_pretrained(begin) if begin else Tokenizer.digits()
     model = Llama.from_pretrained(begin, dtype=torch.float32) if begin else Llama(LlamaConfig(
         vocab_size=tok.vocab_size, hidden_size=args.hidden_size, intermediate_size=args.hidden_size * 8 // 3,
         num_hidden_layers=args.layers, num_attention_heads=args.hidden_size // 32, num_key_value_heads=args.hidden_size // 32,
         head_dim=32, max_position_embeddings=256, rope_theta=10000.0, eos_token_id=tok.eos))
-    state = load_state(out, model) if args.resume else None
+    state = load_state(args.out, model) if args.resume else None
     muon = any("momentum" in slots for slots in state["optimizer"].values()) if state else args.optimizer == "muon"
     model.to(device)
     old = load_record(args.out) if args.resume else None
@@ -199,11 +197,10 @@ def main() -> None:
         record, rows = {"source": data, "data": data}, read_rows(Path(data))
     else:
         record, rows = {**(load_record(data, "dataset") or {"source": data}), "data": data}, read_split(data, "train")
-    with replacing(out):
+    with replacing(args.out):
         pass                                                           # if it cannot be written to, say so now
     batches = Batches(rows, tok, args.batch_size, args.grad_accum, args.seed, rank, world)
     held = {} if Path(record["source"]).is_file() else {s: load_rows(s, record, args.num_eval) for s in SPLITS[1:]}
-
     def report(loss: float, state: dict) -> None:
         line = {"step": state["step"], "loss": round(loss, 4)}
         for split, rows in held.items():
@@ -212,10 +209,9 @@ def main() -> None:
             line[f"{split}_greedy"] = sum(row["correct"] for row in evaluate(model, tok, rows, "greedy")) / len(rows)
         if rank == 0:
             tqdm.write(json.dumps(line))
-            save(out, model, tok, record, state)
-            with open(out / "log.jsonl", "a") as log:
+            save(args.out, model, tok, record, state)
+            with open(args.out / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
-
     dtype = DTYPES.get(args.dtype) or best_dtype(device)
     fit(model, batches, args.steps, args.lr, args.warmup, args.weight_decay, muon, dtype, state, args.eval_every, report)
     compare(model, tok, held, ["greedy", "self_backtrack"])

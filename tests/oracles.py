@@ -95,7 +95,7 @@ def self_backtrack(model, tok, problem, key, b, n, temperature, limit, seed, max
                 parts = [mix(seed, key)]
                 for part in (round, rank, i):
                     parts.append(mix(parts[-1], part))
-                tokens, logps, margin = sample_one(model, tok, prompt, state, temperature, parts[-1], max_new)
+                tokens, logps, margin = sample_one(model, tok, prompt, state, temperature, parts[-1], max_new - len(state))
                 if margin < 1e-5:
                     return None
                 out.append((tuple(state + tokens), before + logps, round))

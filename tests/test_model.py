@@ -100,7 +100,7 @@ def test_cache_fork_and_rollback_equal_recomputation():
             texts = [text[:n] for text, n in zip(texts, lengths.tolist())]
         else:                                                          # keep a row aside, and later bring it back
             row = random(0, len(texts), 1)
-            parked.fork(row, source=cache, at=len(stored))
+            parked.fork(row, cache, torch.tensor([len(stored)]))
             stored.append(texts[int(row)])
             back = random(0, len(stored), 3)
             cache.fork(back, source=parked)

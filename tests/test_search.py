@@ -10,10 +10,15 @@ from transformers import AutoModelForCausalLM
 import search
 from data import BACKTRACK, GOAL, Tokenizer, generate, new_record
 from model import Llama, LlamaConfig
-from search import Sample, decode, evaluate, select, verify
+from search import Sample, evaluate, select, verify
 
 TOK = Tokenizer.digits()
 ROWS = list(generate(new_record(5, [3, 4]), "train", 8))
+
+
+def decode(*args, **kwargs) -> list[list[Sample]]:
+    """The samples of each problem, in the problems' order."""
+    return [samples for _, samples in sorted(search.decode(*args, **kwargs))]
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +169,7 @@ def test_samples_depend_on_their_keys_alone(model):
         assert [s.tokens for s in alone] == [s.tokens for s in whole[at]]
     few = decode(model, TOK, problems[:5], range(5), b=0, n=4, seed=1, max_new=18)
     assert all([s.tokens for s in a] == [s.tokens for s in b[:4]] for a, b in zip(few, whole))
-    rows = [evaluate(model, TOK, problems[offset:], "self_backtrack", offset, size, **settings)
+    rows = [evaluate(model, TOK, problems[offset:], "self_backtrack", offset, batch_size=size, **settings)
             for offset, size in ((0, 24), (0, 5), (6, 7))]
     for row in sum(rows, []):
         row["score"] = round(row["score"], 3) if row["score"] else None
