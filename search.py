@@ -195,7 +195,7 @@ def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: lis
     visited: stepping back from the first action opens no branch, for n samples of the prompt are there already. At most
     `batch_size` states are expanded at a time, however many problems there are, so batch_size * n rows bound the cache."""
     prompts, limit = tok.prompts(problems), limit or math.isqrt(n)
-    engine = Engine(model, tok, n, temperature, max(map(len, prompts)), max_new)
+    engine = Engine(model, tok, n, temperature, max(map(len, prompts), default=0), max_new)
     frontier = {p: [State(p, 0, 0)] for p in range(len(problems))}
     fresh, branches = deque(state for [state] in frontier.values()), deque()
     visited, found, done = defaultdict(lambda: {()}), defaultdict(list), {}
