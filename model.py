@@ -113,7 +113,7 @@ class KVCache:
         shape = (2, config.num_hidden_layers, rows, config.num_key_value_heads, max_len, config.head_dim)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.width = 0                                  # no row in use is longer; kept on the host, so no step asks
+        self.width = 0                                  # no row in use is longer; kept on the host, so no layer asks
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor):
         """Write k, v (B, K, T, D) at positions (B, T) of rows 0..B-1; return all that these rows hold, (B, K, S, D)."""
@@ -123,8 +123,8 @@ class KVCache:
         return self.kv[:, layer, :len(k), :, :self.width].unbind()
 
     def fork(self, parents: torch.Tensor, source: "KVCache | None" = None, to: torch.Tensor | None = None) -> None:
-        """Row to[i] (default: i) becomes a copy of row parents[i] (N,) int64 of `source` (default: this cache as it was, and
-        no other rows stay in use). Rows that stay where they are cost nothing. The cache doubles when it has too few."""
+        """Row i (or to[i]) becomes a copy of row parents[i] (N,) int64 of this cache, in which no other rows stay in use, or of
+        another, `source`. Rows that stay where they are cost nothing. The cache doubles when it has too few rows."""
         source, rows = source or self, len(parents)
         to = torch.arange(rows, device=parents.device) if to is None else to
         if (more := int(to.max()) + 1 - len(self.length)) > 0:
@@ -139,7 +139,7 @@ class KVCache:
         self.width = int(self.length[:rows].max()) if source is self else max(self.width, width)
 
     def rollback(self, length: torch.Tensor) -> None:
-        """Cut rows 0..N-1 back to `length` (N,) int64 tokens. Nothing is recomputed: the rest is merely out of sight."""
+        """Cut all rows in use, 0..N-1, back to `length` (N,) int64 tokens. Nothing is recomputed: the rest is out of sight."""
         self.length[:len(length)] = length
         self.width = int(length.max()) if len(length) else 0
 

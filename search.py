@@ -85,7 +85,7 @@ def prefill(model: Llama, texts: list[list[int]], source: KVCache | None = None,
         cache.fork(torch.tensor(rows, device=device), source)
         cache.rollback(length - 1)
     ids = pad_sequence([torch.tensor(text if source is None else text[-1:], device=device) for text in texts], batch_first=True)
-    logits = model(ids, cache=cache, keep=length - 1 - cache.length)
+    logits = model(ids, cache=cache, keep=length - 1 - cache.length)           # at each row's last new token
     cache.rollback(length)                                                     # the padding goes out of sight
     return cache, logits
 
@@ -99,13 +99,13 @@ def draw(logits: torch.Tensor, row: torch.Tensor, u: torch.Tensor, temperature: 
     return token, logps[row, token]
 
 def places(parent: torch.Tensor) -> torch.Tensor:
-    """The rows (C,) for children of rows `parent` (C,), sorted: the first child of a row stays in its place, where it costs
-    nothing, the others fill the gaps, so that C children fill rows 0..C-1. Parents 1 1 3 -> places 1 0 2."""
+    """The rows (C,) for children of rows `parent` (C,), sorted. They fill rows 0..C-1: the first child of a row stays in its
+    place, if that is below C, and costs nothing; the others fill the gaps. Parents 1 1 3 -> places 1 0 2."""
     every, first = torch.arange(len(parent), device=parent.device), parent != torch.cat([parent.new_tensor([-1]), parent[:-1]])
     return parent.masked_scatter(~first | (parent >= len(parent)), every[~torch.isin(every, parent)])
 
 State = namedtuple("State", "problem round rank tokens logps row", defaults=((), (), None))
-"""To expand: whose it is, when, its rank in the frontier; the response so far, up to an action's end; a parked row of it."""
+"""To expand: whose it is, when, its rank in the frontier; the response so far, up to an action's end; a row that begins so."""
 
 class Engine:
     """Expands many states together: n samples of each, or the n best beams (`temperature` None), until each ends. Samples that
@@ -133,45 +133,45 @@ class Engine:
         self.logits = torch.cat([self.logits, logits])
 
     def beams(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best continuations of each state, n less those that have ended, take the place of its samples; as `draw`."""
+        """Put each state's best continuations, n less its ended beams, in place of its samples; returns what `draw` does."""
         (state, t, _, _, logps), logp, n = self.rows, self.logits.float().log_softmax(-1), self.n
         numbers, of = torch.unique(state, return_inverse=True)
-        rank = F.one_hot(of).cumsum(0).gather(1, of[:, None])[:, 0] - 1                         # of a row among its state's
+        rank = F.one_hot(of).cumsum(0).gather(1, of[:, None])[:, 0] - 1         # of a row among its state's
         rows, total = of.new_zeros(len(numbers), n), logp.new_full((len(numbers), n, logp.shape[1]), -torch.inf)
         rows[of, rank], total[of, rank] = torch.arange(len(of), device=of.device), logps.sum(1, keepdim=True) + logp
-        total, best = total.flatten(1).topk(n)                                                  # (states, n) of (states, n * V)
+        total, best = total.flatten(1).topk(n)                                  # a state's rows side by side: n of n * V
         left = torch.tensor([n - len(self.flying[number][1]) for number in numbers.tolist()], device=of.device)
-        which, place = (total.isfinite() & (torch.arange(n, device=of.device) < left[:, None])).nonzero().T
+        which, place = ((total != -torch.inf) & (torch.arange(n, device=of.device) < left[:, None])).nonzero().T
         row, token = rows[which, best[which, place] // logp.shape[1]], best[which, place] % logp.shape[1]
-        self.samples = [t[row] * n + place, row, torch.zeros_like(row)]                         # numbered as they may end
+        self.samples = [t[row] * n + place, row, torch.zeros_like(row)]         # t * n + place: unique, in order of ending
         return token, logp[row, token]
 
-    def step(self, park: bool) -> list[tuple[State, dict]]:
+    def step(self, b: int) -> list[tuple[State, dict]]:
         """Draw a token for every sample. Returns the states whose samples have all ended, with these samples by number: tokens,
-        log-probabilities and, if it ended in `<backtrack>` and with `park`, a row of `parked` to branch from."""
+        log-probabilities and a row of `parked` to branch from, -1 but for those that say `<backtrack>` before round b."""
         _, row, key = self.samples
-        u = uniform(mix(key, self.rows[1][row]))                               # keyed by the step, too
-        token, logp = draw(self.logits, row, u, self.temperature) if self.temperature else self.beams()
-        (sample, row, key), vocab, members = self.samples, self.logits.shape[1], defaultdict(list)
+        u = uniform(mix(key, self.rows[1][row]))                               # keyed by the row's step, too
+        token, logp = self.beams() if self.temperature is None else draw(self.logits, row, u, self.temperature)
+        (sample, row, key), vocab, members = self.samples, self.logits.shape[1], defaultdict(list)   # beams are new samples
         child, of = torch.unique(row * vocab + token, return_inverse=True)     # sorted: children stand by their parents
         parent, token = child // vocab, child % vocab
         state, t, room, tokens, logps = (x[parent] for x in self.rows)
         tokens.scatter_(1, t[:, None], token[:, None])
         logps.scatter_(1, t[:, None], torch.zeros_like(logps[:, 0]).scatter(0, of, logp)[:, None])
         t, back, kept = t + 1, token == self.tok.backtrack, torch.full_like(t, -1)
-        if park and back.any():
-            free = [self.spare.pop() if self.spare else next(self.unused) for _ in range(int(back.sum()))]
-            kept[back] = torch.tensor(free, device=t.device)
-            self.parked.fork(parent[back], self.cache, kept[back])
+        if some := [c for c, i in zip(back.nonzero()[:, 0].tolist(), state[back].tolist()) if self.flying[i][0].round < b]:
+            free = [self.spare.pop() if self.spare else next(self.unused) for _ in some]
+            kept[some] = torch.tensor(free, device=t.device)
+            self.parked.fork(parent[some], self.cache, kept[some])
         ended = back | (token == self.tok.eos) | (t == room)
         for c, i in zip(of[ended[of]].tolist(), sample[ended[of]].tolist()):
-            members[c].append(i)
+            members[c].append(i)                                               # the samples on each child that ended
         over = zip(ended.nonzero()[:, 0].tolist(), *(x[ended].tolist() for x in (state, t, tokens, logps, kept)))
-        for c, whose, length, text, scores, parked in over:
-            self.flying[whose][1].update(dict.fromkeys(members[c], (tuple(text[:length]), tuple(scores[:length]), parked)))
+        for c, whose, length, text, scores, held in over:
+            self.flying[whose][1].update(dict.fromkeys(members[c], (tuple(text[:length]), tuple(scores[:length]), held)))
         place = torch.full_like(t, -1)
         place[~ended] = places(parent[~ended])
-        order, row = place.argsort()[int(ended.sum()):], place[of]             # children in the order of their rows
+        order, row = place.argsort()[int(ended.sum()):], place[of]             # those that ended, at -1, come first
         self.samples = [x[row >= 0] for x in (sample, row, key)]
         self.rows, self.logits = [x[order] for x in (state, t, room, tokens, logps)], self.logits[:0]
         if len(order):
@@ -193,7 +193,7 @@ def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: lis
     """(i, every sample of the search) of problem i {nums, target}, when it is done; seed and keys[i] key its random numbers.
     A frontier holds at most `limit` states, by default int(sqrt(n)) as in the reference's first version. The prompt counts as
     visited: stepping back from the first action opens no branch, for n samples of the prompt are there already. At most
-    `batch_size` states are expanded at a time, however many problems there are, so batch_size * n rows bound the cache."""
+    `batch_size` states are expanded at a time, with n rows each at most; parked rows, to branch from, come on top."""
     prompts, limit = tok.prompts(problems), limit or math.isqrt(n)
     engine = Engine(model, tok, n, temperature, max(map(len, prompts), default=0), max_new)
     frontier = {p: [State(p, 0, 0)] for p in range(len(problems))}
@@ -201,19 +201,19 @@ def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: lis
     visited, found, done = defaultdict(lambda: {()}), defaultdict(list), {}
     while fresh or branches or engine.flying:
         for queue, parked in ((branches, engine.parked), (fresh, None)):       # branches first: they hold parked rows
-            if queue and len(engine.flying) <= batch_size * 3 // 4:
+            if queue and len(engine.flying) <= batch_size * 3 // 4:            # in groups, not one by one
                 group = [queue.popleft() for _ in range(min(len(queue), batch_size - len(engine.flying)))]
                 parts = torch.tensor([(seed, keys[s.problem], s.round, s.rank) for s in group], device=engine.logits.device).T
                 texts, rows = [prompts[state.problem] + list(state.tokens) for state in group], [state.row for state in group]
                 engine.admit(group, *prefill(model, texts, parked, rows), reduce(mix, parts))
                 engine.spare += rows if parked else []
-        done |= engine.step(park=b > 0)
+        done |= engine.step(b)
         for p in {state.problem for state in done if all(other in done for other in frontier[state.problem])}:
             following, rows = [], set()                                        # a problem's round is over
             for state in frontier[p]:
                 made = {}
-                for _, drawn in sorted(done.pop(state).items()):
-                    tokens, logps, row = state.tokens + drawn[0], state.logps + drawn[1], drawn[2]
+                for _, (new, scores, row) in sorted(done.pop(state).items()):
+                    tokens, logps = state.tokens + new, state.logps + scores
                     if tokens not in made:
                         goal = tokens[-1] == tok.eos and tok.decode(tokens).split("\n")[-1] == GOAL
                         end = GOAL if goal else BACKTRACK if tokens[-1] == tok.backtrack else ""
@@ -339,7 +339,7 @@ def main() -> None:
     args.add_argument("--temperature", type=number(float, 0.001), default=0.7)
     args.add_argument("--limit", type=number(int, 1), help="states in a frontier; int(sqrt(n)) by default")
     args.add_argument("--seed", type=number(int, 0), default=0)
-    args.add_argument("--batch_size", type=number(int, 1), default=128, help="states expanded together; bounds the memory")
+    args.add_argument("--batch_size", type=number(int, 1), default=128, help="states expanded together, n rows of cache each")
     args.add_argument("--max_new_tokens", dest="max_new", type=number(int, 1), default=64, help="of a whole response")
     args.add_argument("--dtype", choices=DTYPES, help="the best of the device by itself")
     args.add_argument("--out", help="write one JSON line a problem to this file")
@@ -358,7 +358,7 @@ def main() -> None:
         print(draw_tree(tok, problem, samples, select(samples, args.decoder)), end="\n\n")
     names = [args.data] if args.data else [] if args.numbers else ["val", "val_new"]
     splits = {name: load_rows(name, record, args.num, args.offset) for name in names}
-    decoders = [args.decoder] if args.data else ["greedy", args.decoder]
+    decoders = [args.decoder] if args.data else list(dict.fromkeys(["greedy", args.decoder]))
     with replacing(Path(args.out).parent) if args.out else nullcontext() as new:      # an unwritable folder is told at once
         if splits:
             rows = compare(model, tok, splits, decoders, offset=args.offset, **search)

@@ -197,6 +197,33 @@ def test_no_token_of_a_prefix_is_computed_twice(model, monkeypatch):
     assert sum(fed) < sum(len(s.tokens) - s.state for samples in found for s in samples)
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 128])
+def test_the_cache_is_bounded_and_parked_rows_return(model, monkeypatch, batch_size):
+    """At most batch_size * n rows at any step, the same samples as with one large batch, and no parked row lost."""
+    engines, sizes = [], []
+
+    class Watched(search.Engine):
+        def __init__(self, *args):
+            super().__init__(*args)
+            engines.append(self)
+
+        def step(self, b):
+            sizes.append(len(self.logits))
+            assert len(self.flying) <= batch_size
+            return super().step(b)
+
+    whole = decode(model, TOK, ROWS, range(8), b=3, n=9, max_new=18)
+    monkeypatch.setattr(search, "Engine", Watched)
+    assert [[s.tokens for s in samples] for samples in decode(model, TOK, ROWS, range(8), b=3, n=9, max_new=18,
+                                                              batch_size=batch_size)] == [[s.tokens for s in x] for x in whole]
+    assert max(sizes) <= 9 * batch_size and engines[0].spare
+    assert sorted(engines[0].spare) == list(range(next(engines[0].unused)))
+
+
+def test_no_problems_no_samples(model):
+    assert decode(model, TOK, [], []) == [] and evaluate(model, TOK, [], "greedy") == []
+
+
 # ---- Stepping back, selection, evaluation --------------------------------------------------------------------------------
 def ids(text: str) -> tuple[int, ...]:
     return tuple(TOK.tok.encode(text).ids)
