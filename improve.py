@@ -13,7 +13,7 @@ from search import compare, evaluate
 from train import Batches, fit, save
 
 def harvest(rows: list[dict], answers: list[dict]) -> list[dict]:
-    """A round's training rows: the answers that verify and, lest the model forget how to step back, a tenth of D_back."""
+    """A round's training rows: the answers that verify and, lest it forget how to step back, a tenth as many of D_back."""
     solved = [{**row, "search_path": answer["solution"]} for row, answer in zip(rows, answers) if answer["verified"]]
     mistakes = [row for row in rows if row["search_path"].endswith(BACKTRACK)]
     return solved + mistakes[:len(solved) // 10]

@@ -68,7 +68,7 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
 
 class Muon(torch.optim.AdamW):
     """Muon (Jordan et al., 2024) for the matrices of group 0, AdamW for the rest. Momentum is made orthogonal, so that all
-    directions of a matrix learn at one speed, and scaled as AdamW's steps are. From scratch it needs half of AdamW's steps.
+    directions of a matrix learn at one speed, and scaled as AdamW's steps are. A model from scratch needs far fewer steps.
     torch.optim.Muon always multiplies in bf16, which many CPUs only emulate, slowly; this one obeys autocast."""
     @torch.no_grad()
     def step(self):
@@ -169,7 +169,7 @@ def main() -> None:
     args.add_argument("--batch_size", type=number(int, 1), default=64, help="rows a device and accumulation step")
     args.add_argument("--grad_accum", type=number(int, 1), default=1)
     args.add_argument("--lr", type=number(float, 0, strict=True), default=3e-3)
-    args.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="adamw suits a large checkpoint better")
+    args.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="muon: for the layers' matrices")
     args.add_argument("--warmup", type=number(int, 1), default=100)
     args.add_argument("--weight_decay", type=number(float, 0), default=0.1)
     args.add_argument("--dtype", choices=DTYPES, help="of autocast; the best of the device by itself")
