@@ -21,6 +21,7 @@ from model import Arguments, UserError, checkpoint_folder, cli, number, read_jso
 GOAL, BACKTRACK, EOS, PAD, OPS = "Goal Reached!", "<backtrack>", "<|end_of_text|>", "<|pad|>", "+-*/"
 MAX_NUMBER, TARGETS = 99, range(10, 101)
 HELD_OUT = (18, 21, 28, 42, 56, 81, 89, 96, 98)      # a tenth of the targets, drawn once: the *new* ones, never trained on
+REFERENCE = "yangxw/countdown-backtracking"           # the reference's dataset on the Hub
 SPLITS = ("train", "val", "val_new")                 # val: validation problems of seen targets; val_new: of new targets
 
 def prompt_text(nums: list[int], target: int) -> str:
@@ -213,28 +214,33 @@ def read_rows(path: Path, columns: Sequence[str] = tuple(COLUMNS)) -> list[dict]
     return rows
 
 def read_split(source: str, split: str) -> list[dict]:
-    """A split of a folder that `data.py` wrote, or of the reference's dataset, in a folder or on the Hub.
-    The reference's validation file holds `val` in its first half and `val_new` in its second."""
+    """A split of a folder that `data.py` wrote, or of a dataset like the reference's, in a folder or on the Hub: JSON files
+    with `train` and `val` in their names. Of the latter `val` is the first half, `val_new` the second. Raises UserError."""
     folder = checkpoint_folder(source, "dataset")
     if (folder / f"{split}.jsonl").exists():
         return read_rows(folder / f"{split}.jsonl")
-    rows = read_rows(folder / ("train_backtrack.json" if split == "train" else "val_backtrack.json"))
+    files = [file for file in sorted(folder.glob("*.json*")) if split[:3] in file.name]
+    if not files:
+        raise UserError(f"{source} holds no JSON with {split[:3]!r} in its name (parquet is not read)")
+    rows = read_rows(next((file for file in files if "backtrack" in file.name), files[0]))
     half = len(rows) // 2
     return {"train": rows, "val": rows[:half], "val_new": rows[half:]}[split]
 
-def load_record(name: str, kind: str = "model") -> dict | None:
-    """What the checkpoint or dataset of that name was made from; None where nobody wrote it down."""
+def load_record(name: str, kind: str = "model") -> dict:
+    """What a checkpoint or dataset was made from; where nobody wrote it down: the reference's, or itself."""
     path = checkpoint_folder(name, kind) / "record.json"
-    return read_json(path) if path.exists() else None
+    return read_json(path) if path.exists() else {"source": REFERENCE if kind == "model" else str(name)}
 
-def load_rows(data: str, record: dict | None, num: int, offset: int = 0) -> list[dict]:
-    """Rows offset .. offset + num of a split as the checkpoint's record has it, or of a file of problems. Raises UserError."""
-    if data not in SPLITS:
-        if not Path(data).is_file():
-            raise UserError(f"--data wants val, val_new or a file of JSON Lines, and {data} is none of them")
+def load_rows(data: str, record: dict, num: int, offset: int = 0) -> list[dict]:
+    """Rows offset .. offset + num of a split by the checkpoint's record, of `dataset:split` or of a file. Raises UserError."""
+    if Path(data).is_file():
         rows = read_rows(Path(data), ("nums", "target"))[offset:offset + num]
-    elif record is None or Path(record["source"]).is_file():
-        raise UserError(f"no {data}: the checkpoint's data is not on record, or was a file (search.py takes one as --data)")
+    elif (parts := data.rpartition(":"))[2] not in SPLITS:
+        raise UserError(f"--data wants val, val_new, DATASET:val or a file of JSON Lines, and {data} is none of them")
+    elif parts[0]:
+        rows = load_rows(parts[2], load_record(parts[0], "dataset"), num, offset)
+    elif Path(record["source"]).is_file():
+        raise UserError(f"no {data}: the checkpoint's data was a file (search.py takes one as --data)")
     elif record["source"] == "generated":
         rows = list(generate(record, data, num, offset))
     else:
@@ -267,14 +273,16 @@ class Tokenizer:
         return cls(tok)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path) -> "Tokenizer":
-        """The tokenizer of a checkpoint: a folder or a Hub id. Raises UserError."""
+    def from_pretrained(cls, name: str | Path, grow: bool = False) -> "Tokenizer":
+        """The tokenizer in a folder or of a Hub id; `grow` adds `<backtrack>` where it is lacking. Raises UserError."""
         folder = checkpoint_folder(name)
         eos = read_json(folder / "tokenizer_config.json").get("eos_token", EOS)
         try:
             tok = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:                                     # the library raises bare Exceptions
             raise UserError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
+        if grow:
+            tok.add_special_tokens([AddedToken(BACKTRACK, special=True, normalized=False)])       # its old id, if it is there
         return cls(tok, eos["content"] if isinstance(eos, dict) else eos)
 
     def save_pretrained(self, folder: str | Path) -> None:

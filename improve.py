@@ -27,7 +27,7 @@ def main() -> None:
     args.add_argument("--b", type=number(int, 0), default=1)
     args.add_argument("--n", type=number(int, 1), default=16)
     args.add_argument("--epochs", type=number(int, 1), default=3, help="over what a round has kept, about")
-    args.add_argument("--lr", type=number(float, 0, strict=True), default=2e-3)
+    args.add_argument("--lr", type=number(float, 0, strict=True), help="2e-3 by Muon, where a model was made by it; else 1e-5")
     args.add_argument("--batch_size", type=number(int, 1), default=64)
     args.add_argument("--num_eval", type=number(int, 1), default=300, help="validation problems a split")
     args.add_argument("--seed", type=number(int, 0), default=0)
@@ -37,6 +37,8 @@ def main() -> None:
     with replacing(args.out):
         pass                                                           # if it cannot be written to, say so now
     record = load_record(args.ckpt)
+    muon = record.get("optimizer") == "muon"
+    lr = args.lr or (2e-3 if muon else 1e-5)
     held = {split: load_rows(split, record, args.num_eval) for split in ("val", "val_new")}
     search = {key: getattr(args, key) for key in ("b", "n", "seed")}
     compare(model, tok, held, ["greedy", "self_backtrack"], "before", **search)
@@ -48,7 +50,8 @@ def main() -> None:
         if not kept:
             raise UserError("the search solved nothing, so there is nothing to learn from: start from a better checkpoint")
         batches = Batches(kept, tok, args.batch_size, seed=args.seed + round, rank=rank, world=world)
-        fit(model, batches, -(-len(kept) * args.epochs // batches.size), args.lr, warmup=10, dtype=best_dtype(device))
+        steps = -(-len(kept) * args.epochs // batches.size)
+        fit(model, batches, steps, lr, warmup=10, muon=muon, dtype=best_dtype(device))
         title = f"round {round} (solved {sum(answer['verified'] for answer in answers)} of {len(rows)})"
         compare(model, tok, held, ["greedy", "self_backtrack"], title, **search)
         if rank == 0:

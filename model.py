@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import GatedRepoError
 from safetensors import SafetensorError, safe_open
 
 # ---- What every program here shares: errors in one line, the device, the ranks -------------------------------------------
@@ -21,7 +22,7 @@ class UserError(Exception):
 
 class Arguments(argparse.ArgumentParser):
     def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def error(self, message: str):
         raise UserError(f"{message} (see --help)")                     # one line, in place of the whole usage
@@ -262,16 +263,23 @@ class Llama(nn.Module):
         return self.lm_head(hidden)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, device="cpu", dtype: torch.dtype | None = None) -> "Llama":
-        """Open a folder or a Hub id in Hugging Face's layout; `dtype` None keeps the file's. Raises UserError."""
+    def from_pretrained(cls, name: str | Path, device="cpu", dtype: torch.dtype | None = None, vocab_size=0) -> "Llama":
+        """Open a folder or a Hub id in Hugging Face's layout; `dtype` None keeps the file's. Where the embedding and the head
+        have fewer than vocab_size rows, they grow by rows that are the mean of the others. Raises UserError."""
         folder = checkpoint_folder(name)
+        config = LlamaConfig.from_dict(read_json(folder / "config.json"))
+        more, config.vocab_size = max(vocab_size - config.vocab_size, 0), max(vocab_size, config.vocab_size)
         with torch.device("meta"):                                     # no memory: the files' tensors become the weights
-            model = cls(LlamaConfig.from_dict(read_json(folder / "config.json")))
+            model = cls(config)
         index, state = folder / "model.safetensors.index.json", {}
-        for file in set(read_json(index)["weight_map"].values()) if index.exists() else ["model.safetensors"]:
+        for file in sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]:
             try:
                 with safe_open(folder / file, framework="pt", device=str(device)) as tensors:
-                    state |= {key: tensors.get_tensor(key).to(dtype) for key in tensors.keys() if "rotary" not in key}
+                    for key in sorted((k for k in tensors.keys() if "rotary" not in k), key=lambda k: ".layers." in k):
+                        state[key] = value = tensors.get_tensor(key).to(dtype)
+                        if more and key in ("model.embed_tokens.weight", "lm_head.weight"):     # first, while there is room
+                            mean = value.mean(0, keepdim=True, dtype=torch.float32).to(value.dtype)
+                            state[key] = torch.cat([value, mean.expand(more, -1)])
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{folder / file} is missing or damaged: {error}") from None
         if model.config.tie_word_embeddings and "model.embed_tokens.weight" in state:
@@ -295,13 +303,16 @@ class Llama(nn.Module):
             (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 # ---- Checkpoints on disk -------------------------------------------------------------------------------------------------
+NEEDED = {"model": ["*config.json", "tokenizer.json", "record.json", "model*.safetensors*"], "dataset": ["*.json", "*.jsonl"]}
 def checkpoint_folder(name: str | Path, kind: str = "model") -> Path:
     """The folder `name` itself, or the cached download of the Hub's model or dataset of that name. Raises UserError."""
     if Path(name).is_dir():
         return Path(name)
     try:
-        return Path(snapshot_download(str(name), repo_type=kind, allow_patterns=["*.json", "*.jsonl", "*.safetensors"]))
-    except Exception as error:                  # no network, no such repository, no permission: the client has dozens
+        return Path(snapshot_download(str(name), repo_type=kind, allow_patterns=NEEDED[kind]))
+    except GatedRepoError:
+        raise UserError(f"{name} is gated: ask for access at https://huggingface.co/{name}, then `hf auth login`") from None
+    except Exception as error:                  # no network, no such repository, no disk: the client has dozens
         raise UserError(f"no {kind} at {name}: no such folder, and from the Hub: {str(error).splitlines()[0]}") from None
 
 def read_json(path: Path) -> dict:

@@ -1,7 +1,8 @@
 """Supervised fine-tuning on D_op and D_back (paper, section 4.1). Read after search.py, before improve.py."""
-import itertools, json, math
+import itertools, json, math, sys
 from collections import defaultdict
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,10 @@ def load_state(folder: Path, model: Llama) -> dict:
             slots[int(kind)][name] = value
     return {"step": step, "optimizer": slots}
 
+SCRATCH = {"steps": 6000, "batch_size": 64, "lr": 3e-3, "optimizer": "muon", "warmup": 100, "weight_decay": 0.1}
+PAPER = {"steps": 46875, "batch_size": 16, "lr": 1e-5, "optimizer": "adamw", "warmup": 1, "weight_decay": 0.01}
+"""Defaults: for a small model from scratch; for --ckpt, the paper's (3 epochs of 500,000 rows, 16 on each of two devices)."""
+
 def main() -> None:
     args = Arguments("Train on D_op and D_back: a small model from scratch, or a checkpoint.")
     args.add_argument("--ckpt", help="a folder or Hub id to start from; without it (or --resume) a small model from scratch")
@@ -165,25 +170,32 @@ def main() -> None:
     args.add_argument("--sizes", type=int, choices=range(2, 6), nargs="+", default=[3], help="generated data: how many numbers")
     args.add_argument("--out", type=Path, default="checkpoint", help="the folder to save to")
     args.add_argument("--resume", action="store_true", help="go on from what --out holds, if need be with more --steps")
-    args.add_argument("--steps", type=number(int, 1), default=6000)
-    args.add_argument("--batch_size", type=number(int, 1), default=64, help="rows a device and accumulation step")
+    args.add_argument("--steps", type=number(int, 1))
+    args.add_argument("--batch_size", type=number(int, 1), help="rows a device and accumulation step")
     args.add_argument("--grad_accum", type=number(int, 1), default=1)
-    args.add_argument("--lr", type=number(float, 0, strict=True), default=3e-3)
-    args.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="muon: for the layers' matrices")
-    args.add_argument("--warmup", type=number(int, 1), default=100)
-    args.add_argument("--weight_decay", type=number(float, 0), default=0.1)
+    args.add_argument("--lr", type=number(float, 0, strict=True))
+    args.add_argument("--optimizer", choices=("muon", "adamw"), help="muon: for the layers' matrices")
+    args.add_argument("--warmup", type=number(int, 1))
+    args.add_argument("--weight_decay", type=number(float, 0))
     args.add_argument("--dtype", choices=DTYPES, help="of autocast; the best of the device by itself")
     args.add_argument("--hidden_size", type=number(int, 32), default=96, help="32 a head")
     args.add_argument("--layers", type=number(int, 1), default=4)
     args.add_argument("--seed", type=number(int, 0), default=0)
     args.add_argument("--eval_every", type=number(int, 1), default=1200, help="steps between evaluations and checkpoints")
     args.add_argument("--num_eval", type=number(int, 1), default=200, help="problems a split in an evaluation")
+    args.add_argument("--wandb", action="store_true", help="log to Weights & Biases, too, if that package is installed")
+    args.set_defaults(**(PAPER if any(arg.split("=")[0] == "--ckpt" for arg in sys.argv) else SCRATCH))
     args = args.parse_args()
     device, rank, world = start()
+    if args.wandb:
+        if not find_spec("wandb"):
+            raise UserError("--wandb needs a package that is not installed: pip install wandb")
+        import wandb
+        wandb.init(project="self-backtracking", config=vars(args), mode="disabled" if rank else None)
     torch.manual_seed(args.seed)
     begin = args.out if args.resume else args.ckpt
-    tok = Tokenizer.from_pretrained(begin) if begin else Tokenizer.digits()
-    model = Llama.from_pretrained(begin, dtype=torch.float32) if begin else Llama(LlamaConfig(
+    tok = Tokenizer.from_pretrained(begin, grow=True) if begin else Tokenizer.digits()
+    model = Llama.from_pretrained(begin, dtype=torch.float32, vocab_size=tok.vocab_size) if begin else Llama(LlamaConfig(
         vocab_size=tok.vocab_size, hidden_size=args.hidden_size, intermediate_size=args.hidden_size * 8 // 3,
         num_hidden_layers=args.layers, num_attention_heads=args.hidden_size // 32, num_key_value_heads=args.hidden_size // 32,
         head_dim=32, max_position_embeddings=256, rope_theta=10000.0, eos_token_id=tok.eos))
@@ -196,7 +208,8 @@ def main() -> None:
     elif Path(data).is_file():
         record, rows = {"source": data, "data": data}, read_rows(Path(data))
     else:
-        record, rows = {**(load_record(data, "dataset") or {"source": data}), "data": data}, read_split(data, "train")
+        record, rows = {**load_record(data, "dataset"), "data": data}, read_split(data, "train")
+    record = {**record, "optimizer": "muon" if muon else "adamw"}          # improve.py goes on with the same
     with replacing(args.out):
         pass                                                           # if it cannot be written to, say so now
     batches = Batches(rows, tok, args.batch_size, args.grad_accum, args.seed, rank, world)
@@ -209,6 +222,8 @@ def main() -> None:
             line[f"{split}_greedy"] = sum(row["correct"] for row in evaluate(model, tok, rows, "greedy")) / len(rows)
         if rank == 0:
             tqdm.write(json.dumps(line))
+            if args.wandb:
+                wandb.log(line, step=state["step"])
             save(args.out, model, tok, record, state)
             with open(args.out / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")

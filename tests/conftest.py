@@ -1,4 +1,6 @@
+import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")                            # test_hub.py brings its own Hub
 sys.path.insert(0, str(Path(__file__).parent.parent))

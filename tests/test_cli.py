@@ -41,7 +41,7 @@ def ckpt(tmp_path_factory) -> Path:
 def test_train_logs_saves_and_resumes(ckpt, tmp_path, capsys, monkeypatch):
     lines = [json.loads(line) for line in (ckpt / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6] and {"loss", "val_loss", "val_new_greedy"} <= lines[0].keys()
-    assert json.loads((ckpt / "record.json").read_text()) == data.new_record(0, [3])
+    assert json.loads((ckpt / "record.json").read_text()) == {**data.new_record(0, [3]), "optimizer": "muon"}
     shutil.copytree(ckpt, tmp_path / "more")
     code, out, _ = run(capsys, monkeypatch, train, *TRAIN, "--resume", "--out", tmp_path / "more", "--steps", 9)
     assert code == 0 and '"step": 9' in out and '"step": 6' not in out and "self_backtrack, val_new" in out
@@ -133,8 +133,8 @@ def test_bad_input_gets_one_line(ckpt, tmp_path, capsys, monkeypatch, args, comp
     (lambda f: (f / "config.json").write_text("{}"), "is no Llama's"),
     (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json cannot be read"),
     (lambda f: (f / "record.json").write_text("[1]"), "record.json cannot be read"),
-    (lambda f: (f / "record.json").unlink(), "is not on record"),
-    (lambda f: (f / "record.json").write_text(json.dumps({"source": str(f / "config.json")})), "or was a file")])
+    (lambda f: (f / "record.json").unlink(), "no dataset at yangxw/countdown-backtracking"),
+    (lambda f: (f / "record.json").write_text(json.dumps({"source": str(f / "config.json")})), "data was a file")])
 def test_damaged_checkpoints_get_one_line(ckpt, tmp_path, capsys, monkeypatch, damage, complaint):
     folder = tmp_path / "copy"
     shutil.copytree(ckpt, folder)
@@ -166,3 +166,24 @@ def test_training_says_that_it_cannot_write_before_it_starts(tmp_path, capsys, m
     assert run(capsys, monkeypatch, train, *TRAIN, "--out", tmp_path / "file")[0] == 2
     assert run(capsys, monkeypatch, data, "--num", 10, "--out", tmp_path / "file")[0] == 2
     assert run(capsys, monkeypatch, data, "--num", 10, "--sizes", 6, "--out", tmp_path / "new")[0] == 2
+
+
+def test_a_checkpoint_is_fine_tuned_as_in_the_paper(ckpt, tmp_path, capsys, monkeypatch):
+    """--ckpt brings the paper's settings, a flag overrules them, improve.py follows; wandb only if asked, one line without."""
+    seen = []
+    monkeypatch.setattr(train, "fit", lambda model, batches, *rest: seen.append((batches.size, *rest[:5])))
+    small = ("--num_eval", 2, "--out", tmp_path / "out")
+    for args in (("--ckpt", ckpt), (f"--ckpt={ckpt}", "--lr", "0.5"), ()):
+        assert run(capsys, monkeypatch, train, *small, *args)[0] == 0
+    assert seen == [(16, 46875, 1e-5, 1, 0.01, False), (16, 46875, 0.5, 1, 0.01, False), (64, 6000, 3e-3, 100, 0.1, True)]
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    code, _, err = run(capsys, monkeypatch, train, *small, "--wandb")
+    assert code == 2 and err.strip() == "error: --wandb needs a package that is not installed: pip install wandb"
+    monkeypatch.setattr(improve, "fit", lambda *_, muon, **__: seen.append((_[3], muon)))
+    monkeypatch.setattr(improve, "harvest", lambda rows, answers: rows)
+    for optimizer in ("muon", "adamw"):
+        record = {**data.new_record(0, [3]), "optimizer": optimizer}
+        (Path(shutil.copytree(ckpt, tmp_path / optimizer)) / "record.json").write_text(json.dumps(record))
+        args = ("--num", 2, "--n", 2, "--num_eval", 2, "--rounds", 1, "--out", tmp_path / "better")
+        assert run(capsys, monkeypatch, improve, *args, "--ckpt", tmp_path / optimizer)[0] == 0
+    assert seen[3:] == [(2e-3, True), (1e-5, False)]
