@@ -27,6 +27,10 @@ SPLITS = ("train", "val", "val_new")                 # val: validation problems 
 def prompt_text(nums: list[int], target: int) -> str:
     return f"###Question: numbers {list(nums)}->target {target}\n###Response:\n"
 
+def calculate(a: int, op: str, b: int) -> int | None:
+    """a op b on whole numbers; None for a division that is not exact."""
+    return {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b and a % b == 0 else None}[op]
+
 # ---- All programs of a batch of problems, as arrays ----------------------------------------------------------------------
 Step = namedtuple("Step", "left a b result legal")
 """Every choice of step j of every problem, as arrays with leading axes (problems, C_1, ..., C_j-1): all histories before it.
@@ -301,16 +305,21 @@ class Tokenizer:
         """The text of response tokens, `<backtrack>` included, without end-of-text."""
         return self.tok.decode([i for i in tokens if i != self.eos], skip_special_tokens=False)
 
-    def rows(self, rows: list[dict]) -> list[tuple[list[int], list[int]]]:
+    def rows(self, rows: list[dict], mask: str = "action") -> list[tuple[list[int], list[int]]]:
         """(input_ids, labels) of each row {nums, target, search_path}, end-of-text included. Label -100 carries no loss: the
         prompt and, before `<backtrack>`, the wrong action with its newline (section 4.1). The model learns to step back from
-        mistakes, never to make them. Offsets in one encoding of the whole text say which tokens have a masked character."""
+        mistakes, never to make them. mask="choice" goes beyond the paper: where a wrong action's result is right (the step itself
+        was wrong), the result is learned. Else every last step with a loss makes the target, and the model comes to claim it
+        after any. Offsets in one encoding of the whole text say which tokens have a masked character."""
         prompts = [prompt_text(row["nums"], row["target"]) for row in rows]
         encoded, out = self.tok.encode_batch([p + row["search_path"] for p, row in zip(prompts, rows)]), []
         for prompt, row, encoding in zip(prompts, rows, encoded):
             body, back, _ = row["search_path"].rpartition(BACKTRACK)
             wrong_end = len(prompt) + len(body)                       # the last line of the body is the wrong action
             wrong = len(prompt) + body.rfind("\n", 0, max(len(body) - 1, 0)) + 1 if back else wrong_end
+            step = re.search(r"(\d+)([-+*/])(\d+)=(?=(\d+)\n$)", body) if mask == "choice" else None
+            if step and calculate(int(step[1]), step[2], int(step[3])) == int(step[4]):
+                wrong_end = len(prompt) + step.end()
             labels = [i if start >= len(prompt) and start < end and (end <= wrong or start >= wrong_end) else -100
                       for i, (start, end) in zip(encoding.ids, encoding.offsets)]
             out.append((encoding.ids + [self.eos], labels + [self.eos]))

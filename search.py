@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import BACKTRACK, GOAL, Tokenizer, load_rows, load_record
+from data import BACKTRACK, GOAL, Tokenizer, calculate, load_rows, load_record
 from model import DTYPES, Arguments, KVCache, Llama, UserError, best_dtype, cli, number, replacing, start
 
 SHIPPED = Path(__file__).parent / "assets" / "checkpoint"
@@ -41,9 +41,8 @@ def verify(nums: list[int], target: int, response: str) -> tuple[bool, str]:
             if not left[x]:
                 return False, f"step {i}: {text}: there is no {x} (left)"
             left[x] -= 1
-        right = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b and a % b == 0 else "not whole"}[op]
-        if right != result:
-            return False, f"step {i}: {text}: false, it is {right}"
+        if (right := calculate(a, op, b)) != result:
+            return False, f"step {i}: {text}: false, it is {'not whole' if right is None else right}"
         left[result] += 1
     if end != GOAL:
         return False, f"the end: {end!r} in place of {GOAL!r}"

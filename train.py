@@ -25,9 +25,9 @@ class Batches(Dataset):
     A step's rows depend on batch_size * accum * world alone: rank r of w takes every w-th of them, cut in `accum` parts."""
     STEPS, CONTEXT = 64, 128                                           # longer rows are cut, as in the reference
 
-    def __init__(self, rows: list[dict] | dict, tok: Tokenizer, batch_size: int, accum=1, seed=0, rank=0, world=1):
+    def __init__(self, rows: list[dict] | dict, tok, batch_size: int, accum=1, seed=0, rank=0, world=1, mask="action"):
         self.rows, self.tok, self.size, self.accum = rows, tok, batch_size * accum * world, accum
-        self.seed, self.rank, self.world = seed, rank, world
+        self.seed, self.rank, self.world, self.mask = seed, rank, world, mask
 
     def __getitem__(self, i: int) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
         want = self.STEPS * self.size
@@ -37,7 +37,7 @@ class Batches(Dataset):
             epochs = [divmod(at, len(self.rows)) for at in range(i * want, (i + 1) * want)]
             order = {e: np.random.default_rng([self.seed, e]).permutation(len(self.rows)) for e in {e for e, _ in epochs}}
             rows = [self.rows[order[e][at]] for e, at in epochs]
-        encoded = sorted(self.tok.rows(rows), key=lambda row: len(row[0]))
+        encoded = sorted(self.tok.rows(rows, self.mask), key=lambda row: len(row[0]))
         steps = [encoded[at:at + self.size][self.rank::self.world] for at in range(0, want, self.size)]
         return [[self.pad(steps[s][a::self.accum]) for a in range(self.accum)]
                 for s in np.random.default_rng([self.seed, i]).permutation(self.STEPS)]
@@ -177,6 +177,7 @@ def main() -> None:
     args.add_argument("--optimizer", choices=("muon", "adamw"), help="muon: for the layers' matrices")
     args.add_argument("--warmup", type=number(int, 1))
     args.add_argument("--weight_decay", type=number(float, 0))
+    args.add_argument("--mask", choices=("action", "choice"), default="action", help="of wrong actions; choice: not their results")
     args.add_argument("--dtype", choices=DTYPES, help="of autocast; the best of the device by itself")
     args.add_argument("--hidden_size", type=number(int, 32), default=96, help="32 a head")
     args.add_argument("--layers", type=number(int, 1), default=4)
@@ -212,7 +213,7 @@ def main() -> None:
     record = {**record, "optimizer": "muon" if muon else "adamw"}          # improve.py goes on with the same
     with replacing(args.out):
         pass                                                           # if it cannot be written to, say so now
-    batches = Batches(rows, tok, args.batch_size, args.grad_accum, args.seed, rank, world)
+    batches = Batches(rows, tok, args.batch_size, args.grad_accum, args.seed, rank, world, args.mask)
     held = {} if Path(record["source"]).is_file() else {s: load_rows(s, record, args.num_eval) for s in SPLITS[1:]}
     def report(loss: float, state: dict) -> None:
         line = {"step": state["step"], "loss": round(loss, 4)}

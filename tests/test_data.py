@@ -2,7 +2,9 @@
 import json
 import lzma
 import os
+import re
 from collections import Counter
+from fractions import Fraction
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -147,7 +149,25 @@ ROWS = [{"nums": [2, 39, 45, 10], "target": 62, "search_path": text} for text in
 
 
 def test_mask_of_the_digit_tokenizer():
-    check_mask(Tokenizer.digits(), ROWS + list(generate(new_record(0, [3, 4]), "train", 500)))
+    check_mask(Tokenizer.digits(), rows := ROWS + list(generate(new_record(0, [3, 4]), "train", 500)))
+    check_choice_mask(Tokenizer.digits(), rows)
+
+
+def check_choice_mask(tok: Tokenizer, rows: list[dict]):
+    """Beyond the paper's mask, the right results of wrong actions are learned, and nothing else."""
+    learned = 0
+    for row, (ids, paper), (again, labels) in zip(rows, tok.rows(rows), tok.rows(rows, "choice")):
+        assert again == ids and all(x in (y, -100) for x, y in zip(paper, labels))
+        more, expected = tok.decode([y for x, y in zip(paper, labels) if x != y]), ""
+        if row["search_path"].endswith("\n" + BACKTRACK):
+            step, _, result = row["search_path"].split("\n")[-2].partition("=")
+            left, op, right = re.split("([-+*/])", step)
+            value = {"+": Fraction.__add__, "-": Fraction.__sub__, "*": Fraction.__mul__,
+                     "/": Fraction.__truediv__}[op](Fraction(left), Fraction(right))
+            expected = f"{result}\n" if value == int(result) else ""
+        assert more == expected
+        learned += bool(more)
+    assert learned > 50
 
 
 @pytest.mark.skipif("LLAMA3_TOKENIZER" not in os.environ, reason="LLAMA3_TOKENIZER names no tokenizer.json(.xz)")
@@ -158,7 +178,8 @@ def test_mask_of_the_llama3_tokenizer():
     tok.add_special_tokens([tokenizers.AddedToken(BACKTRACK, special=True, normalized=False)])
     tok = Tokenizer(tok)
     assert tok.backtrack == 128256
-    check_mask(tok, ROWS + list(generate(new_record(0, [3, 4]), "train", 300)))
+    check_mask(tok, rows := ROWS + list(generate(new_record(0, [3, 4]), "train", 300)))
+    check_choice_mask(tok, rows)
     assert tok.ends_line[tok.tok.token_to_id("Ċ")] and not tok.ends_line[tok.eos]
 
 
