@@ -308,7 +308,7 @@ class Tokenizer:
     def rows(self, rows: list[dict], mask: str = "action") -> list[tuple[list[int], list[int]]]:
         """(input_ids, labels) of each row {nums, target, search_path}, end-of-text included. Label -100 carries no loss: the
         prompt and, before `<backtrack>`, the wrong action with its newline (section 4.1). The model learns to step back from
-        mistakes, never to make them. mask="choice" goes beyond the paper: where a wrong action's result is right (the step itself
+        mistakes, never to make them. mask="choice" goes beyond the paper: where a wrong action's result is right (the choice
         was wrong), the result is learned. Else every last step with a loss makes the target, and the model comes to claim it
         after any. Offsets in one encoding of the whole text say which tokens have a masked character."""
         prompts = [prompt_text(row["nums"], row["target"]) for row in rows]
@@ -317,8 +317,8 @@ class Tokenizer:
             body, back, _ = row["search_path"].rpartition(BACKTRACK)
             wrong_end = len(prompt) + len(body)                       # the last line of the body is the wrong action
             wrong = len(prompt) + body.rfind("\n", 0, max(len(body) - 1, 0)) + 1 if back else wrong_end
-            step = re.search(r"(\d+)([-+*/])(\d+)=(?=(\d+)\n$)", body) if mask == "choice" else None
-            if step and calculate(int(step[1]), step[2], int(step[3])) == int(step[4]):
+            step = re.search(r"(?:^|\n)([0-9]{1,9})([-+*/])([0-9]{1,9})=(?=([0-9]{1,20})\n$)", body)
+            if mask == "choice" and step and calculate(int(step[1]), step[2], int(step[3])) == int(step[4]):
                 wrong_end = len(prompt) + step.end()
             labels = [i if start >= len(prompt) and start < end and (end <= wrong or start >= wrong_end) else -100
                       for i, (start, end) in zip(encoding.ids, encoding.offsets)]

@@ -177,7 +177,7 @@ def main() -> None:
     args.add_argument("--optimizer", choices=("muon", "adamw"), help="muon: for the layers' matrices")
     args.add_argument("--warmup", type=number(int, 1))
     args.add_argument("--weight_decay", type=number(float, 0))
-    args.add_argument("--mask", choices=("action", "choice"), default="action", help="of wrong actions; choice: not their results")
+    args.add_argument("--mask", choices=("action", "choice"), default="action", help="what has no loss in a mistake")
     args.add_argument("--dtype", choices=DTYPES, help="of autocast; the best of the device by itself")
     args.add_argument("--hidden_size", type=number(int, 32), default=96, help="32 a head")
     args.add_argument("--layers", type=number(int, 1), default=4)
