@@ -175,7 +175,11 @@ class Engine:
         self.rows, self.logits = [x[order] for x in (state, t, room, tokens, logps)], self.logits[:0]
         if len(order):
             self.cache.fork(parent[order])
-            self.logits = self.model(token[order, None], cache=self.cache)[:, 0]
+            # Rows in 16s and columns in 8s, so that shapes recur: libraries build, and keep, a kernel for every new one.
+            fill = min(-len(order) % 16, len(self.cache.length) - len(order))
+            self.cache.length[len(order):len(order) + fill] = 0
+            self.cache.width = min(-(-self.cache.width // 8) * 8, self.cache.kv.shape[4] - 1)
+            self.logits = self.model(F.pad(token[order], (0, fill))[:, None], cache=self.cache)[:len(order), 0]
         return [self.flying.pop(number) for number in set(state[ended].tolist()) - set(self.rows[0].tolist())]
 
 # ---- Self-backtracking (paper, section 4.2) ------------------------------------------------------------------------------

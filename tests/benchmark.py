@@ -77,9 +77,11 @@ def counted(model: Llama):
 
     def hook(module, arguments, keywords):
         ids, cache = (*arguments, None)[0], keywords.get("cache")
+        # rows of one token that hold nothing only fill up a shape
+        tokens = ids.numel() if cache is None or ids.shape[1] > 1 else int((cache.length[:len(ids)] > 0).sum())
         count["steps"] += 1
-        count["tokens"] += ids.numel()
-        count["cached"] += ids.numel() * (cache.width if cache is not None else ids.shape[1])
+        count["tokens"] += tokens
+        count["cached"] += tokens * (cache.width if cache is not None else ids.shape[1])
 
     handle = model.register_forward_pre_hook(hook, with_kwargs=True)
     yield count
