@@ -49,7 +49,7 @@ def main() -> None:
         kept = harvest(rows, answers)
         if not kept:
             raise UserError("the search solved nothing, so there is nothing to learn from: start from a better checkpoint")
-        batches = Batches(kept, tok, args.batch_size, seed=args.seed + round, rank=rank, world=world)
+        batches = Batches(kept, tok, args.batch_size, 1, args.seed + round, rank, world, record.get("mask", "action"))
         steps = -(-len(kept) * args.epochs // batches.size)
         fit(model, batches, steps, lr, warmup=10, muon=muon, dtype=best_dtype(device))
         title = f"round {round} (solved {sum(answer['verified'] for answer in answers)} of {len(rows)})"

@@ -22,7 +22,7 @@ from data import BACKTRACK, GOAL, Tokenizer, calculate, load_rows, load_record
 from model import DTYPES, Arguments, KVCache, Llama, UserError, best_dtype, cli, number, replacing, start
 
 SHIPPED = Path(__file__).parent / "assets" / "checkpoint"
-EXAMPLE = {"nums": [18, 6, 29], "target": 79}
+EXAMPLE = {"nums": [2, 39, 45, 10], "target": 62}
 DECODERS = ("greedy", "beam", "best_of_n", "majority", "self_backtrack")
 
 # ---- Verification: exact, on integers, and never part of the search ------------------------------------------------------

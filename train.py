@@ -210,7 +210,7 @@ def main() -> None:
         record, rows = {"source": data, "data": data}, read_rows(Path(data))
     else:
         record, rows = {**load_record(data, "dataset"), "data": data}, read_split(data, "train")
-    record = {**record, "optimizer": "muon" if muon else "adamw"}          # improve.py goes on with the same
+    record = {**record, "optimizer": "muon" if muon else "adamw", "mask": args.mask}            # improve.py goes on with these
     with replacing(args.out):
         pass                                                           # if it cannot be written to, say so now
     batches = Batches(rows, tok, args.batch_size, args.grad_accum, args.seed, rank, world, args.mask)

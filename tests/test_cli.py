@@ -41,7 +41,7 @@ def ckpt(tmp_path_factory) -> Path:
 def test_train_logs_saves_and_resumes(ckpt, tmp_path, capsys, monkeypatch):
     lines = [json.loads(line) for line in (ckpt / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6] and {"loss", "val_loss", "val_new_greedy"} <= lines[0].keys()
-    assert json.loads((ckpt / "record.json").read_text()) == {**data.new_record(0, [3]), "optimizer": "muon"}
+    assert json.loads((ckpt / "record.json").read_text()) == {**data.new_record(0, [3]), "optimizer": "muon", "mask": "action"}
     shutil.copytree(ckpt, tmp_path / "more")
     code, out, _ = run(capsys, monkeypatch, train, *TRAIN, "--resume", "--out", tmp_path / "more", "--steps", 9)
     assert code == 0 and '"step": 9' in out and '"step": 6' not in out and "self_backtrack, val_new" in out
