@@ -4,7 +4,8 @@
     python tests/full_size.py --size 3B --layers 4  3B's, cut in depth
 
 Prints the largest difference of the logits over a 64-token prompt, whether greedy decoding with the cache, forked and rolled
-back, gives transformers' tokens, and the peak memory of loading with one more row of embedding. Exits with 1 if one is wrong.
+back, gives transformers' tokens, and the peak memory of loading with one more row of embedding (of a model cut in depth, where
+the embedding is most of it, this means little). Exits with 1 if one is wrong.
 """
 import argparse
 import subprocess
@@ -25,9 +26,9 @@ SIZES = {"1B": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_hea
 ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192}
 LOAD = """
-import resource, sys
+import re, sys
 from model import Llama
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak(): return int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024       # Linux alone has it
 before = peak()
 model = Llama.from_pretrained(sys.argv[1], vocab_size=128257)
 assert model.lm_head.weight.shape[0] == 128257
@@ -75,7 +76,7 @@ def main() -> None:
         print(f"Llama-3.2-{args.size}, {shape['num_hidden_layers']} layers, {parameters:,} parameters")
         print(f"logits: largest difference {difference:.1e}; greedy with fork and rollback equal: {equal}; "
               f"loading: {ratio:.2f} times the model at its peak")
-    sys.exit(difference > 1e-4 or not equal or ratio > 1.2)
+    sys.exit(difference > 1e-4 or not equal or ratio > 1.2 and not args.layers)
 
 
 if __name__ == "__main__":
