@@ -223,9 +223,10 @@ def read_split(source: str, split: str) -> list[dict]:
     folder = checkpoint_folder(source, "dataset")
     if (folder / f"{split}.jsonl").exists():
         return read_rows(folder / f"{split}.jsonl")
-    files = [file for file in sorted(folder.glob("*.json*")) if split[:3] in file.name]
+    kind = split.removesuffix("_new")
+    files = [file for file in sorted(folder.glob("*.json*")) if kind in file.name]
     if not files:
-        raise UserError(f"{source} holds no JSON with {split[:3]!r} in its name (parquet is not read)")
+        raise UserError(f"{source} holds no JSON with {kind!r} in its name (parquet is not read)")
     rows = read_rows(next((file for file in files if "backtrack" in file.name), files[0]))
     half = len(rows) // 2
     return {"train": rows, "val": rows[:half], "val_new": rows[half:]}[split]
@@ -237,7 +238,7 @@ def load_record(name: str, kind: str = "model") -> dict:
 
 def load_rows(data: str, record: dict, num: int, offset: int = 0) -> list[dict]:
     """Rows offset .. offset + num of a split by the checkpoint's record, of `dataset:split` or of a file. Raises UserError."""
-    if Path(data).is_file():
+    if data not in SPLITS and Path(data).is_file():
         rows = read_rows(Path(data), ("nums", "target"))[offset:offset + num]
     elif (parts := data.rpartition(":"))[2] not in SPLITS:
         raise UserError(f"--data wants val, val_new, DATASET:val or a file of JSON Lines, and {data} is none of them")

@@ -304,6 +304,7 @@ class Llama(nn.Module):
 
 # ---- Checkpoints on disk -------------------------------------------------------------------------------------------------
 NEEDED = {"model": ["*config.json", "tokenizer.json", "record.json", "model*.safetensors*"], "dataset": ["*.json", "*.jsonl"]}
+
 def checkpoint_folder(name: str | Path, kind: str = "model") -> Path:
     """The folder `name` itself, or the cached download of the Hub's model or dataset of that name. Raises UserError."""
     if Path(name).is_dir():
