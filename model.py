@@ -6,12 +6,14 @@ Shapes: B rows, T new tokens, S tokens in sight, H query heads, K key/value head
 """
 import argparse, dataclasses, json, math, os, sys, tempfile
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import GatedRepoError
 from safetensors import SafetensorError, safe_open
@@ -210,6 +212,8 @@ class LlamaDecoderLayer(nn.Module):
 
 class LlamaModel(nn.Module):
     """Embedding, layers, last norm: token ids (B, T) -> hidden states (B, T, C)."""
+    gradient_checkpointing = False                # keep only each layer's input for the backward pass; compute the rest again
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -229,7 +233,8 @@ class LlamaModel(nn.Module):
         x = self.embed_tokens(input_ids)
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, mask, positions, i, cache)
+            run = partial(checkpoint, layer, use_reentrant=False) if self.gradient_checkpointing and x.requires_grad else layer
+            x = run(x, rope, mask, positions, i, cache)
         if cache is not None:
             cache.length[:B] += T
         return self.norm(x)
@@ -257,7 +262,9 @@ class Llama(nn.Module):
         hidden = self.model(input_ids, cache)
         if labels is not None:
             at = labels[:, 1:] != -100                               # position t predicts the token at t + 1
-            return F.cross_entropy(self.lm_head(hidden[:, :-1][at]).float(), labels[:, 1:][at], reduction="sum")
+            logits = self.lm_head(hidden[:, :-1][at])
+            exact = torch.promote_types(logits.dtype, torch.float32)
+            return F.cross_entropy(logits.to(exact), labels[:, 1:][at], reduction="sum")
         if keep is not None:
             hidden = hidden[torch.arange(len(keep), device=keep.device), keep]
         return self.lm_head(hidden)
@@ -274,12 +281,15 @@ class Llama(nn.Module):
         index, state = folder / "model.safetensors.index.json", {}
         for file in sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]:
             try:
-                with safe_open(folder / file, framework="pt", device=str(device)) as tensors:
-                    for key in sorted((k for k in tensors.keys() if "rotary" not in k), key=lambda k: ".layers." in k):
+                reader = partial(safe_open, folder / file, framework="pt", device=str(device))
+                with reader() as tensors:
+                    keys = sorted((k for k in tensors.keys() if "rotary" not in k), key=lambda k: ".layers." in k)
+                for key in keys:
+                    with reader() as tensors:                          # a mapping for each tensor, gone when the tensor is
                         state[key] = value = tensors.get_tensor(key).to(dtype)
-                        if more and key in ("model.embed_tokens.weight", "lm_head.weight"):     # first, while there is room
-                            mean = value.mean(0, keepdim=True, dtype=torch.float32).to(value.dtype)
-                            state[key] = torch.cat([value, mean.expand(more, -1)])
+                    if more and key in ("model.embed_tokens.weight", "lm_head.weight"):         # first, while there is room
+                        mean = value.mean(0, keepdim=True, dtype=torch.float32).to(value.dtype)
+                        state[key] = torch.cat([value, mean.expand(more, -1)])
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{folder / file} is missing or damaged: {error}") from None
         if model.config.tie_word_embeddings and "model.embed_tokens.weight" in state:

@@ -74,15 +74,42 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self):
         params, lr, decay = (self.param_groups[0][key] for key in ("params", "lr", "weight_decay"))
-        for shape in dict.fromkeys(p.shape for p in params):                       # all matrices of a shape at once
-            same = [p for p in params if p.shape == shape]
-            grad, slots = torch.stack([p.grad for p in same]), self.state[same[0]]       # the first one's state is that of all
-            slots.setdefault("step", torch.zeros(()))                              # without it AdamW would not load the state
-            momentum = slots.setdefault("momentum", torch.zeros_like(grad)).lerp_(grad, 0.05)
-            for p, update in zip(same, orthogonal(grad.lerp(momentum, 0.95))):     # Nesterov's look ahead
-                p.mul_(1 - lr * decay).add_(update, alpha=-0.2 * lr * max(shape) ** 0.5)
+        shapes = defaultdict(list)
+        for p in params:
+            if p.grad is not None:
+                self.state[p].setdefault("step", torch.zeros(()))                  # without it AdamW would not load the state
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+                shapes[p.shape].append((p, p.grad.lerp(momentum, 0.95)))           # Nesterov's look ahead
                 p.grad = None                                                      # AdamW has nothing left to do here
+        for shape, pairs in shapes.items():                                        # all matrices of a shape at once
+            for (p, _), update in zip(pairs, orthogonal(torch.stack([ahead for _, ahead in pairs]))):
+                p.mul_(1 - lr * decay).add_(update, alpha=-0.2 * lr * max(shape) ** 0.5)
         super().step()
+
+# ZeRO's first stage (Rajbhandari et al., 2020): a parameter's optimizer state lives on one rank alone, which updates the
+# parameter and sends it to the others. torch's ZeroRedundancyOptimizer does so, too, but its ranks exchange pickles.
+def owners(params: list[torch.nn.Parameter], world: int) -> dict[torch.nn.Parameter, int]:
+    """The rank that holds each parameter's optimizer state, in the order of params; all ranks hold about as many numbers."""
+    load, owner = [0] * world, dict.fromkeys(params, 0)
+    for p in sorted(params, key=torch.numel, reverse=True):
+        owner[p] = load.index(min(load))
+        load[owner[p]] += p.numel()
+    return owner
+
+def collect(optimizer: torch.optim.AdamW, owner: dict[torch.nn.Parameter, int], rank: int) -> dict[int, dict]:
+    """The state of every parameter, {number: {name: tensor}}, on rank 0's CPU; all ranks must call this together."""
+    state = defaultdict(dict)
+    for i, (p, who) in enumerate(owner.items()):
+        matrix = isinstance(optimizer, Muon) and i < len(optimizer.param_groups[0]["params"])
+        for name in ("step", "momentum") if matrix else ("step", "exp_avg", "exp_avg_sq"):
+            slot = p.new_zeros(() if name == "step" else p.shape)
+            if name in optimizer.state.get(p, ()):
+                slot.copy_(optimizer.state[p][name])
+            if dist.is_initialized():
+                dist.broadcast(slot, who)
+            if rank == 0:
+                state[i][name] = slot.cpu()
+    return state
 
 def fit(model: Llama, batches: Batches, steps: int, lr: float, warmup: int, weight_decay: float = 0.1, muon: bool = True,
         dtype: torch.dtype = torch.float32, state: dict | None = None, every: int = 1000, report=None) -> None:
@@ -90,17 +117,19 @@ def fit(model: Llama, batches: Batches, steps: int, lr: float, warmup: int, weig
     step together, so that a gradient does not depend on how a batch was cut. After each `every` steps, and the last, call
     report(loss, state): the state, {"step", "optimizer": its tensors}, given to a later call, goes on from there."""
     device, rank, world = start()
-    wrapped = DistributedDataParallel(model) if world > 1 else model
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     together = dist.all_reduce if world > 1 else lambda tensor: None           # sums a tensor over the ranks, in place
     kinds = [], [], []                                       # 0: the layers' matrices; 1: embedding and head; 2: gains
     for name, p in model.named_parameters():
         kinds[2 if p.ndim == 1 else 0 if ".layers." in name else 1].append(p)
     groups = [{"params": ps, "weight_decay": decay} for ps, decay in zip(kinds, (weight_decay, weight_decay, 0.0))]
     optimizer = (Muon if muon else torch.optim.AdamW)(groups, lr=lr, betas=(0.9, 0.95), fused=dtype != torch.float16)
+    owner = owners([p for ps in kinds for p in ps], world)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     first = state["step"] if state else 0
     if state:
-        optimizer.load_state_dict({"state": state["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
+        own = {i: state["optimizer"][i] for i, who in enumerate(owner.values()) if who == rank}
+        optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
     amp = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     items = range(first // batches.STEPS, -(-steps // batches.STEPS))
     loader = DataLoader(batches, batch_size=None, sampler=items, num_workers=8 * (device.type == "cuda"))
@@ -121,8 +150,13 @@ def fit(model: Llama, batches: Batches, steps: int, lr: float, warmup: int, weig
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, lr, warmup)
+        for p, who in owner.items():
+            if who != rank:
+                p.grad = None                                                      # the optimizer passes over it
         with amp():
             scaler.step(optimizer)
+        for p, who in owner.items() if world > 1 else ():
+            dist.broadcast(p.detach(), who)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         together(loss)
@@ -130,7 +164,7 @@ def fit(model: Llama, batches: Batches, steps: int, lr: float, warmup: int, weig
         if rank == 0 and step % 20 == 0:
             bar.set_postfix(loss=f"{float(mean):.4f}")                             # the one place that waits for the device
         if report and ((step + 1) % every == 0 or step + 1 == steps):
-            report(float(mean), {"step": step + 1, "optimizer": optimizer.state_dict()["state"]})
+            report(float(mean), {"step": step + 1, "optimizer": collect(optimizer, owner, rank)})
 
 def save(folder: str | Path, model: Llama, tok: Tokenizer, record: dict, state: dict | None = None) -> None:
     """A checkpoint in Hugging Face's layout, the record of its data, and what `--resume` needs: all of it, or nothing."""
@@ -178,6 +212,7 @@ def main() -> None:
     args.add_argument("--warmup", type=number(int, 1))
     args.add_argument("--weight_decay", type=number(float, 0))
     args.add_argument("--mask", choices=("action", "choice"), default="action", help="what has no loss in a mistake")
+    args.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more work")
     args.add_argument("--dtype", choices=DTYPES, help="of autocast; the best of the device by itself")
     args.add_argument("--hidden_size", type=number(int, 32), default=96, help="32 a head")
     args.add_argument("--layers", type=number(int, 1), default=4)
@@ -202,7 +237,7 @@ def main() -> None:
         head_dim=32, max_position_embeddings=256, rope_theta=10000.0, eos_token_id=tok.eos))
     state = load_state(args.out, model) if args.resume else None
     muon = any("momentum" in slots for slots in state["optimizer"].values()) if state else args.optimizer == "muon"
-    model.to(device)
+    model.to(device).model.gradient_checkpointing = args.gradient_checkpointing
     old = load_record(args.out) if args.resume else None
     if (data := args.data or (old or {}).get("data")) is None:
         record = rows = old or new_record(args.seed, args.sizes)
