@@ -1,5 +1,5 @@
 """Supervised fine-tuning on D_op and D_back (paper, section 4.1). Read after search.py, before improve.py."""
-import itertools, json, math, sys
+import itertools, json, math, sys, time
 from collections import defaultdict
 from functools import partial
 from importlib.util import find_spec
@@ -250,8 +250,12 @@ def main() -> None:
         pass                                                           # if it cannot be written to, say so now
     batches = Batches(rows, tok, args.batch_size, args.grad_accum, args.seed, rank, world, args.mask)
     held = {} if Path(record["source"]).is_file() else {s: load_rows(s, record, args.num_eval) for s in SPLITS[1:]}
+    clock = {"step": state["step"] if state else 0, "time": time.perf_counter()}
     def report(loss: float, state: dict) -> None:
-        line = {"step": state["step"], "loss": round(loss, 4)}
+        speed = (state["step"] - clock["step"]) * batches.size / (time.perf_counter() - clock["time"])
+        line = {"step": state["step"], "loss": round(loss, 4), "rows_per_s": round(speed, 1)}
+        if device.type == "cuda":
+            line["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)           # of this rank
         for split, rows in held.items():
             padded = [batches.pad(tok.rows(rows[i:i + 64]), device) for i in range(0, len(rows), 64)]
             line[f"{split}_loss"] = mean_loss(model, padded)
@@ -263,6 +267,7 @@ def main() -> None:
             save(args.out, model, tok, record, state)
             with open(args.out / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
+        clock.update(step=state["step"], time=time.perf_counter())
     dtype = DTYPES.get(args.dtype) or best_dtype(device)
     fit(model, batches, args.steps, args.lr, args.warmup, args.weight_decay, muon, dtype, state, args.eval_every, report)
     compare(model, tok, held, ["greedy", "self_backtrack"])

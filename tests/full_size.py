@@ -2,6 +2,7 @@
 
     python tests/full_size.py                       1B, whole: 5 GB on disk in fp32, about 11 GB of memory
     python tests/full_size.py --size 3B --layers 4  3B's, cut in depth
+    python tests/full_size.py --save FOLDER         only write a model of that size, with the digit tokenizer, to train on
 
 Prints the largest difference of the logits over a 64-token prompt, whether greedy decoding with the cache, forked and rolled
 back, gives transformers' tokens, and the peak memory of loading with one more row of embedding (of a model cut in depth, where
@@ -19,7 +20,8 @@ import transformers
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model import KVCache, Llama  # noqa: E402
+from data import Tokenizer  # noqa: E402
+from model import KVCache, Llama, LlamaConfig  # noqa: E402
 
 SIZES = {"1B": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "head_dim": 64},
          "3B": {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24, "head_dim": 128}}
@@ -55,12 +57,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="1B")
     parser.add_argument("--layers", type=int, help="fewer than the model has")
+    parser.add_argument("--save", help="a folder for our model with random weights")
     args = parser.parse_args()
     torch.manual_seed(0)
     shape = SIZES[args.size] | ({"num_hidden_layers": args.layers} if args.layers else {})
     config = transformers.LlamaConfig(
         vocab_size=128256, intermediate_size=8192, num_key_value_heads=8, max_position_embeddings=131072, rms_norm_eps=1e-5,
         rope_parameters=ROPE, tie_word_embeddings=True, **shape)
+    if args.save:
+        tok = Tokenizer.digits()
+        config.eos_token_id = tok.eos
+        Llama(LlamaConfig.from_dict(config.to_dict())).save_pretrained(args.save)
+        tok.save_pretrained(args.save)
+        return
     with tempfile.TemporaryDirectory() as folder:
         theirs = transformers.LlamaForCausalLM(config).eval()
         theirs.save_pretrained(folder, max_shard_size="2GB")
