@@ -1,0 +1,88 @@
+"""Measure every decoder on one checkpoint: the tables of the README and what figures.py draws, as JSON lines.
+
+    python assets/measure.py                      the shipped model, 500 problems a split: about half an hour on two cores
+
+A line has the decoder and its flags, accuracy (selected, verified), sampled tokens a problem, seconds, and for every kind of
+mistake (paper, section 4.1) how many samples made it first and how many of these said `<backtrack>` right after it.
+"""
+import json
+import re
+import sys
+import time
+from collections import Counter
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data import BACKTRACK, GOAL, SPLITS, Tokenizer, calculate, load_record, load_rows, solvable  # noqa: E402
+from model import Arguments, Llama, best_dtype, cli, number, replacing, start  # noqa: E402
+from search import SHIPPED, decode, judge  # noqa: E402
+
+LINES = [("greedy", {}), ("beam", {"n": 32}), ("majority", {"n": 32}),
+         *(("best_of_n", {"n": n}) for n in (8, 16, 32)), *(("self_backtrack", {"b": 1, "n": n}) for n in (8, 32)),
+         *(("best_of_n", {"n": n, "temperature": 1.0}) for n in (8, 32, 128, 512)),
+         *(("self_backtrack", {"b": b, "n": n, "temperature": 1.0})
+           for b, n in ((1, 8), (1, 32), (1, 128), (3, 8), (3, 32), (7, 32)))]
+
+
+@cache
+def can_reach(left: tuple[int, ...], target: int) -> bool:
+    return bool(solvable(np.array([left]), np.array([target]))[0]) if len(left) > 1 else left == (target,)
+
+
+def first_mistake(nums: list[int], target: int, response: str) -> tuple[str, bool]:
+    """The kind of the first wrong action of a response ("none" if all are right), and whether `<backtrack>` follows at once."""
+    actions, left = response.removesuffix(BACKTRACK).removesuffix(GOAL).removesuffix("\n").split("\n"), Counter(nums)
+    for i, action in enumerate(actions, 1):
+        caught = i == len(actions) and response.endswith(BACKTRACK)
+        step = re.fullmatch(r"([0-9]{1,9})([-+*/])([0-9]{1,9})=([0-9]{1,9})", action)
+        if not step:
+            return "no action", caught
+        a, op, b, result = int(step[1]), step[2], int(step[3]), int(step[4])
+        if calculate(a, op, b) != result:
+            return "computational", caught
+        left.subtract([a, b])
+        if min(left[a], left[b]) < 0:
+            return "rule violation", caught
+        left[result] += 1
+        if not can_reach(tuple(sorted(left.elements())), target):
+            return "exploratory", caught
+    return "none", response.endswith(BACKTRACK)
+
+
+def main() -> None:
+    args = Arguments("Measure every decoder on a checkpoint.")
+    args.add_argument("--ckpt", default=str(SHIPPED), help="a folder or Hub id")
+    args.add_argument("--num", type=number(int, 1), default=500, help="problems a split")
+    args.add_argument("--out", type=Path, default=ROOT / "assets" / "results.jsonl")
+    args = args.parse_args()
+    device = start()[0]
+    tok, record = Tokenizer.from_pretrained(args.ckpt), load_record(args.ckpt)
+    model = Llama.from_pretrained(args.ckpt, device, best_dtype(device)).eval()
+    lines = []
+    for (decoder, flags), split in tqdm(list(product(LINES, SPLITS[1:])), unit=" lines"):
+        problems, begin, rows, first = load_rows(split, record, args.num), time.perf_counter(), [], Counter()
+        for i, samples in decode(model, tok, problems, range(args.num), decoder, **flags):
+            rows.append(judge(tok, problems[i], samples, decoder))
+            for tokens, times in Counter(s.tokens for s in samples if s.round == 0).items():
+                first[first_mistake(problems[i]["nums"], problems[i]["target"], tok.decode(tokens))] += times
+        line = {"decoder": decoder, **flags, "split": split, "num": len(rows)}
+        line |= {name: round(100 * sum(row[key] for row in rows) / len(rows), 2)
+                 for name, key in (("selected", "correct"), ("verified", "verified"))}
+        line["tokens"] = round(sum(row["tokens"] for row in rows) / len(rows), 1)
+        line["seconds"] = round(time.perf_counter() - begin, 1)
+        line["first_mistake"] = {kind: [first[kind, False] + first[kind, True], first[kind, True]] for kind, _ in sorted(first)}
+        lines.append(line)
+        tqdm.write(json.dumps(line))
+    with replacing(args.out.parent) as new:
+        (new / args.out.name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+if __name__ == "__main__":
+    cli(main)
