@@ -9,7 +9,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 
 ASSETS = Path(__file__).parent
-COLOURS = {0: "tab:blue", 1: "tab:orange", 3: "tab:green", 7: "tab:red"}
+COLOURS = {0: "tab:blue", 1: "tab:orange", 3: "tab:green"}
 
 
 def read(file: str) -> list[dict]:
@@ -28,9 +28,10 @@ def searches(ax, lines: list[dict], split: str) -> None:
         for key, style in (("selected", "o-"), ("verified", "o--")):
             ax.plot([p["tokens"] for p in points], [p[key] for p in points], style, color=colour, markersize=4,
                     label=f"b = {b}, {key}")
-        for p in points:
-            ax.annotate(f"n = {p['n']}", (p["tokens"], p["selected"]), xytext=(3, -10), textcoords="offset points", fontsize=7)
-    ax.set(xscale="log", xlabel="sampled tokens a problem", ylabel="% of problems", ylim=(0, 100),
+        for p in points if b < 3 else ():                                # b = 0 above its lines, b = 1 below
+            key, up = ("selected", -13) if b else ("verified", 6)
+            ax.annotate(f"n = {p['n']}", (p["tokens"], p[key]), xytext=(-9, up), textcoords="offset points", fontsize=7)
+    ax.set(xscale="log", xlabel="sampled tokens a problem", ylabel="% of problems", ylim=(30, 100),
            title={"val": "seen targets", "val_new": "new targets"}[split])
     ax.grid(alpha=0.3)
 
