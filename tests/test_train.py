@@ -233,6 +233,8 @@ for dtype in (torch.float64, torch.float32):
 rows = evaluate(model.double(), TOK, list(generate(RECORD, "val", 9)), "self_backtrack", b=1, n=4, max_new=12)
 if rank == 0:
     json.dump([result, rows], open({out!r}, "w"))
+if world > 1:
+    torch.distributed.destroy_process_group()            # as `cli` does: else gloo's threads may abort the exit
 """
 
 
