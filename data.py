@@ -149,14 +149,16 @@ def rule_violation(rng, step, reach, target, used):
     return a, choice, b, np.choose(choice, [a + b, a - b, a * b]), (step.left != gone[:, None]).all(-1)
 
 MISTAKES = {exploratory: 0.4, computational: 0.45, rule_violation: 0.15}      # shares of D_back
+KINDS = [make.__name__ for make in MISTAKES]
 BACK = 0.5                                                                    # share of D_back in all rows, at most
 
 def write_actions(a, choice, b, result) -> list[str]:
     """The text of an action for each row of the arrays (rows,): `45-39=6` and a newline."""
     return [f"{x}{OPS[c % 4]}{y}={r}\n" for x, c, y, r in zip(*(v.tolist() for v in (a, choice, b, result)))]
 
-def make_rows(rng: np.random.Generator, nums: np.ndarray, target: np.ndarray) -> list[dict]:
-    """A row {nums, target, search_path} for each of nums (problems, k), target (problems,), all solvable: D_op or D_back."""
+def make_rows(rng: np.random.Generator, nums: np.ndarray, target: np.ndarray, kinds: Sequence[str] = KINDS) -> list[dict]:
+    """A row {nums, target, search_path} for each of nums (problems, k), target (problems,), all solvable: D_op or D_back.
+    What would be a mistake of another kind than `kinds` stays in D_op; without any, all rows do."""
     steps, rows = programs(nums)[0], np.arange(len(nums))
     reach = reachable(steps, target)
     path = simplest(steps, reach[-1])
@@ -170,6 +172,8 @@ def make_rows(rng: np.random.Generator, nums: np.ndarray, target: np.ndarray) ->
     back, depth = rng.random(len(rows)) < BACK, rng.integers(0, len(steps), len(rows))
     kind = rng.choice(len(MISTAKES), len(rows), p=list(MISTAKES.values()))
     for d, (m, make) in itertools.product(range(len(steps)), enumerate(MISTAKES)):
+        if make.__name__ not in kinds:
+            continue
         at = np.flatnonzero(back & (depth == d) & (kind == m))
         here = (at, *(choices[at] for choices in path[:d]))
         *action, found = make(rng, Step(*(x[here] for x in steps[d])), reach[d][here], target[at], used[d][at])
@@ -179,14 +183,15 @@ def make_rows(rng: np.random.Generator, nums: np.ndarray, target: np.ndarray) ->
     return [{"nums": n, "target": t, "search_path": "".join(p)} for n, t, p in zip(nums.tolist(), target.tolist(), paths)]
 
 # ---- Streams and files of rows -------------------------------------------------------------------------------------------
-def new_record(seed: int, sizes: list[int]) -> dict:
+def new_record(seed: int, sizes: list[int], mistakes: Sequence[str] = KINDS) -> dict:
     """What a checkpoint remembers of its data, so that nobody measures "new" on targets that it has seen."""
-    return {"source": "generated", "seed": seed, "sizes": sizes, "held_out": list(HELD_OUT)}
+    return {"source": "generated", "seed": seed, "sizes": sizes, "held_out": list(HELD_OUT), "mistakes": list(mistakes)}
 
 def block(record: dict, split: str, i: int) -> list[dict]:
     """Block i, 256 rows of sizes[i % len(sizes)] numbers, of a split's endless stream. The seed moves training rows only."""
     rng = np.random.default_rng([SPLITS.index(split), record["seed"] if split == "train" else 0, i])
-    return make_rows(rng, *draw_problems(rng, split, record["sizes"][i % len(record["sizes"])], 256, record["held_out"]))
+    problems = draw_problems(rng, split, record["sizes"][i % len(record["sizes"])], 256, record["held_out"])
+    return make_rows(rng, *problems, record.get("mistakes", KINDS))
 
 def generate(record: dict, split: str, num: int, offset: int = 0, over=map) -> Iterator[dict]:
     """Rows offset .. offset + num of a split's stream; `over` maps a function over blocks (a pool's imap: in parallel)."""
@@ -317,7 +322,7 @@ class Tokenizer:
         for prompt, row, encoding in zip(prompts, rows, encoded):
             body, back, _ = row["search_path"].rpartition(BACKTRACK)
             wrong_end = len(prompt) + len(body)                       # the last line of the body is the wrong action
-            wrong = len(prompt) + body.rfind("\n", 0, max(len(body) - 1, 0)) + 1 if back else wrong_end
+            wrong = len(prompt) + body.rfind("\n", 0, max(len(body) - 1, 0)) + 1 if back and mask != "none" else wrong_end
             step = re.search(r"(?:^|\n)([0-9]{1,9})([-+*/])([0-9]{1,9})=(?=([0-9]{1,20})\n$)", body)
             if mask == "choice" and step and calculate(int(step[1]), step[2], int(step[3])) == int(step[4]):
                 wrong_end = len(prompt) + step.end()

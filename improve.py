@@ -3,6 +3,7 @@
 Each round searches fresh training problems (of a dataset: its training rows), keeps the answers that verify and fine-tunes on
 them. The validation problems that accuracy is reported on are never searched: no training stream holds them.
 """
+import json
 from pathlib import Path
 
 import torch
@@ -41,7 +42,13 @@ def main() -> None:
     lr = args.lr or (2e-3 if muon else 1e-5)
     held = {split: load_rows(split, record, args.num_eval) for split in ("val", "val_new")}
     search = {key: getattr(args, key) for key in ("b", "n", "seed")}
-    compare(model, tok, held, ["greedy", "self_backtrack"], "before", **search)
+    def measure(round: int, title: str) -> None:
+        results = compare(model, tok, held, ["greedy", "self_backtrack"], title, **search)
+        line = {"_".join(key): sum(row["correct"] for row in rows) / len(rows) for key, rows in results.items()}
+        if rank == 0:
+            with open(Path(args.out, "log.jsonl"), "a") as log:
+                log.write(json.dumps({"round": round, **line}) + "\n")
+    measure(0, "before")
     fresh = {**record, "seed": record.get("seed", 0) + 1_000_000 * (args.seed + 1)}         # a stream that training never drew
     for round in range(1, args.rounds + 1):
         rows = load_rows("train", fresh, args.num, args.num * (round - 1))
@@ -53,7 +60,7 @@ def main() -> None:
         steps = -(-len(kept) * args.epochs // batches.size)
         fit(model, batches, steps, lr, warmup=10, muon=muon, dtype=best_dtype(device))
         title = f"round {round} (solved {sum(answer['verified'] for answer in answers)} of {len(rows)})"
-        compare(model, tok, held, ["greedy", "self_backtrack"], title, **search)
+        measure(round, title)
         if rank == 0:
             save(Path(args.out), model, tok, record)
 

@@ -236,7 +236,7 @@ def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: lis
 
 # ---- Decoders, selection, evaluation -------------------------------------------------------------------------------------
 def decode(model: Llama, tok: Tokenizer, problems: list[dict], keys: list[int], decoder: str = "self_backtrack", b: int = 1,
-           n: int = 32, temperature: float = 0.7, max_new: int = 64, **search) -> Iterator[tuple[int, list[Sample]]]:
+           n: int = 32, temperature: float = 1.0, max_new: int = 64, **search) -> Iterator[tuple[int, list[Sample]]]:
     """(i, samples) of each problem, when it is done, by one of DECODERS. The others are self-backtracking that never steps back
     (b = 0): best of n; beam search, which keeps the n most probable beams in place of samples; greedy, with one beam."""
     n, temperature = {"greedy": (1, None), "beam": (n, None)}.get(decoder, (n, temperature))
@@ -286,15 +286,15 @@ def interval(p: float, n: int, z: float = 1.96) -> str:
     low, high = (100 * abs(middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
     return f"{100 * p:6.1f} [{low:4.1f}, {high:5.1f}]"
 
-def compare(model: Llama, tok: Tokenizer, splits: dict[str, list[dict]], decoders: list[str], title="", **search) -> list[dict]:
-    """Evaluate every decoder on the problems of every split and print a table, one line for each; the last one's rows."""
-    rows, log = [], partial(print, flush=True) if start()[1] == 0 else lambda line: None
+def compare(model: Llama, tok: Tokenizer, splits: dict[str, list[dict]], decoders: list[str], title="", **search) -> dict:
+    """Evaluate every decoder on the problems of every split and print a table, one line for each; {(split, decoder): rows}."""
+    results, log = {}, partial(print, flush=True) if start()[1] == 0 else lambda line: None
     log(f"{title:34}{'selected % [95 %]':>20}{'verified % [95 %]':>20}{'tokens':>13}")
     for split, decoder in itertools.product(splits, decoders):
-        rows = evaluate(model, tok, splits[split], decoder, **search)
+        rows = results[split, decoder] = evaluate(model, tok, splits[split], decoder, **search)
         selected, verified, tokens = (sum(row[key] for row in rows) / len(rows) for key in ("correct", "verified", "tokens"))
         log(f"{f'{decoder}, {split}':34}{interval(selected, len(rows))}{interval(verified, len(rows))}{tokens:13.1f}")
-    return rows
+    return results
 
 def draw_tree(tok: Tokenizer, problem: dict, samples: list[Sample], answer: Sample | None, width: int = 5) -> str:
     """The actions of all samples as one tree, at most `width` branches a state, the most sampled first (100 columns)."""
@@ -339,7 +339,7 @@ def main() -> None:
     args.add_argument("--decoder", choices=DECODERS, default="self_backtrack")
     args.add_argument("--b", type=number(int, 0), default=1, help="how often to step back")
     args.add_argument("--n", type=number(int, 1), default=32, help="samples a state; beams")
-    args.add_argument("--temperature", type=number(float, 0.001), default=0.7)
+    args.add_argument("--temperature", type=number(float, 0.001), default=1.0, help="the paper's: 0.7")
     args.add_argument("--limit", type=number(int, 1), help="states in a frontier; int(sqrt(n)) by default")
     args.add_argument("--seed", type=number(int, 0), default=0)
     args.add_argument("--batch_size", type=number(int, 1), default=128, help="states expanded together, n rows of cache each")
@@ -364,9 +364,9 @@ def main() -> None:
     decoders = [args.decoder] if args.data else list(dict.fromkeys(["greedy", args.decoder]))
     with replacing(Path(args.out).parent) if args.out else nullcontext() as new:      # an unwritable folder is told at once
         if splits:
-            rows = compare(model, tok, splits, decoders, offset=args.offset, **search)
+            results = compare(model, tok, splits, decoders, offset=args.offset, **search)
         if args.out and rank == 0:
-            (new / Path(args.out).name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (new / Path(args.out).name).write_text("".join(json.dumps(row) + "\n" for row in results[args.data, args.decoder]))
 
 if __name__ == "__main__":
     cli(main)

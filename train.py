@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import SPLITS, Tokenizer, generate, load_record, load_rows, new_record, read_rows, read_split
+from data import KINDS, SPLITS, Tokenizer, generate, load_record, load_rows, new_record, read_rows, read_split
 from model import DTYPES, Arguments, Llama, LlamaConfig, UserError, best_dtype, cli, number, replacing, start
 from search import compare, evaluate
 
@@ -193,8 +193,10 @@ def load_state(folder: Path, model: Llama) -> dict:
             slots[int(kind)][name] = value
     return {"step": step, "optimizer": slots}
 
-SCRATCH = {"steps": 6000, "batch_size": 64, "lr": 3e-3, "optimizer": "muon", "warmup": 100, "weight_decay": 0.1}
-PAPER = {"steps": 46875, "batch_size": 16, "lr": 1e-5, "optimizer": "adamw", "warmup": 1, "weight_decay": 0.01}
+SCRATCH = {"steps": 6000, "batch_size": 64, "lr": 3e-3, "optimizer": "muon", "warmup": 100, "weight_decay": 0.1,
+           "mask": "choice"}
+PAPER = {"steps": 46875, "batch_size": 16, "lr": 1e-5, "optimizer": "adamw", "warmup": 1, "weight_decay": 0.01,
+         "mask": "action"}
 """Defaults: for a small model from scratch; for --ckpt, the paper's (3 epochs of 500,000 rows, 16 on each of two devices)."""
 
 def main() -> None:
@@ -202,6 +204,7 @@ def main() -> None:
     args.add_argument("--ckpt", help="a folder or Hub id to start from; without it (or --resume) a small model from scratch")
     args.add_argument("--data", help="a file, a folder of data.py, or a Hub dataset; without it rows are generated without end")
     args.add_argument("--sizes", type=int, choices=range(2, 6), nargs="+", default=[3], help="generated data: how many numbers")
+    args.add_argument("--mistakes", choices=KINDS, nargs="*", default=KINDS, help="generated data: the kinds; none: D_op alone")
     args.add_argument("--out", type=Path, default="checkpoint", help="the folder to save to")
     args.add_argument("--resume", action="store_true", help="go on from what --out holds, if need be with more --steps")
     args.add_argument("--steps", type=number(int, 1))
@@ -211,7 +214,7 @@ def main() -> None:
     args.add_argument("--optimizer", choices=("muon", "adamw"), help="muon: for the layers' matrices")
     args.add_argument("--warmup", type=number(int, 1))
     args.add_argument("--weight_decay", type=number(float, 0))
-    args.add_argument("--mask", choices=("action", "choice"), default="action", help="what has no loss in a mistake")
+    args.add_argument("--mask", choices=("none", "action", "choice"), help="what carries no loss in a mistake")
     args.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more work")
     args.add_argument("--dtype", choices=DTYPES, help="of autocast; the best of the device by itself")
     args.add_argument("--hidden_size", type=number(int, 32), default=96, help="32 a head")
@@ -240,7 +243,7 @@ def main() -> None:
     model.to(device).model.gradient_checkpointing = args.gradient_checkpointing
     old = load_record(args.out) if args.resume else None
     if (data := args.data or (old or {}).get("data")) is None:
-        record = rows = old or new_record(args.seed, args.sizes)
+        record = rows = old or new_record(args.seed, args.sizes, args.mistakes)
     elif Path(data).is_file():
         record, rows = {"source": data, "data": data}, read_rows(Path(data))
     else:

@@ -31,6 +31,8 @@ from model import DTYPES, Llama, LlamaConfig, best_dtype, start  # noqa: E402
 from search import SHIPPED, decode  # noqa: E402
 from train import Batches, fit  # noqa: E402
 
+TEMPERATURE = 0.7                                                             # the paper's
+
 
 def clock(work) -> tuple[float, object]:
     """Seconds that work() takes, the device's queue emptied before and after; and its result."""
@@ -104,7 +106,7 @@ def peer_search(peer, tok: Tokenizer, problems: list[dict], n: int, max_new: int
     ends, total = torch.tensor([tok.eos, tok.backtrack], device=peer.device), 0
     for prompt in tok.prompts(problems):
         ids = torch.tensor([prompt], device=peer.device)
-        out = peer.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=0.7, top_k=0,
+        out = peer.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=TEMPERATURE, top_k=0,
                             pad_token_id=tok.eos, eos_token_id=ends.tolist(), max_new_tokens=max_new,
                             num_return_sequences=n, **how)[:, len(prompt):]
         alive = torch.ones_like(out[:, 0], dtype=torch.bool)
@@ -122,7 +124,7 @@ def search_part(model: Llama, tok: Tokenizer, problems: list[dict], max_new: int
     few = problems[:args.peer_problems]
 
     def ours(b: int):
-        return list(decode(model, tok, problems, range(len(problems)), "self_backtrack", b, args.n, max_new=max_new))
+        return list(decode(model, tok, problems, range(len(problems)), "self_backtrack", b, args.n, TEMPERATURE, max_new))
 
     tokens, counts = {}, {}
     for b in (0, 1):
@@ -156,7 +158,7 @@ def growth_part(model: Llama, tok: Tokenizer, draw, args) -> None:
 
     def work(num: int, n: int):
         def run() -> None:
-            for _ in decode(model, tok, problems[:num], range(num), "self_backtrack", 1, n):
+            for _ in decode(model, tok, problems[:num], range(num), "self_backtrack", 1, n, TEMPERATURE):
                 pass
         return run
 

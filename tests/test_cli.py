@@ -41,7 +41,7 @@ def ckpt(tmp_path_factory) -> Path:
 def test_train_logs_saves_and_resumes(ckpt, tmp_path, capsys, monkeypatch):
     lines = [json.loads(line) for line in (ckpt / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6] and {"loss", "val_loss", "val_new_greedy"} <= lines[0].keys()
-    assert json.loads((ckpt / "record.json").read_text()) == {**data.new_record(0, [3]), "optimizer": "muon", "mask": "action"}
+    assert json.loads((ckpt / "record.json").read_text()) == {**data.new_record(0, [3]), "optimizer": "muon", "mask": "choice"}
     shutil.copytree(ckpt, tmp_path / "more")
     code, out, _ = run(capsys, monkeypatch, train, *TRAIN, "--resume", "--out", tmp_path / "more", "--steps", 9)
     assert code == 0 and '"step": 9' in out and '"step": 6' not in out and "self_backtrack, val_new" in out
@@ -63,6 +63,8 @@ def test_data_then_train_then_search_then_improve(tmp_path, capsys, monkeypatch)
     code, printed, err = run(capsys, monkeypatch, improve, "--ckpt", out, "--out", tmp_path / "better", "--rounds", 1,
                              "--num", 12, "--n", 2, "--num_eval", 3)
     assert code == 0 and "round" in printed and (tmp_path / "better" / "model.safetensors").exists(), err
+    log = [json.loads(line) for line in (tmp_path / "better" / "log.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in log] == [0, 1] and "val_new_self_backtrack" in log[1]
     code, printed, _ = run(capsys, monkeypatch, train, *TRAIN, "--ckpt", out, "--data", folder / "train.jsonl", "--out", out)
     assert code == 0
     code, printed, err = run(capsys, monkeypatch, train, *TRAIN, "--resume", "--out", out, "--steps", 7)

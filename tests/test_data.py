@@ -15,7 +15,7 @@ import transformers
 from oracles import is_right, labelled_characters, solutions
 
 import data
-from data import BACKTRACK, HELD_OUT, Tokenizer, UserError, generate, new_record, prompt_text, read_rows
+from data import BACKTRACK, GOAL, HELD_OUT, KINDS, Tokenizer, UserError, generate, new_record, prompt_text, read_rows
 
 
 @pytest.mark.parametrize("k,count", [(2, 400), (3, 300), (4, 25)])
@@ -56,32 +56,34 @@ def take(left: list[int], text: str) -> tuple[list[int], bool, bool]:
     return list((+rest + Counter([c])).elements()), there, right
 
 
+def kind_of(row: dict) -> str:
+    """What a training row is, by the exact solver; asserts that it is what section 4.1 says."""
+    nums, target, path = row["nums"], row["target"], row["search_path"]
+    assert all(1 <= x <= 99 for x in nums) and 10 <= target <= 100 and target not in HELD_OUT
+    if not path.endswith(BACKTRACK):
+        assert is_right(nums, target, path), row
+        return "op"
+    *before, wrong = path.removesuffix("\n" + BACKTRACK).split("\n")
+    left = nums
+    for text in before:
+        left, there, right = take(left, text)
+        assert there and right, row
+    assert len(before) < len(nums) - 1 and solutions(tuple(left), target), row          # the beginning of a solution
+    after, there, right = take(left, wrong)
+    if not there:
+        assert right, row
+        return "rule_violation"
+    if not right:
+        return "lie" if len(left) == 2 and wrong.endswith(f"={target}") else "computational"
+    assert not solutions(tuple(after), target), row                                    # the exact solver's proof
+    return "exploratory"
+
+
 @pytest.mark.parametrize("sizes", [[3], [4], [3, 4]])
 def test_rows_are_solutions_and_proved_mistakes(sizes):
-    kinds, rows = Counter(), list(generate(new_record(1, sizes), "train", 2500 if sizes == [3] else 400))
-    for row in rows:
-        nums, target, path = row["nums"], row["target"], row["search_path"]
-        assert all(1 <= x <= 99 for x in nums) and 10 <= target <= 100 and target not in HELD_OUT
-        if not path.endswith(BACKTRACK):
-            assert is_right(nums, target, path), row
-            kinds["op"] += 1
-            continue
-        *before, wrong = path.removesuffix("\n" + BACKTRACK).split("\n")
-        left = nums
-        for text in before:
-            left, there, right = take(left, text)
-            assert there and right, row
-        assert len(before) < len(nums) - 1 and solutions(tuple(left), target), row      # the beginning of a solution
-        after, there, right = take(left, wrong)
-        if not there:
-            assert right, row
-            kinds["rule"] += 1
-        elif not right:
-            kinds["lie" if len(left) == 2 and wrong.endswith(f"={target}") else "computational"] += 1
-        else:
-            assert not solutions(tuple(after), target), row                            # the exact solver's proof
-            kinds["exploratory"] += 1
-    assert min(kinds[k] for k in ("rule", "computational", "lie", "exploratory")) > len(rows) / 100, kinds
+    rows = list(generate(new_record(1, sizes), "train", 2500 if sizes == [3] else 400))
+    kinds = Counter(kind_of(row) for row in rows)
+    assert min(kinds[kind] for kind in ("lie", *KINDS)) > len(rows) / 100, kinds
     assert 0.4 < kinds["op"] / len(rows) < 0.65
 
 
@@ -151,6 +153,27 @@ ROWS = [{"nums": [2, 39, 45, 10], "target": 62, "search_path": text} for text in
 def test_mask_of_the_digit_tokenizer():
     check_mask(Tokenizer.digits(), rows := ROWS + list(generate(new_record(0, [3, 4]), "train", 500)))
     check_choice_mask(Tokenizer.digits(), rows)
+
+
+def test_without_a_mask_every_token_of_the_response_is_learned():
+    tok = Tokenizer.digits()
+    for row, (ids, labels) in zip(ROWS, tok.rows(ROWS, "none")):
+        prompt = tok.prompts([row])[0]
+        assert labels == [-100] * len(prompt) + ids[len(prompt):]
+
+
+def test_a_kind_of_mistake_can_be_left_out():
+    """Its rows become D_op; the problems stay as they were. Without any kind all rows are D_op."""
+    def rows(*kinds):
+        return list(generate(new_record(0, [4], kinds), "train", 512))
+    every = rows(*KINDS)
+    assert every == list(generate({k: v for k, v in new_record(0, [4]).items() if k != "mistakes"}, "train", 512))
+    assert all(row["search_path"].endswith(GOAL) for row in rows())
+    for kind in KINDS:
+        less = rows(*(other for other in KINDS if other != kind))
+        assert [(r["nums"], r["target"]) for r in less] == [(r["nums"], r["target"]) for r in every]
+        kinds = {"computational" if (name := kind_of(row)) == "lie" else name for row in less}
+        assert kinds == {"op", *KINDS} - {kind}
 
 
 def check_choice_mask(tok: Tokenizer, rows: list[dict]):
