@@ -26,7 +26,8 @@ from search import SHIPPED, decode, judge  # noqa: E402
 
 PAPER = {"temperature": 0.7}
 LINES = [("greedy", {}), ("beam", {"n": 32}), ("majority", {"n": 32, **PAPER}),
-         *(("best_of_n", {"n": n, **PAPER}) for n in (8, 16, 32)), *(("self_backtrack", {"b": 1, "n": n, **PAPER}) for n in (8, 32)),
+         *(("best_of_n", {"n": n, **PAPER}) for n in (8, 16, 32)),
+         *(("self_backtrack", {"b": 1, "n": n, **PAPER}) for n in (8, 32)),
          *(("best_of_n", {"n": n, "temperature": 1.0}) for n in (8, 32, 128, 512)),
          *(("self_backtrack", {"b": b, "n": n, "temperature": 1.0})
            for b, n in ((1, 8), (1, 32), (1, 128), (3, 8), (3, 32), (7, 32)))]
