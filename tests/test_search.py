@@ -263,7 +263,7 @@ def test_judging():
 def test_compare_prints_a_line_for_each_split_and_decoder(monkeypatch, capsys):
     rows = [{"correct": i < 30, "verified": True, "tokens": 2} for i in range(100)]
     monkeypatch.setattr(search, "evaluate", lambda *arguments, **search: rows)
-    assert search.compare(None, TOK, {"x": [], "y": []}, ["greedy"]) == rows
+    assert search.compare(None, TOK, {"x": [], "y": []}, ["greedy"]) == {(split, "greedy"): rows for split in "xy"}
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[1] == "greedy, x 30.0 [21.9, 39.6] 100.0 [96.3, 100.0] 2.0".split() and lines[2][1] == "y"
-    assert search.compare(None, TOK, {}, ["greedy"]) == []
+    assert search.compare(None, TOK, {}, ["greedy"]) == {}
