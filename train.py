@@ -112,12 +112,13 @@ def collect(optimizer: torch.optim.AdamW, owner: dict[torch.nn.Parameter, int], 
     return state
 
 def fit(model: Llama, batches: Batches, steps: int, lr: float, warmup: int, weight_decay: float = 0.1, muon: bool = True,
-        dtype: torch.dtype = torch.float32, state: dict | None = None, every: int = 1000, report=None) -> None:
+        dtype: torch.dtype = torch.float32, compiled=False, state: dict | None = None, every: int = 1000, report=None) -> None:
     """Train `model` in place; dtype is autocast's. The loss is one mean over the labelled tokens of all ranks and parts of a
     step together, so that a gradient does not depend on how a batch was cut. After each `every` steps, and the last, call
     report(loss, state): the state, {"step", "optimizer": its tensors}, given to a later call, goes on from there."""
     device, rank, world = start()
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    run = torch.compile(wrapped, dynamic=True) if compiled else wrapped        # for training alone: the engine calls model
     together = dist.all_reduce if world > 1 else lambda tensor: None           # sums a tensor over the ranks, in place
     kinds = [], [], []                                       # 0: the layers' matrices; 1: embedding and head; 2: gains
     for name, p in model.named_parameters():
@@ -143,7 +144,7 @@ def fit(model: Llama, batches: Batches, steps: int, lr: float, warmup: int, weig
         for i, (ids, labels) in enumerate(parts):
             wrapped.require_backward_grad_sync = i == len(parts) - 1               # DDP's ranks meet once, at the last part
             with amp():
-                part = wrapped(ids, labels=labels) / labelled
+                part = run(ids, labels=labels) / labelled
             scaler.scale(part * world).backward()                      # DDP averages over ranks; here they are to be added
             loss += part.detach()
         scaler.unscale_(optimizer)
@@ -216,6 +217,7 @@ def main() -> None:
     args.add_argument("--weight_decay", type=number(float, 0))
     args.add_argument("--mask", choices=("none", "action", "choice"), help="what carries no loss in a mistake")
     args.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more work")
+    args.add_argument("--compile", action="store_true", help="torch.compile: starts a minute later, then a third faster")
     args.add_argument("--dtype", choices=DTYPES, help="of autocast; the best of the device by itself")
     args.add_argument("--hidden_size", type=number(int, 32), default=96, help="32 a head")
     args.add_argument("--layers", type=number(int, 1), default=4)
@@ -272,7 +274,8 @@ def main() -> None:
                 log.write(json.dumps(line) + "\n")
         clock.update(step=state["step"], time=time.perf_counter())
     dtype = DTYPES.get(args.dtype) or best_dtype(device)
-    fit(model, batches, args.steps, args.lr, args.warmup, args.weight_decay, muon, dtype, state, args.eval_every, report)
+    fit(model, batches, args.steps, args.lr, args.warmup, args.weight_decay, muon, dtype, args.compile, state, args.eval_every,
+        report)
     compare(model, tok, held, ["greedy", "self_backtrack"])
 
 if __name__ == "__main__":
