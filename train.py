@@ -258,7 +258,8 @@ def main() -> None:
     clock = {"step": state["step"] if state else 0, "time": time.perf_counter()}
     def report(loss: float, state: dict) -> None:
         speed = (state["step"] - clock["step"]) * batches.size / (time.perf_counter() - clock["time"])
-        line = {"step": state["step"], "loss": round(loss, 4), "rows_per_s": round(speed, 1)}
+        line = {"step": state["step"], "rows": state["step"] * batches.size, "loss": round(loss, 4)}
+        line["rows_per_s"] = round(speed, 1)
         if device.type == "cuda":
             line["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)           # of this rank
         for split, rows in held.items():

@@ -50,7 +50,7 @@ def mistakes(ax, lines: list[dict]) -> None:
 
 
 def training(ax, log: list[dict]) -> None:
-    rows = [line["step"] * 64 / 1000 for line in log]                  # 64 rows a step
+    rows = [line["rows"] / 1000 for line in log]
     ax.plot(rows, [100 * line["val_greedy"] for line in log], "o-", markersize=4, label="seen targets")
     ax.plot(rows, [100 * line["val_new_greedy"] for line in log], "o-", markersize=4, label="new targets")
     ax.set(xlabel="thousand training rows", ylabel="greedy, % of 200 problems", title="training", ylim=(0, None))
