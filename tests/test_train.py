@@ -2,6 +2,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,7 +69,9 @@ def test_the_loss_is_the_mean_over_labelled_tokens():
     assert abs(mean_loss(model, batches) - total / count) < 1e-4
 
 
-def test_one_step_equals_pytorchs_own(tmp_path, monkeypatch):
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.skipif(
+    not shutil.which("c++"), reason="torch.compile needs a C++ compiler"))])
+def test_one_step_equals_pytorchs_own(tmp_path, monkeypatch, compiled):
     """A step of `fit` with AdamW, in four parts, against transformers' loss on the whole batch and a plain AdamW."""
     model, gradients, clip = tiny(), [], torch.nn.utils.clip_grad_norm_
     theirs = LlamaForCausalLM.from_pretrained(save_for_transformers(model, tmp_path))
@@ -78,7 +81,7 @@ def test_one_step_equals_pytorchs_own(tmp_path, monkeypatch):
         return clip(parameters, norm)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recording)
-    fit(model, Batches(RECORD, TOK, 2, accum=4), 1, 1e-3, warmup=1, muon=False)
+    fit(model, Batches(RECORD, TOK, 2, accum=4), 1, 1e-3, warmup=1, muon=False, compiled=compiled)
     [ids, labels] = Batches(RECORD, TOK, 8)[0][0][0]
     groups = [{"params": [p for p in theirs.parameters() if p.ndim > 1], "weight_decay": 0.1},
               {"params": [p for p in theirs.parameters() if p.ndim == 1], "weight_decay": 0.0}]
