@@ -30,11 +30,13 @@ def main() -> None:
     args.add_argument("--epochs", type=number(int, 1), default=3, help="over what a round has kept, about")
     args.add_argument("--lr", type=number(float, 0, strict=True), help="2e-3 by Muon, where a model was made by it; else 1e-5")
     args.add_argument("--batch_size", type=number(int, 1), default=64)
+    args.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more work")
     args.add_argument("--num_eval", type=number(int, 1), default=300, help="validation problems a split")
     args.add_argument("--seed", type=number(int, 0), default=0)
     args = args.parse_args()
     device, rank, world = start()
     tok, model = Tokenizer.from_pretrained(args.ckpt), Llama.from_pretrained(args.ckpt, device, torch.float32)
+    model.model.gradient_checkpointing = args.gradient_checkpointing
     with replacing(args.out):
         pass                                                           # if it cannot be written to, say so now
     record = load_record(args.ckpt)
@@ -62,7 +64,7 @@ def main() -> None:
         title = f"round {round} (solved {sum(answer['verified'] for answer in answers)} of {len(rows)})"
         measure(round, title)
         if rank == 0:
-            save(Path(args.out), model, tok, record)
+            save(Path(args.out), model, tok, fresh)                    # with the seed by which a later run draws other rows
 
 if __name__ == "__main__":
     cli(main)

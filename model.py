@@ -36,6 +36,9 @@ def cli(main) -> None:
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:                                            # nobody reads on: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -69,6 +72,7 @@ def best_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if any(map(torch.cpu.get_capabilities().get, units)) else torch.float32
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+INDEX = "model.safetensors.index.json"
 FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
 @dataclasses.dataclass
@@ -280,7 +284,7 @@ class Llama(nn.Module):
         more, config.vocab_size = max(vocab_size - config.vocab_size, 0), max(vocab_size, config.vocab_size)
         with torch.device("meta"):                                     # no memory: the files' tensors become the weights
             model = cls(config)
-        index, state = folder / "model.safetensors.index.json", {}
+        index, state = folder / INDEX, {}
         for file in sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]:
             try:
                 reader = partial(safe_open, folder / file, framework="pt", device=str(device))
@@ -313,6 +317,8 @@ class Llama(nn.Module):
         with replacing(folder) as new:
             save_torch_state_dict(state, new)
             (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            if not (new / INDEX).exists():
+                Path(folder, INDEX).unlink(missing_ok=True)             # of older shards, which would win over one file
 
 # ---- Checkpoints on disk -------------------------------------------------------------------------------------------------
 NEEDED = {"model": ["*config.json", "tokenizer.json", "record.json", "model*.safetensors*"], "dataset": ["*.json", "*.jsonl"]}

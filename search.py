@@ -22,7 +22,7 @@ from data import BACKTRACK, GOAL, Tokenizer, calculate, load_rows, load_record
 from model import DTYPES, Arguments, KVCache, Llama, UserError, best_dtype, cli, number, replacing, start
 
 SHIPPED = Path(__file__).parent / "assets" / "checkpoint"
-EXAMPLE = {"nums": [2, 39, 45, 10], "target": 62}
+EXAMPLE = {"nums": [10, 41, 23, 2], "target": 37}     # never trained on; the shipped model solves it by stepping back
 DECODERS = ("greedy", "beam", "best_of_n", "majority", "self_backtrack")
 
 # ---- Verification: exact, on integers, and never part of the search ------------------------------------------------------
@@ -47,7 +47,7 @@ def verify(nums: list[int], target: int, response: str) -> tuple[bool, str]:
     if end != GOAL:
         return False, f"the end: {end!r} in place of {GOAL!r}"
     left = list(left.elements())
-    return (True, "") if left == [target] else (False, f"the end: {left} are left in place of the target {target} alone")
+    return (True, "") if left == [target] else (False, f"the end: {left} left, not {target} alone")
 
 def mix(key: torch.Tensor, part: torch.Tensor | int) -> torch.Tensor:
     """Hash `part` into int64 keys (splitmix64's finaliser; products wrap, shifts are made logical by masks)."""
@@ -106,6 +106,12 @@ def places(parent: torch.Tensor) -> torch.Tensor:
 State = namedtuple("State", "problem round rank tokens logps row", defaults=((), (), None))
 """To expand: whose it is, when, its rank in the frontier; the response so far, up to an action's end; a row that begins so."""
 
+Samples = namedtuple("Samples", "number row key")
+"""What the engine knows of its samples, tensors (S,): which of its state's samples, the row it is on, its random key."""
+Rows = namedtuple("Rows", "state step room tokens logps")
+"""What it knows of its rows, tensors (R,): the number of the row's state, tokens since that, their limit; the tokens and their
+log-probabilities, (R, max_new)."""
+
 class Engine:
     """Expands many states together: n samples of each, or the n best beams (`temperature` None), until each ends. Samples that
     are the same so far share a row of the cache, which forks where they part. States may join at any step."""
@@ -114,7 +120,9 @@ class Engine:
         head = model.lm_head.weight
         self.cache, self.parked = (KVCache(model.config, n, longest + max_new, head.device, head.dtype) for _ in range(2))
         self.logits = head.new_zeros(0, len(head))                             # (R, V): after each row of the cache
-        self.flying, self.samples, self.rows = {}, [], []       # states by number; tensors (S,) and (R, ...): see admit
+        self.flying = {}                                        # number of a state: (the state, its samples that have ended)
+        one, many = (torch.zeros(shape, dtype=torch.int64, device=head.device) for shape in (0, (0, max_new)))
+        self.samples, self.rows = Samples(one, one, one), Rows(one, one, one, many, many.float())
         self.numbers, self.unused, self.spare = itertools.count(), itertools.count(), []       # of states; of rows in `parked`
 
     def admit(self, states: list[State], cache: KVCache, logits: torch.Tensor, keys: torch.Tensor) -> None:
@@ -124,10 +132,10 @@ class Engine:
         room = torch.tensor([self.max_new - len(state.tokens) for state in states], device=keys.device)
         tokens = torch.zeros(len(states), self.max_new, dtype=torch.int64, device=keys.device)
         of, i = torch.cartesian_prod(every, torch.arange(self.n, device=keys.device)).T
-        samples = i, len(self.logits) + of, mix(keys[of], i)                   # number, row, random key
-        rows = numbers[0] + every, 0 * every, room, tokens, tokens.float()     # state, step, room, tokens, log-probabilities
-        self.samples = [torch.cat(pair) for pair in zip(self.samples, samples)] or samples
-        self.rows = [torch.cat(pair) for pair in zip(self.rows, rows)] or rows
+        samples = Samples(i, len(self.logits) + of, mix(keys[of], i))
+        rows = Rows(numbers[0] + every, torch.zeros_like(every), room, tokens, tokens.float())
+        self.samples = Samples(*map(torch.cat, zip(self.samples, samples)))
+        self.rows = Rows(*map(torch.cat, zip(self.rows, rows)))
         self.cache.fork(every, cache, len(self.logits) + every)
         self.logits = torch.cat([self.logits, logits])
 
@@ -142,16 +150,18 @@ class Engine:
         left = torch.tensor([n - len(self.flying[number][1]) for number in numbers.tolist()], device=of.device)
         which, place = ((total != -torch.inf) & (torch.arange(n, device=of.device) < left[:, None])).nonzero().T
         row, token = rows[which, best[which, place] // logp.shape[1]], best[which, place] % logp.shape[1]
-        self.samples = [t[row] * n + place, row, torch.zeros_like(row)]         # t * n + place: unique, in order of ending
+        self.samples = Samples(t[row] * n + place, row, torch.zeros_like(row))  # t * n + place: unique, in order of ending
         return token, logp[row, token]
 
     def step(self, b: int) -> list[tuple[State, dict]]:
         """Draw a token for every sample. Returns the states whose samples have all ended, with these samples by number: tokens,
         log-probabilities and a row of `parked` to branch from, -1 but for those that say `<backtrack>` before round b."""
-        _, row, key = self.samples
-        u = uniform(mix(key, self.rows[1][row]))                               # keyed by the row's step, too
-        token, logp = self.beams() if self.temperature is None else draw(self.logits, row, u, self.temperature)
-        (sample, row, key), vocab, members = self.samples, self.logits.shape[1], defaultdict(list)   # beams are new samples
+        if self.temperature is None:
+            token, logp = self.beams()                                         # beams are new samples
+        else:
+            u = uniform(mix(self.samples.key, self.rows.step[self.samples.row]))
+            token, logp = draw(self.logits, self.samples.row, u, self.temperature)
+        (sample, row, key), vocab, members = self.samples, self.logits.shape[1], defaultdict(list)
         child, of = torch.unique(row * vocab + token, return_inverse=True)     # sorted: children stand by their parents
         parent, token = child // vocab, child % vocab
         state, t, room, tokens, logps = (x[parent] for x in self.rows)
@@ -171,8 +181,8 @@ class Engine:
         place = torch.full_like(t, -1)
         place[~ended] = places(parent[~ended])
         order, row = place.argsort()[int(ended.sum()):], place[of]             # those that ended, at -1, come first
-        self.samples = [x[row >= 0] for x in (sample, row, key)]
-        self.rows, self.logits = [x[order] for x in (state, t, room, tokens, logps)], self.logits[:0]
+        self.samples = Samples(*(x[row >= 0] for x in (sample, row, key)))
+        self.rows, self.logits = Rows(*(x[order] for x in (state, t, room, tokens, logps))), self.logits[:0]
         if len(order):
             self.cache.fork(parent[order])
             # Rows in 16s and columns in 8s, so that shapes recur: libraries build, and keep, a kernel for every new one.
@@ -180,7 +190,7 @@ class Engine:
             self.cache.length[len(order):len(order) + fill] = 0
             self.cache.width = min(-(-self.cache.width // 8) * 8, self.cache.kv.shape[4] - 1)
             self.logits = self.model(F.pad(token[order], (0, fill))[:, None], cache=self.cache)[:len(order), 0]
-        return [self.flying.pop(number) for number in set(state[ended].tolist()) - set(self.rows[0].tolist())]
+        return [self.flying.pop(number) for number in set(state[ended].tolist()) - set(self.rows.state.tolist())]
 
 # ---- Self-backtracking (paper, section 4.2) ------------------------------------------------------------------------------
 def roll_back(tokens: tuple[int, ...], tok: Tokenizer) -> tuple[int, ...]:
@@ -192,13 +202,15 @@ def roll_back(tokens: tuple[int, ...], tok: Tokenizer) -> tuple[int, ...]:
 
 @torch.inference_mode()
 def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: list[int], b: int, n: int, temperature: float,
-                   max_new: int, limit: int | None = None, seed: int = 0, batch_size: int = 128) -> Iterator:
+                   max_new: int, limit: int | None = None, seed: int = 0, batch_size: int | None = None) -> Iterator:
     """(i, every sample of the search) of problem i {nums, target}, when it is done; seed and keys[i] key its random numbers.
     A frontier holds at most `limit` states, by default int(sqrt(n)) as in the reference's first version. The prompt counts as
     visited: stepping back from the first action opens no branch, for n samples of the prompt are there already. At most
-    `batch_size` states are expanded at a time, with n rows each at most; parked rows, to branch from, come on top."""
+    `batch_size` states are expanded at a time, with n rows each at most, by default as many as 8 GiB of cache hold for sure, up
+    to 128; parked rows, to branch from, come on top."""
     prompts, limit = tok.prompts(problems), limit or math.isqrt(n)
     engine = Engine(model, tok, n, temperature, max(map(len, prompts), default=0), max_new)
+    batch_size = batch_size or min(128, max(1, 2 ** 33 // engine.cache.kv.nbytes))          # a new cache has n rows
     frontier = {p: [State(p, 0, 0)] for p in range(len(problems))}
     fresh, branches = deque(state for [state] in frontier.values()), deque()
     visited, found, done = defaultdict(lambda: {()}), defaultdict(list), {}
@@ -342,7 +354,8 @@ def main() -> None:
     args.add_argument("--temperature", type=number(float, 0.001), default=1.0, help="the paper's: 0.7")
     args.add_argument("--limit", type=number(int, 1), help="states in a frontier; int(sqrt(n)) by default")
     args.add_argument("--seed", type=number(int, 0), default=0)
-    args.add_argument("--batch_size", type=number(int, 1), default=128, help="states expanded together, n rows of cache each")
+    args.add_argument("--batch_size", type=number(int, 1), help="states expanded together, n rows of cache each at most;\n"
+                      " by itself as many as 8 GiB hold, up to 128")
     args.add_argument("--max_new_tokens", dest="max_new", type=number(int, 1), default=64, help="of a whole response")
     args.add_argument("--dtype", choices=DTYPES, help="the best of the device by itself")
     args.add_argument("--out", help="write one JSON line a problem to this file")

@@ -168,7 +168,8 @@ def fit(model: Llama, batches: Batches, steps: int, lr: float, warmup: int, weig
             report(float(mean), {"step": step + 1, "optimizer": collect(optimizer, owner, rank)})
 
 def save(folder: str | Path, model: Llama, tok: Tokenizer, record: dict, state: dict | None = None) -> None:
-    """A checkpoint in Hugging Face's layout, the record of its data, and what `--resume` needs: all of it, or nothing."""
+    """A checkpoint in Hugging Face's layout, the record of its data, and what `--resume` needs. All files are complete
+    before any of them moves into its place."""
     with replacing(folder) as new:
         model.save_pretrained(new)
         tok.save_pretrained(new)
@@ -194,10 +195,10 @@ def load_state(folder: Path, model: Llama) -> dict:
             slots[int(kind)][name] = value
     return {"step": step, "optimizer": slots}
 
-SCRATCH = {"steps": 6000, "batch_size": 64, "lr": 3e-3, "optimizer": "muon", "warmup": 100, "weight_decay": 0.1,
-           "mask": "choice"}
-PAPER = {"steps": 46875, "batch_size": 16, "lr": 1e-5, "optimizer": "adamw", "warmup": 1, "weight_decay": 0.01,
-         "mask": "action"}
+SCRATCH = {"steps": 6000, "batch_size": 64, "grad_accum": 1, "lr": 3e-3, "optimizer": "muon", "warmup": 100,
+           "weight_decay": 0.1, "mask": "choice"}
+PAPER = {"steps": 46875, "batch_size": 16, "grad_accum": 1, "lr": 1e-5, "optimizer": "adamw", "warmup": 1,
+         "weight_decay": 0.01, "mask": "action"}
 """Defaults: for a small model from scratch; for --ckpt, the paper's (3 epochs of 500,000 rows, 16 on each of two devices)."""
 
 def main() -> None:
@@ -207,10 +208,10 @@ def main() -> None:
     args.add_argument("--sizes", type=int, choices=range(2, 6), nargs="+", default=[3], help="generated data: how many numbers")
     args.add_argument("--mistakes", choices=KINDS, nargs="*", default=KINDS, help="generated data: the kinds; none: D_op alone")
     args.add_argument("--out", type=Path, default="checkpoint", help="the folder to save to")
-    args.add_argument("--resume", action="store_true", help="go on from what --out holds, if need be with more --steps")
+    args.add_argument("--resume", action="store_true", help="go on from what --out holds, by its settings where none are given")
     args.add_argument("--steps", type=number(int, 1))
     args.add_argument("--batch_size", type=number(int, 1), help="rows a device and accumulation step")
-    args.add_argument("--grad_accum", type=number(int, 1), default=1)
+    args.add_argument("--grad_accum", type=number(int, 1), help="batches whose gradients are added up in a step")
     args.add_argument("--lr", type=number(float, 0, strict=True))
     args.add_argument("--optimizer", choices=("muon", "adamw"), help="muon: for the layers' matrices")
     args.add_argument("--warmup", type=number(int, 1))
@@ -226,6 +227,8 @@ def main() -> None:
     args.add_argument("--num_eval", type=number(int, 1), default=200, help="problems a split in an evaluation")
     args.add_argument("--wandb", action="store_true", help="log to Weights & Biases, too, if that package is installed")
     args.set_defaults(**(PAPER if any(arg.split("=")[0] == "--ckpt" for arg in sys.argv) else SCRATCH))
+    if (known := args.parse_known_args()[0]).resume:
+        args.set_defaults(**{key: value for key, value in load_record(known.out).items() if key in PAPER})
     args = args.parse_args()
     device, rank, world = start()
     if args.wandb:
@@ -241,6 +244,8 @@ def main() -> None:
         num_hidden_layers=args.layers, num_attention_heads=args.hidden_size // 32, num_key_value_heads=args.hidden_size // 32,
         head_dim=32, max_position_embeddings=256, rope_theta=10000.0, eos_token_id=tok.eos))
     state = load_state(args.out, model) if args.resume else None
+    if state and state["step"] >= args.steps:
+        raise UserError(f"{args.out} holds all of its {state['step']} steps: give --steps more than that to go on")
     muon = any("momentum" in slots for slots in state["optimizer"].values()) if state else args.optimizer == "muon"
     model.to(device).model.gradient_checkpointing = args.gradient_checkpointing
     old = load_record(args.out) if args.resume else None
@@ -250,7 +255,8 @@ def main() -> None:
         record, rows = {"source": data, "data": data}, read_rows(Path(data))
     else:
         record, rows = {**load_record(data, "dataset"), "data": data}, read_split(data, "train")
-    record = {**record, "optimizer": "muon" if muon else "adamw", "mask": args.mask}            # improve.py goes on with these
+    args.optimizer = "muon" if muon else "adamw"
+    record = {**record, **{key: getattr(args, key) for key in PAPER}}              # --resume and improve.py go on with these
     with replacing(args.out):
         pass                                                           # if it cannot be written to, say so now
     batches = Batches(rows, tok, args.batch_size, args.grad_accum, args.seed, rank, world, args.mask)
@@ -263,6 +269,7 @@ def main() -> None:
         if device.type == "cuda":
             line["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)           # of this rank
         for split, rows in held.items():
+            # by the paper's mask, whichever is trained with, so that losses compare
             padded = [batches.pad(tok.rows(rows[i:i + 64]), device) for i in range(0, len(rows), 64)]
             line[f"{split}_loss"] = mean_loss(model, padded)
             line[f"{split}_greedy"] = sum(row["correct"] for row in evaluate(model, tok, rows, "greedy")) / len(rows)

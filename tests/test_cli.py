@@ -41,10 +41,26 @@ def ckpt(tmp_path_factory) -> Path:
 def test_train_logs_saves_and_resumes(ckpt, tmp_path, capsys, monkeypatch):
     lines = [json.loads(line) for line in (ckpt / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6] and {"loss", "val_loss", "val_new_greedy"} <= lines[0].keys()
-    assert json.loads((ckpt / "record.json").read_text()) == {**data.new_record(0, [3]), "optimizer": "muon", "mask": "choice"}
+    record = json.loads((ckpt / "record.json").read_text())
+    assert record == {**data.new_record(0, [3]), **train.SCRATCH, "steps": 6, "batch_size": record["batch_size"]}
     shutil.copytree(ckpt, tmp_path / "more")
     code, out, _ = run(capsys, monkeypatch, train, *TRAIN, "--resume", "--out", tmp_path / "more", "--steps", 9)
     assert code == 0 and '"step": 9' in out and '"step": 6' not in out and "self_backtrack, val_new" in out
+    code, _, err = run(capsys, monkeypatch, train, "--resume", "--out", tmp_path / "more")
+    assert code == 2 and err.count("\n") == 1 and "all of its 9 steps" in err
+
+
+def test_resuming_takes_the_first_runs_settings(ckpt, tmp_path, capsys, monkeypatch):
+    fitted = []
+    monkeypatch.setattr(train, "fit", lambda model, batches, steps, *settings: fitted.append((batches, steps, *settings)))
+    shutil.copytree(ckpt, tmp_path / "more")
+    given = {**train.PAPER, "steps": 40, "lr": 0.125, "grad_accum": 2}
+    record = json.loads((tmp_path / "more" / "record.json").read_text())
+    (tmp_path / "more" / "record.json").write_text(json.dumps({**record, **given}))
+    code, _, err = run(capsys, monkeypatch, train, "--resume", "--out", tmp_path / "more", "--num_eval", 1, "--warmup", 7)
+    [(batches, steps, lr, warmup, decay, *_)] = fitted
+    assert code == 0 and (batches.size, batches.accum, batches.mask) == (32, 2, "action"), err
+    assert (steps, lr, warmup, decay) == (40, 0.125, 7, 0.01)          # what is given wins
 
 
 def test_data_then_train_then_search_then_improve(tmp_path, capsys, monkeypatch):
