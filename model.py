@@ -136,8 +136,8 @@ class KVCache:
         to = torch.arange(rows, device=parents.device) if to is None else to
         if (more := int(to.max()) + 1 - len(self.length)) > 0:
             more = max(more, len(self.length))
-            self.kv = torch.cat([self.kv, self.kv.new_zeros(*self.kv.shape[:2], more, *self.kv.shape[3:])], 2)
-            self.length = torch.cat([self.length, self.length.new_zeros(more)])
+            self.kv = F.pad(self.kv, (0, 0, 0, 0, 0, 0, 0, more))              # zeros: what is masked must still be finite
+            self.length = F.pad(self.length, (0, more))
         if source is self:
             to, parents = to[to != parents], parents[to != parents]
         width = min(source.width, self.kv.shape[4])
