@@ -40,7 +40,8 @@ def main() -> None:
     with replacing(args.out):
         pass                                                           # if it cannot be written to, say so now
     record = load_record(args.ckpt)
-    muon = record.get("optimizer") == "muon"
+    settings = record.get("settings", {})                              # of the training, where it was by train.py
+    muon = settings.get("optimizer") == "muon"
     lr = args.lr or (2e-3 if muon else 1e-5)
     held = {split: load_rows(split, record, args.num_eval) for split in ("val", "val_new")}
     search = {key: getattr(args, key) for key in ("b", "n", "seed")}
@@ -58,7 +59,7 @@ def main() -> None:
         kept = harvest(rows, answers)
         if not kept:
             raise UserError("the search solved nothing, so there is nothing to learn from: start from a better checkpoint")
-        batches = Batches(kept, tok, args.batch_size, 1, args.seed + round, rank, world, record.get("mask", "action"))
+        batches = Batches(kept, tok, args.batch_size, 1, args.seed + round, rank, world, settings.get("mask", "action"))
         steps = -(-len(kept) * args.epochs // batches.size)
         fit(model, batches, steps, lr, warmup=10, muon=muon, dtype=best_dtype(device))
         title = f"round {round} (solved {sum(answer['verified'] for answer in answers)} of {len(rows)})"

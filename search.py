@@ -23,6 +23,7 @@ from model import DTYPES, Arguments, KVCache, Llama, UserError, best_dtype, cli,
 
 SHIPPED = Path(__file__).parent / "assets" / "checkpoint"
 EXAMPLE = {"nums": [10, 41, 23, 2], "target": 37}     # never trained on; the shipped model solves it by stepping back
+CACHE_BYTES = 2 ** 33
 DECODERS = ("greedy", "beam", "best_of_n", "majority", "self_backtrack")
 
 # ---- Verification: exact, on integers, and never part of the search ------------------------------------------------------
@@ -206,11 +207,11 @@ def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: lis
     """(i, every sample of the search) of problem i {nums, target}, when it is done; seed and keys[i] key its random numbers.
     A frontier holds at most `limit` states, by default int(sqrt(n)) as in the reference's first version. The prompt counts as
     visited: stepping back from the first action opens no branch, for n samples of the prompt are there already. At most
-    `batch_size` states are expanded at a time, with n rows each at most, by default as many as 8 GiB of cache hold for sure, up
-    to 128; parked rows, to branch from, come on top."""
+    `batch_size` states are expanded at a time, with n rows each at most, by default as many as CACHE_BYTES hold for sure, up to
+    128; parked rows, to branch from, come on top."""
     prompts, limit = tok.prompts(problems), limit or math.isqrt(n)
     engine = Engine(model, tok, n, temperature, max(map(len, prompts), default=0), max_new)
-    batch_size = batch_size or min(128, max(1, 2 ** 33 // engine.cache.kv.nbytes))          # a new cache has n rows
+    batch_size = batch_size or min(128, max(1, CACHE_BYTES // engine.cache.kv.nbytes))      # a new cache has n rows
     frontier = {p: [State(p, 0, 0)] for p in range(len(problems))}
     fresh, branches = deque(state for [state] in frontier.values()), deque()
     visited, found, done = defaultdict(lambda: {()}), defaultdict(list), {}
@@ -354,8 +355,7 @@ def main() -> None:
     args.add_argument("--temperature", type=number(float, 0.001), default=1.0, help="the paper's: 0.7")
     args.add_argument("--limit", type=number(int, 1), help="states in a frontier; int(sqrt(n)) by default")
     args.add_argument("--seed", type=number(int, 0), default=0)
-    args.add_argument("--batch_size", type=number(int, 1), help="states expanded together, n rows of cache each at most;\n"
-                      " by itself as many as 8 GiB hold, up to 128")
+    args.add_argument("--batch_size", type=number(int, 1), help="states expanded together; by itself what 8 GiB hold, to 128")
     args.add_argument("--max_new_tokens", dest="max_new", type=number(int, 1), default=64, help="of a whole response")
     args.add_argument("--dtype", choices=DTYPES, help="the best of the device by itself")
     args.add_argument("--out", help="write one JSON line a problem to this file")

@@ -195,10 +195,10 @@ def load_state(folder: Path, model: Llama) -> dict:
             slots[int(kind)][name] = value
     return {"step": step, "optimizer": slots}
 
-SCRATCH = {"steps": 6000, "batch_size": 64, "grad_accum": 1, "lr": 3e-3, "optimizer": "muon", "warmup": 100,
-           "weight_decay": 0.1, "mask": "choice"}
-PAPER = {"steps": 46875, "batch_size": 16, "grad_accum": 1, "lr": 1e-5, "optimizer": "adamw", "warmup": 1,
-         "weight_decay": 0.01, "mask": "action"}
+SCRATCH = {"steps": 6000, "batch_size": 64, "lr": 3e-3, "optimizer": "muon", "warmup": 100, "weight_decay": 0.1,
+           "mask": "choice"}
+PAPER = {"steps": 46875, "batch_size": 16, "lr": 1e-5, "optimizer": "adamw", "warmup": 1, "weight_decay": 0.01,
+         "mask": "action"}
 """Defaults: for a small model from scratch; for --ckpt, the paper's (3 epochs of 500,000 rows, 16 on each of two devices)."""
 
 def main() -> None:
@@ -211,14 +211,14 @@ def main() -> None:
     args.add_argument("--resume", action="store_true", help="go on from what --out holds, by its settings where none are given")
     args.add_argument("--steps", type=number(int, 1))
     args.add_argument("--batch_size", type=number(int, 1), help="rows a device and accumulation step")
-    args.add_argument("--grad_accum", type=number(int, 1), help="batches whose gradients are added up in a step")
+    args.add_argument("--grad_accum", type=number(int, 1), default=1, help="batches whose gradients are added up in a step")
     args.add_argument("--lr", type=number(float, 0, strict=True))
     args.add_argument("--optimizer", choices=("muon", "adamw"), help="muon: for the layers' matrices")
     args.add_argument("--warmup", type=number(int, 1))
     args.add_argument("--weight_decay", type=number(float, 0))
     args.add_argument("--mask", choices=("none", "action", "choice"), help="what carries no loss in a mistake")
     args.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more work")
-    args.add_argument("--compile", action="store_true", help="torch.compile: starts a minute later, then a third faster")
+    args.add_argument("--compile", action="store_true", help="torch.compile: starts half a minute later, then is faster")
     args.add_argument("--dtype", choices=DTYPES, help="of autocast; the best of the device by itself")
     args.add_argument("--hidden_size", type=number(int, 32), default=96, help="32 a head")
     args.add_argument("--layers", type=number(int, 1), default=4)
@@ -228,7 +228,7 @@ def main() -> None:
     args.add_argument("--wandb", action="store_true", help="log to Weights & Biases, too, if that package is installed")
     args.set_defaults(**(PAPER if any(arg.split("=")[0] == "--ckpt" for arg in sys.argv) else SCRATCH))
     if (known := args.parse_known_args()[0]).resume:
-        args.set_defaults(**{key: value for key, value in load_record(known.out).items() if key in PAPER})
+        args.set_defaults(**load_record(known.out).get("settings", {}))
     args = args.parse_args()
     device, rank, world = start()
     if args.wandb:
@@ -246,17 +246,17 @@ def main() -> None:
     state = load_state(args.out, model) if args.resume else None
     if state and state["step"] >= args.steps:
         raise UserError(f"{args.out} holds all of its {state['step']} steps: give --steps more than that to go on")
-    muon = any("momentum" in slots for slots in state["optimizer"].values()) if state else args.optimizer == "muon"
+    if state and args.optimizer != ("muon" if any("momentum" in slots for slots in state["optimizer"].values()) else "adamw"):
+        raise UserError(f"{args.out} was not trained by {args.optimizer}, and its optimizer's state cannot be carried over")
     model.to(device).model.gradient_checkpointing = args.gradient_checkpointing
-    old = load_record(args.out) if args.resume else None
-    if (data := args.data or (old or {}).get("data")) is None:
-        record = rows = old or new_record(args.seed, args.sizes, args.mistakes)
-    elif Path(data).is_file():
-        record, rows = {"source": data, "data": data}, read_rows(Path(data))
+    if args.data is None:
+        record = rows = new_record(args.seed, args.sizes, args.mistakes)
+    elif Path(args.data).is_file():
+        record, rows = {"source": args.data}, read_rows(Path(args.data))
     else:
-        record, rows = {**load_record(data, "dataset"), "data": data}, read_split(data, "train")
-    args.optimizer = "muon" if muon else "adamw"
-    record = {**record, **{key: getattr(args, key) for key in PAPER}}              # --resume and improve.py go on with these
+        record, rows = load_record(args.data, "dataset"), read_split(args.data, "train")
+    settings = {key: value for key, value in vars(args).items() if key not in ("ckpt", "out", "resume", "wandb")}
+    record = {**record, "settings": settings}                                      # --resume and improve.py go on with these
     with replacing(args.out):
         pass                                                           # if it cannot be written to, say so now
     batches = Batches(rows, tok, args.batch_size, args.grad_accum, args.seed, rank, world, args.mask)
@@ -282,8 +282,8 @@ def main() -> None:
                 log.write(json.dumps(line) + "\n")
         clock.update(step=state["step"], time=time.perf_counter())
     dtype = DTYPES.get(args.dtype) or best_dtype(device)
-    fit(model, batches, args.steps, args.lr, args.warmup, args.weight_decay, muon, dtype, args.compile, state, args.eval_every,
-        report)
+    fit(model, batches, args.steps, args.lr, args.warmup, args.weight_decay, args.optimizer == "muon", dtype, args.compile,
+        state, args.eval_every, report)
     compare(model, tok, held, ["greedy", "self_backtrack"])
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ def test_train_logs_saves_and_resumes(ckpt, tmp_path, capsys, monkeypatch):
     lines = [json.loads(line) for line in (ckpt / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6] and {"loss", "val_loss", "val_new_greedy"} <= lines[0].keys()
     record = json.loads((ckpt / "record.json").read_text())
-    assert record == {**data.new_record(0, [3]), **train.SCRATCH, "steps": 6, "batch_size": record["batch_size"]}
+    settings = record.pop("settings")
+    assert record == data.new_record(0, [3]) and settings.items() >= {**train.SCRATCH, "steps": 6, "batch_size": 4}.items()
     shutil.copytree(ckpt, tmp_path / "more")
     code, out, _ = run(capsys, monkeypatch, train, *TRAIN, "--resume", "--out", tmp_path / "more", "--steps", 9)
     assert code == 0 and '"step": 9' in out and '"step": 6' not in out and "self_backtrack, val_new" in out
@@ -54,13 +55,17 @@ def test_resuming_takes_the_first_runs_settings(ckpt, tmp_path, capsys, monkeypa
     fitted = []
     monkeypatch.setattr(train, "fit", lambda model, batches, steps, *settings: fitted.append((batches, steps, *settings)))
     shutil.copytree(ckpt, tmp_path / "more")
-    given = {**train.PAPER, "steps": 40, "lr": 0.125, "grad_accum": 2}
     record = json.loads((tmp_path / "more" / "record.json").read_text())
-    (tmp_path / "more" / "record.json").write_text(json.dumps({**record, **given}))
+    given = {"optimizer": "muon", "steps": 40, "lr": 0.125, "grad_accum": 2, "seed": 5, "sizes": [2]}
+    record["settings"] |= {**train.PAPER, **given}
+    (tmp_path / "more" / "record.json").write_text(json.dumps(record))
     code, _, err = run(capsys, monkeypatch, train, "--resume", "--out", tmp_path / "more", "--num_eval", 1, "--warmup", 7)
     [(batches, steps, lr, warmup, decay, *_)] = fitted
-    assert code == 0 and (batches.size, batches.accum, batches.mask) == (32, 2, "action"), err
+    assert code == 0 and (batches.size, batches.accum, batches.mask, batches.seed) == (32, 2, "action", 5), err
+    assert batches.rows.items() >= {"seed": 5, "sizes": [2]}.items()
     assert (steps, lr, warmup, decay) == (40, 0.125, 7, 0.01)          # what is given wins
+    code, _, err = run(capsys, monkeypatch, train, "--resume", "--out", tmp_path / "more", "--optimizer", "adamw")
+    assert code == 2 and err.count("\n") == 1 and "was not trained by adamw" in err
 
 
 def test_data_then_train_then_search_then_improve(tmp_path, capsys, monkeypatch):
@@ -74,10 +79,11 @@ def test_data_then_train_then_search_then_improve(tmp_path, capsys, monkeypatch)
     assert code == 0, err
     assert json.loads((out / "record.json").read_text())["sizes"] == [2, 3]
     code, printed, err = run(capsys, monkeypatch, train, *TRAIN, "--resume", "--out", out, "--steps", 7)
-    assert code == 0 and json.loads((out / "record.json").read_text())["data"] == str(folder), err
+    assert code == 0 and json.loads((out / "record.json").read_text())["settings"]["data"] == str(folder), err
     monkeypatch.setattr(improve, "harvest", lambda rows, answers: rows)      # so small a model solves nothing
     code, printed, err = run(capsys, monkeypatch, improve, "--ckpt", out, "--out", tmp_path / "better", "--rounds", 1,
                              "--num", 12, "--n", 2, "--num_eval", 3)
+    assert json.loads((tmp_path / "better" / "record.json").read_text())["seed"] == 1_000_000    # a second run draws other rows
     assert code == 0 and "round" in printed and (tmp_path / "better" / "model.safetensors").exists(), err
     log = [json.loads(line) for line in (tmp_path / "better" / "log.jsonl").read_text().splitlines()]
     assert [line["round"] for line in log] == [0, 1] and "val_new_self_backtrack" in log[1]
@@ -85,6 +91,13 @@ def test_data_then_train_then_search_then_improve(tmp_path, capsys, monkeypatch)
     assert code == 0
     code, printed, err = run(capsys, monkeypatch, train, *TRAIN, "--resume", "--out", out, "--steps", 7)
     assert code == 0 and json.loads((out / "record.json").read_text())["source"] == str(folder / "train.jsonl"), err
+
+
+def test_a_reader_who_leaves_causes_no_traceback(ckpt):
+    program = subprocess.Popen([sys.executable, ROOT / "search.py", "--ckpt", ckpt, "--numbers", "3", "4", "--target", "7"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    program.stdout.close()
+    assert "Traceback" not in program.stderr.read() and program.wait() == 1
 
 
 @pytest.mark.parametrize("decoder", search.DECODERS)
@@ -200,7 +213,7 @@ def test_a_checkpoint_is_fine_tuned_as_in_the_paper(ckpt, tmp_path, capsys, monk
     monkeypatch.setattr(improve, "fit", lambda *_, muon, **__: seen.append((_[3], muon)))
     monkeypatch.setattr(improve, "harvest", lambda rows, answers: rows)
     for optimizer in ("muon", "adamw"):
-        record = {**data.new_record(0, [3]), "optimizer": optimizer}
+        record = {**data.new_record(0, [3]), "settings": {"optimizer": optimizer}}
         (Path(shutil.copytree(ckpt, tmp_path / optimizer)) / "record.json").write_text(json.dumps(record))
         args = ("--num", 2, "--n", 2, "--num_eval", 2, "--rounds", 1, "--out", tmp_path / "better")
         assert run(capsys, monkeypatch, improve, *args, "--ckpt", tmp_path / optimizer)[0] == 0

@@ -43,6 +43,9 @@ def test_we_open_what_transformers_saves(tmp_path, tied, shard):
     ours = Llama.from_pretrained(tmp_path)
     ids = torch.randint(0, 96, (2, 50))
     torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=0)
+    ours.save_pretrained(tmp_path, torch.float32)                      # over it: no index of older shards may stay
+    assert torch.equal(Llama.from_pretrained(tmp_path).model.norm.weight, ours.model.norm.weight)
+    assert not (tmp_path / "model.safetensors.index.json").exists()
     ours.save_pretrained(tmp_path / "again", torch.float32)
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "again").state_dict()
     assert all(torch.equal(value, back[key]) for key, value in theirs.state_dict().items())

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import search
 from data import BACKTRACK, GOAL, Tokenizer, generate, new_record
-from model import Llama, LlamaConfig
+from model import KVCache, Llama, LlamaConfig
 from search import Sample, evaluate, select, verify
 
 TOK = Tokenizer.digits()
@@ -199,10 +199,14 @@ def test_no_token_of_a_prefix_is_computed_twice(model, monkeypatch):
     assert sum(fed) < sum(len(s.tokens) - s.state for samples in found for s in samples)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 128])
+@pytest.mark.parametrize("batch_size", [1, 3, 128, None])
 def test_the_cache_is_bounded_and_parked_rows_return(model, monkeypatch, batch_size):
-    """At most batch_size * n rows at any step, the same samples as with one large batch, and no parked row lost."""
+    """At most batch_size * n rows at any step (without it, what fits CACHE_BYTES), the same samples as with one large batch,
+    and no parked row lost."""
     engines, sizes = [], []
+    longest = max(map(len, TOK.prompts(ROWS))) + 18
+    monkeypatch.setattr(search, "CACHE_BYTES", 2 * 9 * KVCache(model.config, 1, longest, "cpu", torch.float32).kv.nbytes)
+    most = batch_size or 2
 
     class Watched(search.Engine):
         def __init__(self, *args):
@@ -211,14 +215,14 @@ def test_the_cache_is_bounded_and_parked_rows_return(model, monkeypatch, batch_s
 
         def step(self, b):
             sizes.append(len(self.logits))
-            assert len(self.flying) <= batch_size
+            assert len(self.flying) <= most
             return super().step(b)
 
-    whole = decode(model, TOK, ROWS, range(8), b=3, n=9, max_new=18)
+    whole = decode(model, TOK, ROWS, range(8), b=3, n=9, max_new=18, batch_size=128)
     monkeypatch.setattr(search, "Engine", Watched)
     assert [[s.tokens for s in samples] for samples in decode(model, TOK, ROWS, range(8), b=3, n=9, max_new=18,
                                                               batch_size=batch_size)] == [[s.tokens for s in x] for x in whole]
-    assert max(sizes) <= 9 * batch_size and engines[0].spare
+    assert max(sizes) <= 9 * most and engines[0].spare
     assert sorted(engines[0].spare) == list(range(next(engines[0].unused)))
 
 
