@@ -1,6 +1,6 @@
 """Measure every decoder on one checkpoint: the tables of the README and what figures.py draws, as JSON lines.
 
-    python assets/measure.py                      the shipped model, 500 problems a split: a quarter of an hour on two cores
+    python assets/measure.py                      the shipped model, 500 problems a split: ten minutes on two cores
 
 A line has the decoder and its flags, accuracy (selected, verified), sampled tokens a problem, seconds, and for every kind of
 mistake (paper, section 4.1) how many samples made it first and how many of these said `<backtrack>` right after it.

@@ -189,10 +189,11 @@ def peer_training(model: Llama, tok: Tokenizer, rows: list[dict], dtype: torch.d
 
 
 def training_part(model: Llama, tok: Tokenizer, rows: list[dict], sizes: list[int], dtype: torch.dtype, args) -> None:
-    def ours(size: int):
-        return lambda: fit(model, Batches(rows, tok, size), len(rows) // size, 1e-5, 1, 0.01, False, dtype)
+    def ours(size: int, compiled=False):
+        return lambda: fit(model, Batches(rows, tok, size), len(rows) // size, 1e-5, 1, 0.01, False, dtype, compiled)
 
     works = {f"fit, batch {size}": ours(size) for size in sizes}
+    works[f"fit, batch {sizes[-1]}, compiled"] = ours(sizes[-1], True)                # compiled in the warm-up round
     seconds = in_turns(works | {"Trainer, batch 16": lambda: peer_training(model, tok, rows, dtype)}, args.rounds)
     slow = seconds["Trainer, batch 16"]
     print(f"\n{'training':28}{'rows/s':>12}{'ratio':>12}")
