@@ -119,6 +119,7 @@ class KVCache:
     def __init__(self, config: LlamaConfig, rows: int, max_len: int, device, dtype: torch.dtype):
         shape = (2, config.num_hidden_layers, rows, config.num_key_value_heads, max_len, config.head_dim)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)
+        self.dense = self.kv.new_empty(0)               # where `update` puts what a layer sees, on a CPU
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)
         self.width = 0                                  # no row in use is longer; kept on the host, so no layer asks
 
@@ -128,7 +129,11 @@ class KVCache:
         self.kv[0, layer][rows, :, positions] = k.transpose(1, 2)
         self.kv[1, layer][rows, :, positions] = v.transpose(1, 2)
         held = self.kv[:, layer, :len(k), :, :self.width]
-        return (held.contiguous() if held.is_cpu else held).unbind()    # bf16 products on a CPU copy a view four times slower
+        if held.is_cpu:      # bf16 products copy a view slowly, and fresh memory is slow, too: one buffer, layer after layer
+            if len(self.dense) < held.numel():
+                self.dense = self.kv.new_empty(self.kv[:, layer].numel())
+            held = self.dense[:held.numel()].view(held.shape).copy_(held)
+        return held.unbind()
 
     def fork(self, parents: torch.Tensor, source: "KVCache | None" = None, to: torch.Tensor | None = None) -> None:
         """Row i (or to[i]) becomes a copy of row parents[i] (N,) int64 of this cache, in which no other rows stay in use, or of
