@@ -33,6 +33,7 @@ def cli(main) -> None:
     """Run a program's `main()`; a UserError becomes one line on stderr and exit code 2."""
     try:
         main()
+        sys.stdout.flush()                                             # while a broken pipe can still be caught
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
