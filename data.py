@@ -126,11 +126,14 @@ def exploratory(rng, step, reach, target, used):
     return a, choice, b, result, wrong.any(-1)
 
 def computational(rng, step, reach, target, used):
-    """A legal step whose result is off by 1 to 9 or 10 to 90 or, as a last step, mostly the lie of small models: the target."""
+    """A legal step whose result is off by 1 to 9 or 10 to 90, or a division that is not exact, the commonest lie of small
+    models, rounded down or off, too. A last step mostly claims the target."""
     rows = np.arange(len(target))
-    choice = pick(rng, step.legal)
+    inexact = ~step.legal & (step.b > 0).repeat(4, -1)
+    divide = inexact.any(-1) & (rng.random(len(rows)) < 0.5)
+    choice = pick(rng, np.where(divide[:, None], inexact, step.legal))
     a, b, result = chosen(step, (rows,), choice)
-    slip = rng.integers(1, 10, len(rows)) * rng.choice([1, 1, 10], len(rows))
+    slip = rng.integers(1, 10, len(rows)) * rng.choice([1, 1, 10], len(rows)) * ~(divide & (rng.random(len(rows)) < 0.5))
     false = np.where((rng.random(len(rows)) < 0.5) & (slip <= result), result - slip, result + slip)
     if step.left.shape[-1] == 2:
         false = np.where((rng.random(len(rows)) < 0.75) & (result != target), target, false)
@@ -148,13 +151,28 @@ def rule_violation(rng, step, reach, target, used):
     choice = rng.integers(0, 3, len(rows))                                    # + - *
     return a, choice, b, np.choose(choice, [a + b, a - b, a * b]), (step.left != gone[:, None]).all(-1)
 
-MISTAKES = {exploratory: 0.4, computational: 0.45, rule_violation: 0.15}      # shares of D_back
-KINDS = [make.__name__ for make in MISTAKES]
-BACK = 0.5                                                                    # share of D_back in all rows, at most
-
 def write_actions(a, choice, b, result) -> list[str]:
     """The text of an action for each row of the arrays (rows,): `45-39=6` and a newline."""
     return [f"{x}{OPS[c % 4]}{y}={r}\n" for x, c, y, r in zip(*(v.tolist() for v in (a, choice, b, result)))]
+
+def false_goal(rng, steps, target):
+    """Not one action but a whole path that has lost its way: legal steps that end near the target, and a division that is not
+    exact but claims it, as small models answer in the end. Sees all steps; returns the actions' texts and found, (rows,)."""
+    rows, last = np.arange(len(target)), steps[-1]
+    a, b, legal = last.a[..., 0], last.b[..., 0], last.legal[..., 0]          # (rows, C_1, ..., C_k-2): every history's end
+    t = target.reshape(-1, *[1] * (a.ndim - 1))
+    near = legal & (b > 1) & (a % np.maximum(b, 1) != 0) & (a < 2 * b * t) & (b * t < 2 * a)
+    path = np.unravel_index(pick(rng, near.reshape(len(rows), -1)), a.shape[1:]) if a.ndim > 1 else ()
+    texts = []
+    for j, step in enumerate(steps[:-1]):
+        x, y, result = chosen(step, (rows, *path[:j]), path[j])
+        texts.append(write_actions(x, path[j], y, result))
+    lies = write_actions(a[rows, *path], np.full(len(rows), OPS.index("/")), b[rows, *path], target)
+    return list(zip(*texts, lies)), near.reshape(len(rows), -1).any(-1)
+
+MISTAKES = {exploratory: 0.35, computational: 0.35, rule_violation: 0.1, false_goal: 0.2}       # shares of D_back
+KINDS = [make.__name__ for make in MISTAKES]
+BACK = 0.5                                                                    # share of D_back in all rows, at most
 
 def make_rows(rng: np.random.Generator, nums: np.ndarray, target: np.ndarray, kinds: Sequence[str] = KINDS) -> list[dict]:
     """A row {nums, target, search_path} for each of nums (problems, k), target (problems,), all solvable: D_op or D_back.
@@ -170,17 +188,22 @@ def make_rows(rng: np.random.Generator, nums: np.ndarray, target: np.ndarray, ki
 
     paths = [[*right, GOAL] for right in zip(*actions)]                        # D_op; those of D_back are cut and go wrong:
     back, depth = rng.random(len(rows)) < BACK, rng.integers(0, len(steps), len(rows))
-    kind = rng.choice(len(MISTAKES), len(rows), p=list(MISTAKES.values()))
+    kind, wrong = rng.choice(len(MISTAKES), len(rows), p=list(MISTAKES.values())), [0] * len(rows)
     for d, (m, make) in itertools.product(range(len(steps)), enumerate(MISTAKES)):
         if make.__name__ not in kinds:
             continue
         at = np.flatnonzero(back & (depth == d) & (kind == m))
-        here = (at, *(choices[at] for choices in path[:d]))
-        *action, found = make(rng, Step(*(x[here] for x in steps[d])), reach[d][here], target[at], used[d][at])
-        for i, text, ok in zip(at.tolist(), write_actions(*action), found.tolist()):
+        if make is false_goal:
+            cut, (texts, found) = 0, make(rng, [Step(*(x[at] for x in step)) for step in steps], target[at])
+        else:
+            cut, here = d, (at, *(choices[at] for choices in path[:d]))
+            *action, found = make(rng, Step(*(x[here] for x in steps[d])), reach[d][here], target[at], used[d][at])
+            texts = zip(write_actions(*action))
+        for i, text, ok in zip(at.tolist(), texts, found.tolist()):
             if ok:
-                paths[i][d:] = text, BACKTRACK
-    return [{"nums": n, "target": t, "search_path": "".join(p)} for n, t, p in zip(nums.tolist(), target.tolist(), paths)]
+                paths[i][cut:], wrong[i] = [*text, BACKTRACK], len(text)
+    return [{"nums": n, "target": t, "search_path": "".join(p), "wrong": w}
+            for n, t, p, w in zip(nums.tolist(), target.tolist(), paths, wrong)]
 
 # ---- Streams and files of rows -------------------------------------------------------------------------------------------
 def new_record(seed: int, sizes: list[int], mistakes: Sequence[str] = KINDS) -> dict:
@@ -214,6 +237,8 @@ def read_rows(path: Path, columns: Sequence[str] = tuple(COLUMNS)) -> list[dict]
     except (OSError, ValueError) as error:
         raise UserError(f"{where if isinstance(error, json.JSONDecodeError) else path} cannot be read: {error}") from None
     for i, row in enumerate(rows or [None], 1):                               # a file without rows is complained of, too
+        if isinstance(row, dict) and type(row.get("wrong", 1)) is not int:
+            raise UserError(f"{path}: row {i}: wrong must be a whole number, not {row['wrong']!r}")
         for column in columns:
             what, holds = COLUMNS[column]
             if not isinstance(row, dict) or column not in row:
@@ -313,20 +338,23 @@ class Tokenizer:
 
     def rows(self, rows: list[dict], mask: str = "action") -> list[tuple[list[int], list[int]]]:
         """(input_ids, labels) of each row {nums, target, search_path}, end-of-text included. Label -100 carries no loss: the
-        prompt and, before `<backtrack>`, the wrong action with its newline (section 4.1). The model learns to step back from
-        mistakes, never to make them. mask="choice" goes beyond the paper: where a wrong action's result is right (the choice
-        was wrong), the result is learned. Else every last step with a loss makes the target, and the model comes to claim it
-        after any. Offsets in one encoding of the whole text say which tokens have a masked character."""
+        prompt and, before `<backtrack>`, the wrong action with its newline (section 4.1), or as many as the row says (`wrong`).
+        The model learns to step back from mistakes, never to make them. mask="choice" goes beyond the paper: where a wrong
+        action's result is right (the choice was wrong), the result is learned. Else every last step with a loss makes the
+        target, and the model comes to claim it after any. Offsets in one encoding of the whole text say which tokens have a
+        masked character."""
         prompts = [prompt_text(row["nums"], row["target"]) for row in rows]
         encoded, out = self.tok.encode_batch([p + row["search_path"] for p, row in zip(prompts, rows)]), []
         for prompt, row, encoding in zip(prompts, rows, encoded):
             body, back, _ = row["search_path"].rpartition(BACKTRACK)
-            wrong_end = len(prompt) + len(body)                       # the last line of the body is the wrong action
-            wrong = len(prompt) + body.rfind("\n", 0, max(len(body) - 1, 0)) + 1 if back and mask != "none" else wrong_end
-            step = re.search(r"(?:^|\n)([0-9]{1,9})([-+*/])([0-9]{1,9})=(?=([0-9]{1,20})\n$)", body)
-            if mask == "choice" and step and calculate(int(step[1]), step[2], int(step[3])) == int(step[4]):
-                wrong_end = len(prompt) + step.end()
-            labels = [i if start >= len(prompt) and start < end and (end <= wrong or start >= wrong_end) else -100
+            hidden, at = bytearray(b"\1" * len(prompt)) + bytes(len(row["search_path"])), len(prompt) + len(body)
+            for action in reversed(re.findall(".*\n|.+", body)[-row.get("wrong", 1):]) if back and mask != "none" else ():
+                at -= len(action)
+                step = re.fullmatch(r"([0-9]{1,9})([-+*/])([0-9]{1,9})=([0-9]{1,20})\n", action)
+                right = step and calculate(int(step[1]), step[2], int(step[3])) == int(step[4])
+                end = step.end(3) + 1 if mask == "choice" and right else len(action)
+                hidden[at:at + end] = b"\1" * end
+            labels = [-100 if start == end or hidden.find(1, start, end) >= 0 else i
                       for i, (start, end) in zip(encoding.ids, encoding.offsets)]
             out.append((encoding.ids + [self.eos], labels + [self.eos]))
         return out

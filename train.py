@@ -1,6 +1,7 @@
 """Supervised fine-tuning on D_op and D_back (paper, section 4.1). Read after search.py, before improve.py."""
 import itertools, json, math, sys, time
 from collections import defaultdict
+from copy import deepcopy
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,18 @@ from tqdm import tqdm
 from data import KINDS, SPLITS, Tokenizer, generate, load_record, load_rows, new_record, read_rows, read_split
 from model import DTYPES, Arguments, Llama, LlamaConfig, UserError, best_dtype, cli, number, replacing, start
 from search import compare, evaluate
+
+def deepen(model: Llama, layers: int) -> None:
+    """Insert layers, spread evenly, until `model` has that many. Each is a copy of the layer below that adds nothing yet, for its
+    output projections are zero: the model computes what it did, and training goes on from there (Net2Net, Chen et al., 2016)."""
+    old = model.model.layers
+    source = [i * len(old) // layers for i in range(layers)]
+    new = torch.nn.ModuleList(deepcopy(old[i]) for i in source)
+    for below, i, layer in zip(source, source[1:], new[1:]):
+        if i == below:
+            torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+            torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    model.model.layers, model.config.num_hidden_layers = new, layers
 
 class Batches(Dataset):
     """Item i: 64 optimiser steps' batches, sorted by length so that little is padding; each a list of (ids, labels).
@@ -196,7 +209,7 @@ def load_state(folder: Path, model: Llama) -> dict:
     return {"step": step, "optimizer": slots}
 
 SCRATCH = {"steps": 6000, "batch_size": 64, "lr": 3e-3, "optimizer": "muon", "warmup": 100, "weight_decay": 0.1,
-           "mask": "choice"}
+           "mask": "choice", "layers": 4}
 PAPER = {"steps": 46875, "batch_size": 16, "lr": 1e-5, "optimizer": "adamw", "warmup": 1, "weight_decay": 0.01,
          "mask": "action"}
 """Defaults: for a small model from scratch; for --ckpt, the paper's (3 epochs of 500,000 rows, 16 on each of two devices)."""
@@ -221,7 +234,7 @@ def main() -> None:
     args.add_argument("--compile", action="store_true", help="torch.compile: starts half a minute later, then is faster")
     args.add_argument("--dtype", choices=DTYPES, help="of autocast; the best of the device by itself")
     args.add_argument("--hidden_size", type=number(int, 32), default=96, help="32 a head")
-    args.add_argument("--layers", type=number(int, 1), default=4)
+    args.add_argument("--layers", type=number(int, 1), help="more than --ckpt has: grow it by layers that add nothing at first")
     args.add_argument("--seed", type=number(int, 0), default=0)
     args.add_argument("--eval_every", type=number(int, 1), default=1200, help="steps between evaluations and checkpoints")
     args.add_argument("--num_eval", type=number(int, 1), default=200, help="problems a split in an evaluation")
@@ -243,6 +256,10 @@ def main() -> None:
         vocab_size=tok.vocab_size, hidden_size=args.hidden_size, intermediate_size=args.hidden_size * 8 // 3,
         num_hidden_layers=args.layers, num_attention_heads=args.hidden_size // 32, num_key_value_heads=args.hidden_size // 32,
         head_dim=32, max_position_embeddings=256, rope_theta=10000.0, eos_token_id=tok.eos))
+    if begin and args.layers and args.layers != (depth := model.config.num_hidden_layers):
+        if args.resume or args.layers < depth:
+            raise UserError(f"{begin} has {depth} layers: --layers can add some to a --ckpt, and cannot take any away")
+        deepen(model, args.layers)
     state = load_state(args.out, model) if args.resume else None
     if state and state["step"] >= args.steps:
         raise UserError(f"{args.out} holds all of its {state['step']} steps: give --steps more than that to go on")

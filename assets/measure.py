@@ -1,9 +1,9 @@
 """Measure every decoder on one checkpoint: the tables of the README and what figures.py draws, as JSON lines.
 
-    python assets/measure.py                      the shipped model, 500 problems a split: ten minutes on two cores
+    torchrun --nproc_per_node=2 -- assets/measure.py --num 5000         the shipped model; each process takes a split
 
-A line has the decoder and its flags, accuracy (selected, verified), sampled tokens a problem, seconds, and for every kind of
-mistake (paper, section 4.1) how many samples made it first and how many of these said `<backtrack>` right after it.
+A line has the decoder and its flags, accuracy (selected, verified), sampled tokens a problem and seconds; one also has, for
+every kind of mistake (paper, section 4.1), how many samples made it first and how many of these said `<backtrack>` right after.
 """
 import json
 import re
@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from functools import cache
-from itertools import product
+from itertools import product, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +22,17 @@ sys.path.insert(0, str(ROOT))
 
 from data import BACKTRACK, GOAL, SPLITS, Tokenizer, calculate, load_record, load_rows, solvable  # noqa: E402
 from model import Arguments, Llama, best_dtype, cli, number, replacing, start  # noqa: E402
-from search import SHIPPED, decode, judge  # noqa: E402
+from search import SHIPPED, decode, gather, judge  # noqa: E402
 
 PAPER = {"temperature": 0.7}
-LINES = [("greedy", {}), ("beam", {"n": 32}), ("majority", {"n": 32, **PAPER}),
+LINES = [("greedy", {}), ("beam", {"n": 32}),
          *(("best_of_n", {"n": n, **PAPER}) for n in (8, 16, 32)),
          *(("self_backtrack", {"b": 1, "n": n, **PAPER}) for n in (8, 32)),
          *(("best_of_n", {"n": n, "temperature": 1.0}) for n in (8, 32, 128, 512)),
          *(("self_backtrack", {"b": b, "n": n, "temperature": 1.0})
            for b, n in ((1, 8), (1, 32), (1, 128), (3, 8), (3, 32), (7, 32)))]
+HEAVY = 80                  # lines of more samples than this, n * (b + 1), and beams are measured on a fifth of the problems
+LOOKED_INTO = ("best_of_n", {"n": 32, "temperature": 1.0})                   # the line whose samples' mistakes are counted
 
 
 @cache
@@ -64,26 +66,31 @@ def main() -> None:
     args.add_argument("--num", type=number(int, 1), default=500, help="problems a split")
     args.add_argument("--out", type=Path, default=ROOT / "assets" / "results.jsonl")
     args = args.parse_args()
-    device = start()[0]
+    device, rank, world = start()
     tok, record = Tokenizer.from_pretrained(args.ckpt), load_record(args.ckpt)
     model = Llama.from_pretrained(args.ckpt, device, best_dtype(device)).eval()
-    lines = []
-    for (decoder, flags), split in tqdm(list(product(LINES, SPLITS[1:])), unit=" lines"):
-        problems, begin, rows, first = load_rows(split, record, args.num), time.perf_counter(), [], Counter()
-        for i, samples in decode(model, tok, problems, range(args.num), decoder, **flags):
+    lines, todo = [], list(product(LINES, SPLITS[1:]))
+    for (decoder, flags), split in tqdm(todo[rank::world], unit=" lines", disable=rank > 0):
+        heavy = decoder == "beam" or flags.get("n", 1) * (flags.get("b", 0) + 1) > HEAVY
+        problems, begin = load_rows(split, record, -(-args.num // 5) if heavy else args.num), time.perf_counter()
+        rows, first = [], Counter()
+        for i, samples in decode(model, tok, problems, range(len(problems)), decoder, **flags):
             rows.append(judge(tok, problems[i], samples, decoder))
-            for tokens, times in Counter(s.tokens for s in samples if s.round == 0).items():
+            for tokens, times in Counter(s.tokens for s in samples).items() if (decoder, flags) == LOOKED_INTO else ():
                 first[first_mistake(problems[i]["nums"], problems[i]["target"], tok.decode(tokens))] += times
         line = {"decoder": decoder, **flags, "split": split, "num": len(rows)}
         line |= {name: round(100 * sum(row[key] for row in rows) / len(rows), 2)
                  for name, key in (("selected", "correct"), ("verified", "verified"))}
         line["tokens"] = round(sum(row["tokens"] for row in rows) / len(rows), 1)
         line["seconds"] = round(time.perf_counter() - begin, 1)
-        line["first_mistake"] = {kind: [first[kind, False] + first[kind, True], first[kind, True]] for kind, _ in sorted(first)}
+        if first:
+            line["first_mistake"] = {kind: [first[kind, False] + first[kind, True], first[kind, True]] for kind, _ in first}
         lines.append(line)
         tqdm.write(json.dumps(line))
-    with replacing(args.out.parent) as new:
-        (new / args.out.name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [line for group in zip_longest(*gather(lines, device)) for line in group if line]        # in LINES' order
+    if rank == 0:
+        with replacing(args.out.parent) as new:
+            (new / args.out.name).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 if __name__ == "__main__":

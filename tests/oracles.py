@@ -42,13 +42,13 @@ def is_right(nums: list[int], target: int, response: str) -> bool:
     return there == [target]
 
 
-def labelled_characters(prompt: str, path: str) -> list[bool]:
-    """The loss mask of section 4.1, character by character."""
+def labelled_characters(prompt: str, path: str, wrong: int = 1) -> list[bool]:
+    """The loss mask of section 4.1, character by character; the last `wrong` actions before the tag are wrong."""
     mask = [False] * len(prompt) + [True] * len(path)
     body, tag, rest = path.partition("<backtrack>")
     if tag and not rest and body:
-        wrong = len(body.splitlines(keepends=True)[-1])
-        for i in range(len(prompt) + len(body) - wrong, len(prompt) + len(body)):
+        hidden = sum(map(len, body.splitlines(keepends=True)[-wrong:]))
+        for i in range(len(prompt) + len(body) - hidden, len(prompt) + len(body)):
             mask[i] = False
     return mask
 

@@ -43,7 +43,8 @@ def test_train_logs_saves_and_resumes(ckpt, tmp_path, capsys, monkeypatch):
     assert [line["step"] for line in lines] == [3, 6] and {"loss", "val_loss", "val_new_greedy"} <= lines[0].keys()
     record = json.loads((ckpt / "record.json").read_text())
     settings = record.pop("settings")
-    assert record == data.new_record(0, [3]) and settings.items() >= {**train.SCRATCH, "steps": 6, "batch_size": 4}.items()
+    given = {"steps": 6, "batch_size": 4, "layers": 1}
+    assert record == data.new_record(0, [3]) and settings.items() >= {**train.SCRATCH, **given}.items()
     shutil.copytree(ckpt, tmp_path / "more")
     code, out, _ = run(capsys, monkeypatch, train, *TRAIN, "--resume", "--out", tmp_path / "more", "--steps", 9)
     assert code == 0 and '"step": 9' in out and '"step": 6' not in out and "self_backtrack, val_new" in out

@@ -61,13 +61,19 @@ def kind_of(row: dict) -> str:
     nums, target, path = row["nums"], row["target"], row["search_path"]
     assert all(1 <= x <= 99 for x in nums) and 10 <= target <= 100 and target not in HELD_OUT
     if not path.endswith(BACKTRACK):
-        assert is_right(nums, target, path), row
+        assert is_right(nums, target, path) and row["wrong"] == 0, row
         return "op"
     *before, wrong = path.removesuffix("\n" + BACKTRACK).split("\n")
     left = nums
     for text in before:
         left, there, right = take(left, text)
         assert there and right, row
+    if row["wrong"] > 1:
+        _, there, right = take(left, wrong)
+        assert row["wrong"] == len(before) + 1 == len(nums) - 1 and there and not right
+        assert wrong.endswith(f"={target}") and 0.5 < Fraction(*map(int, wrong.split("=")[0].split("/"))) / target < 2, row
+        return "false_goal"
+    assert row["wrong"] == 1
     assert len(before) < len(nums) - 1 and solutions(tuple(left), target), row          # the beginning of a solution
     after, there, right = take(left, wrong)
     if not there:
@@ -131,7 +137,7 @@ def test_simplest_solution_is_a_cheapest_one():
 def check_mask(tok: Tokenizer, rows: list[dict]):
     for row, (ids, labels) in zip(rows, tok.rows(rows)):
         prompt = prompt_text(row["nums"], row["target"])
-        mask = labelled_characters(prompt, row["search_path"])
+        mask = labelled_characters(prompt, row["search_path"], row.get("wrong", 1))
         encoding = tok.tok.encode(prompt + row["search_path"])
         assert ids == encoding.ids + [tok.eos] and labels[-1] == tok.eos
         for i, label, (start, end) in zip(ids, labels, encoding.offsets):
@@ -139,7 +145,8 @@ def check_mask(tok: Tokenizer, rows: list[dict]):
             assert (label == i) == (end > start and all(mask[start:end]))
         if row["search_path"].endswith(BACKTRACK):
             assert labels[-2:] == [tok.backtrack, tok.eos]
-            before = row["search_path"].removesuffix(BACKTRACK).rstrip("\n").rpartition("\n")[0]
+            actions = row["search_path"].removesuffix(BACKTRACK).rstrip("\n").split("\n")
+            before = "\n".join(actions[:-row.get("wrong", 1)])
             kept = [i for i, label in zip(ids, labels) if label != -100][:-2]
             assert tok.decode(kept).rstrip("\n") == before                # the prefix is learned, the wrong action is not
         assert ids[:len(tok.prompts([row])[0])] == tok.prompts([row])[0]       # a prompt alone is encoded as within a row
@@ -176,18 +183,25 @@ def test_a_kind_of_mistake_can_be_left_out():
         assert kinds == {"op", *KINDS} - {kind}
 
 
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_paths_that_end_in_a_false_goal_for_every_size(k):
+    rows = [row for row in generate(new_record(0, [k], ["false_goal"]), "train", 512) if row["search_path"].endswith(BACKTRACK)]
+    assert 0 < len(rows) < 80 and {row["wrong"] for row in rows} == {k - 1}
+    assert {kind_of(row) for row in rows} == {"lie" if k == 2 else "false_goal"}
+
+
 def check_choice_mask(tok: Tokenizer, rows: list[dict]):
     """Beyond the paper's mask, the right results of wrong actions are learned, and nothing else."""
     learned = 0
     for row, (ids, paper), (again, labels) in zip(rows, tok.rows(rows), tok.rows(rows, "choice")):
         assert again == ids and all(x in (y, -100) for x, y in zip(paper, labels))
         more, expected = tok.decode([y for x, y in zip(paper, labels) if x != y]), ""
-        if row["search_path"].endswith("\n" + BACKTRACK):
-            step, _, result = row["search_path"].split("\n")[-2].partition("=")
+        for action in row["search_path"].split("\n")[-1 - row.get("wrong", 1):-1] if BACKTRACK in row["search_path"] else ():
+            step, _, result = action.partition("=")
             left, op, right = re.split("([-+*/])", step)
             value = {"+": Fraction.__add__, "-": Fraction.__sub__, "*": Fraction.__mul__,
                      "/": Fraction.__truediv__}[op](Fraction(left), Fraction(right))
-            expected = f"{result}\n" if value == int(result) else ""
+            expected += f"{result}\n" if value == int(result) else ""
         assert more == expected
         learned += bool(more)
     assert learned > 50
@@ -236,7 +250,9 @@ def test_files_of_rows_are_read_in_every_form(tmp_path):
     ('{"nums": [1, 0], "target": 3, "search_path": ""}', "nums must be positive"),
     ('{"nums": [1, true], "target": 3, "search_path": ""}', "nums must be positive"),
     ('{"nums": [1, 2], "target": 3.5, "search_path": ""}', "target must be a whole number"),
-    ('{"nums": [1, 2], "target": 3, "search_path": null}', "search_path must be text"), ("[]", "lacks the column nums")])
+    ('{"nums": [1, 2], "target": 3, "search_path": null}', "search_path must be text"),
+    ('{"nums": [1, 2], "target": 3, "search_path": "", "wrong": "1"}', "wrong must be a whole number"),
+    ("[]", "lacks the column nums")])
 def test_odd_rows_are_named(tmp_path, line, complaint):
     file = Path(tmp_path / "rows.jsonl")
     file.write_text(json.dumps(ROWS[0]) + "\n" + line + "\n")

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, Trainer, TrainingArgum
 
 from data import Tokenizer, generate, new_record
 from model import Llama, LlamaConfig
-from train import Batches, Muon, fit, learning_rate, load_state, mean_loss, orthogonal, owners, save
+from train import Batches, Muon, deepen, fit, learning_rate, load_state, mean_loss, orthogonal, owners, save
 
 TOK, RECORD = Tokenizer.digits(), new_record(0, [3])
 ROOT = Path(__file__).parent.parent
@@ -137,6 +137,23 @@ def test_learning_rate():
     rates = [learning_rate(step, 100, 1.0, 10) for step in range(100)]
     assert rates[0] == 0.1 and max(rates) <= 1 and rates.index(max(rates)) in range(8, 12)
     assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 0.001
+
+
+def test_a_deeper_model_computes_the_same_and_trains_all_its_layers(tmp_path):
+    model, ids = tiny(), torch.arange(24).view(2, 12)
+    for p in model.model.layers.parameters():
+        p.data += torch.randn_like(p) / 10                                   # layers that do something
+    before, old = model(ids), copy.deepcopy(model.model.layers.state_dict())
+    deepen(model, 5)
+    assert torch.equal(model(ids), before) and model.config.num_hidden_layers == len(model.model.layers) == 5
+    new = copy.deepcopy(model.model.layers.state_dict())
+    for at, source in enumerate((0, 0, 0, 1, 1)):                            # 0 and 3 are the old ones
+        same = [key for key in old if key[0] == str(source) and torch.equal(new[f"{at}{key[1:]}"], old[key])]
+        assert len(same) == (9 if at in (0, 3) else 7), at                   # all but the two output projections
+    fit(model, Batches(RECORD, TOK, 8), 3, 1e-2, warmup=1)
+    assert all(not torch.equal(value, new[key]) for key, value in model.model.layers.state_dict().items() if "o_proj" in key)
+    model.save_pretrained(tmp_path, torch.float32)
+    assert torch.equal(Llama.from_pretrained(tmp_path)(ids), model(ids))
 
 
 @pytest.mark.parametrize("tied", [True, False])
