@@ -21,8 +21,8 @@ from model import DTYPES, Arguments, Llama, LlamaConfig, UserError, best_dtype, 
 from search import compare, evaluate
 
 def deepen(model: Llama, layers: int) -> None:
-    """Insert layers, spread evenly, until `model` has that many. Each is a copy of the layer below that adds nothing yet, for its
-    output projections are zero: the model computes what it did, and training goes on from there (Net2Net, Chen et al., 2016)."""
+    """Insert layers, spread evenly, until `model` has that many. Each is a copy of the layer below that adds nothing yet, for
+    its output projections are zero: the model computes what it did, and training goes on from there (Chen et al., 2016)."""
     old = model.model.layers
     source = [i * len(old) // layers for i in range(layers)]
     new = torch.nn.ModuleList(deepcopy(old[i]) for i in source)
