@@ -89,14 +89,17 @@ def prefill(model: Llama, texts: list[list[int]], source: KVCache | None = None,
     cache.rollback(length)                                                     # the padding goes out of sight
     return cache, logits
 
-def draw(logits: torch.Tensor, row: torch.Tensor, u: torch.Tensor, temperature: float):
+def draw(logits: torch.Tensor, row: torch.Tensor, u: torch.Tensor, fresh: torch.Tensor, temperature: float):
     """A token for each sample, (S,), and its log-probability at temperature 1; sample s is on row[s] of logits (R, V).
-    The token is where the cumulative distribution passes the sample's uniform u (S,)."""
+    The token is where the cumulative distribution passes the sample's uniform u (S,). How far u fell into the
+    token's share is uniform again: the third result, to draw from next; `fresh` (S,), uniform, renews what rounding spent."""
     logps = logits.float().log_softmax(-1)
-    cumulative = (logps / temperature).softmax(-1).cumsum(-1)
-    u = u * cumulative[row, -1]                                                # rounding leaves the last a little off 1
-    token = torch.searchsorted(cumulative[row], u[:, None], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
-    return token, logps[row, token]
+    share = (logps / temperature).softmax(-1)
+    cumulative = share.cumsum(-1)
+    u = u.clamp(max=1 - 2 ** -23) * cumulative[row, -1]        # below the last, which rounding leaves a little off 1
+    token = torch.searchsorted(cumulative[row], u[:, None], right=True)[:, 0]
+    share, above = share[row, token], cumulative[row, token] - u
+    return token, logps[row, token], (1 - (above - fresh * 2 ** -22) / share) % 1
 
 def places(parent: torch.Tensor) -> torch.Tensor:
     """The rows (C,) for children of rows `parent` (C,), sorted. They fill rows 0..C-1: the first child of a row stays in its
@@ -107,23 +110,29 @@ def places(parent: torch.Tensor) -> torch.Tensor:
 State = namedtuple("State", "problem round rank tokens logps row", defaults=((), (), None))
 """To expand: whose it is, when, its rank in the frontier; the response so far, up to an action's end; a row that begins so."""
 
-Samples = namedtuple("Samples", "number row key")
-"""What the engine knows of its samples, tensors (S,): which of its state's samples, the row it is on, its random key."""
+Samples = namedtuple("Samples", "number row key code")
+"""What the engine knows of its samples, tensors (S,): which of its state's samples, the row it is on, its random key, and its
+code, uniform in [0, 1), from which its tokens are to be drawn."""
 Rows = namedtuple("Rows", "state step room tokens logps")
 """What it knows of its rows, tensors (R,): the number of the row's state, tokens since that, their limit; the tokens and their
 log-probabilities, (R, max_new)."""
 
 class Engine:
     """Expands many states together: n samples of each, or the n best beams (`temperature` None), until each ends. Samples that
-    are the same so far share a row of the cache, which forks where they part. States may join at any step."""
-    def __init__(self, model: Llama, tok: Tokenizer, n: int, temperature: float | None, longest: int, max_new: int):
-        self.model, self.tok, self.n, self.temperature, self.max_new = model, tok, n, temperature, max_new
+    are the same so far share a row of the cache, which forks where they part. States may join at any step.
+    Samples are spread evenly (arithmetic sampling, Vilnis et al., 2023): each is drawn from one code, and a state's n codes are
+    1 / n apart. On average they follow the model as `independent` ones do, the paper's, which draw every token anew; but a
+    path of probability p is taken floor(n * p) or ceil(n * p) times, so that more of them differ."""
+    def __init__(self, model: Llama, tok: Tokenizer, n: int, temperature: float | None, independent: bool, longest: int,
+                 max_new: int):
+        self.model, self.tok, self.n, self.max_new = model, tok, n, max_new
+        self.temperature, self.independent = temperature, independent
         head = model.lm_head.weight
         self.cache, self.parked = (KVCache(model.config, n, longest + max_new, head.device, head.dtype) for _ in range(2))
         self.logits = head.new_zeros(0, len(head))                             # (R, V): after each row of the cache
         self.flying = {}                                        # number of a state: (the state, its samples that have ended)
         one, many = (torch.zeros(shape, dtype=torch.int64, device=head.device) for shape in (0, (0, max_new)))
-        self.samples, self.rows = Samples(one, one, one), Rows(one, one, one, many, many.float())
+        self.samples, self.rows = Samples(one, one, one, one.float()), Rows(one, one, one, many, many.float())
         self.numbers, self.unused, self.spare = itertools.count(), itertools.count(), []       # of states; of rows in `parked`
 
     def admit(self, states: list[State], cache: KVCache, logits: torch.Tensor, keys: torch.Tensor) -> None:
@@ -133,7 +142,7 @@ class Engine:
         room = torch.tensor([self.max_new - len(state.tokens) for state in states], device=keys.device)
         tokens = torch.zeros(len(states), self.max_new, dtype=torch.int64, device=keys.device)
         of, i = torch.cartesian_prod(every, torch.arange(self.n, device=keys.device)).T
-        samples = Samples(i, len(self.logits) + of, mix(keys[of], i))
+        samples = Samples(i, len(self.logits) + of, mix(keys[of], i), (i + uniform(keys[of])) / self.n)
         rows = Rows(numbers[0] + every, torch.zeros_like(every), room, tokens, tokens.float())
         self.samples = Samples(*map(torch.cat, zip(self.samples, samples)))
         self.rows = Rows(*map(torch.cat, zip(self.rows, rows)))
@@ -151,7 +160,8 @@ class Engine:
         left = torch.tensor([n - len(self.flying[number][1]) for number in numbers.tolist()], device=of.device)
         which, place = ((total != -torch.inf) & (torch.arange(n, device=of.device) < left[:, None])).nonzero().T
         row, token = rows[which, best[which, place] // logp.shape[1]], best[which, place] % logp.shape[1]
-        self.samples = Samples(t[row] * n + place, row, torch.zeros_like(row))  # t * n + place: unique, in order of ending
+        number = t[row] * n + place                                             # unique, and in the order in which beams end
+        self.samples = Samples(number, row, *[torch.zeros_like(row)] * 2)
         return token, logp[row, token]
 
     def step(self, b: int) -> list[tuple[State, dict]]:
@@ -160,9 +170,11 @@ class Engine:
         if self.temperature is None:
             token, logp = self.beams()                                         # beams are new samples
         else:
-            u = uniform(mix(self.samples.key, self.rows.step[self.samples.row]))
-            token, logp = draw(self.logits, self.samples.row, u, self.temperature)
-        (sample, row, key), vocab, members = self.samples, self.logits.shape[1], defaultdict(list)
+            fresh = uniform(mix(self.samples.key, self.rows.step[self.samples.row]))
+            u = fresh if self.independent else self.samples.code
+            token, logp, code = draw(self.logits, self.samples.row, u, fresh, self.temperature)
+            self.samples = self.samples._replace(code=code)
+        (sample, row, key, code), vocab, members = self.samples, self.logits.shape[1], defaultdict(list)
         child, of = torch.unique(row * vocab + token, return_inverse=True)     # sorted: children stand by their parents
         parent, token = child // vocab, child % vocab
         state, t, room, tokens, logps = (x[parent] for x in self.rows)
@@ -182,7 +194,7 @@ class Engine:
         place = torch.full_like(t, -1)
         place[~ended] = places(parent[~ended])
         order, row = place.argsort()[int(ended.sum()):], place[of]             # those that ended, at -1, come first
-        self.samples = Samples(*(x[row >= 0] for x in (sample, row, key)))
+        self.samples = Samples(*(x[row >= 0] for x in (sample, row, key, code)))
         self.rows, self.logits = Rows(*(x[order] for x in (state, t, room, tokens, logps))), self.logits[:0]
         if len(order):
             self.cache.fork(parent[order])
@@ -203,14 +215,15 @@ def roll_back(tokens: tuple[int, ...], tok: Tokenizer) -> tuple[int, ...]:
 
 @torch.inference_mode()
 def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: list[int], b: int, n: int, temperature: float,
-                   max_new: int, limit: int | None = None, seed: int = 0, batch_size: int | None = None) -> Iterator:
+                   independent: bool, max_new: int, limit: int | None = None, seed: int = 0,
+                   batch_size: int | None = None) -> Iterator[tuple[int, list[Sample]]]:
     """(i, every sample of the search) of problem i {nums, target}, when it is done; seed and keys[i] key its random numbers.
     A frontier holds at most `limit` states, by default int(sqrt(n)) as in the reference's first version. The prompt counts as
     visited: stepping back from the first action opens no branch, for n samples of the prompt are there already. At most
     `batch_size` states are expanded at a time, with n rows each at most, by default as many as CACHE_BYTES hold for sure, up to
     128; parked rows, to branch from, come on top."""
     prompts, limit = tok.prompts(problems), limit or math.isqrt(n)
-    engine = Engine(model, tok, n, temperature, max(map(len, prompts), default=0), max_new)
+    engine = Engine(model, tok, n, temperature, independent, max(map(len, prompts), default=0), max_new)
     batch_size = batch_size or min(128, max(1, CACHE_BYTES // engine.cache.kv.nbytes))      # a new cache has n rows
     frontier = {p: [State(p, 0, 0)] for p in range(len(problems))}
     fresh, branches = deque(state for [state] in frontier.values()), deque()
@@ -249,11 +262,12 @@ def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: lis
 
 # ---- Decoders, selection, evaluation -------------------------------------------------------------------------------------
 def decode(model: Llama, tok: Tokenizer, problems: list[dict], keys: list[int], decoder: str = "self_backtrack", b: int = 1,
-           n: int = 32, temperature: float = 1.0, max_new: int = 64, **search) -> Iterator[tuple[int, list[Sample]]]:
+           n: int = 32, temperature: float = 1.0, independent=False, max_new=64, **other) -> Iterator[tuple[int, list[Sample]]]:
     """(i, samples) of each problem, when it is done, by one of DECODERS. The others are self-backtracking that never steps back
     (b = 0): best of n; beam search, which keeps the n most probable beams in place of samples; greedy, with one beam."""
     n, temperature = {"greedy": (1, None), "beam": (n, None)}.get(decoder, (n, temperature))
-    return self_backtrack(model, tok, problems, keys, b * (decoder == "self_backtrack"), n, temperature, max_new, **search)
+    return self_backtrack(model, tok, problems, keys, b * (decoder == "self_backtrack"), n, temperature, independent, max_new,
+                          **other)
 
 def select(samples: list[Sample], decoder: str) -> Sample | None:
     """The answer among the samples that reached the goal: the best score; for `majority` the most votes, then the score."""
@@ -353,6 +367,7 @@ def main() -> None:
     args.add_argument("--b", type=number(int, 0), default=1, help="how often to step back")
     args.add_argument("--n", type=number(int, 1), default=32, help="samples a state; beams")
     args.add_argument("--temperature", type=number(float, 0.001), default=1.0, help="the paper's: 0.7")
+    args.add_argument("--independent", action="store_true", help="samples that are not spread evenly; the paper's")
     args.add_argument("--limit", type=number(int, 1), help="states in a frontier; int(sqrt(n)) by default")
     args.add_argument("--seed", type=number(int, 0), default=0)
     args.add_argument("--batch_size", type=number(int, 1), help="states expanded together; by itself what 8 GiB hold, to 128")
@@ -367,7 +382,8 @@ def main() -> None:
     device, rank, _ = start()
     tok, record = Tokenizer.from_pretrained(args.ckpt), load_record(args.ckpt)
     model = Llama.from_pretrained(args.ckpt, device, DTYPES.get(args.dtype) or best_dtype(device)).eval()
-    search = {key: getattr(args, key) for key in ("b", "n", "temperature", "limit", "seed", "batch_size", "max_new")}
+    flags = "b", "n", "temperature", "independent", "limit", "seed", "batch_size", "max_new"
+    search = {flag: getattr(args, flag) for flag in flags}
     if args.data is None and rank == 0:
         problem = {"nums": args.numbers, "target": args.target} if args.numbers else EXAMPLE
         [(_, samples)] = decode(model, tok, [problem], [0], args.decoder, **search)

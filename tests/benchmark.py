@@ -124,7 +124,7 @@ def search_part(model: Llama, tok: Tokenizer, problems: list[dict], max_new: int
     few = problems[:args.peer_problems]
 
     def ours(b: int):
-        return list(decode(model, tok, problems, range(len(problems)), "self_backtrack", b, args.n, TEMPERATURE, max_new))
+        return list(decode(model, tok, problems, range(len(problems)), "self_backtrack", b, args.n, TEMPERATURE, True, max_new))
 
     tokens, counts = {}, {}
     for b in (0, 1):
@@ -158,7 +158,7 @@ def growth_part(model: Llama, tok: Tokenizer, draw, args) -> None:
 
     def work(num: int, n: int):
         def run() -> None:
-            for _ in decode(model, tok, problems[:num], range(num), "self_backtrack", 1, n, TEMPERATURE):
+            for _ in decode(model, tok, problems[:num], range(num), "self_backtrack", 1, n, TEMPERATURE, True):
                 pass
         return run
 

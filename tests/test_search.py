@@ -1,10 +1,11 @@
 """The verifier against an independent one; every decoder against a plain, slow version of itself."""
 import copy
 import random
+from collections import Counter
 
 import pytest
 import torch
-from oracles import beam_search, is_right, mix, self_backtrack
+from oracles import beam_search, is_right, logits_of, mix, self_backtrack
 from transformers import AutoModelForCausalLM
 
 import search
@@ -104,15 +105,45 @@ def test_keyed_numbers():
 def test_a_token_is_drawn_by_inverting_the_cumulative_distribution():
     logits = torch.tensor([[0.5, 0.0, 0.3, 0.2], [0.0, 0.0, 1.0, 0.0]]).log()
     row, u = torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([0.0, 0.49, 0.51, 0.81, 0.0, 0.999999])
-    token, logp = search.draw(logits, row, u, 1.0)
+    token, logp, rest = search.draw(logits, row, u, torch.zeros(6), 1.0)
     assert token.tolist() == [0, 0, 2, 3, 2, 2]
     torch.testing.assert_close(logp.exp(), torch.tensor([0.5, 0.5, 0.3, 0.2, 1.0, 1.0]))
+    torch.testing.assert_close(rest, torch.tensor([0.0, 0.98, 1 / 30, 0.05, 0.0, 0.999999]), atol=1e-5, rtol=0)
+
+
+def test_a_code_is_never_spent():
+    """After 60 tokens from one code of 24 bits, tokens are still distributed as they should be, and independent."""
+    size, logits = 40_000, torch.tensor([[0.0, 0.5, 0.0, 0.25, 0.125, 0.125, 0.0]]).log()
+    code, before = search.uniform(torch.arange(size)), torch.zeros(size, dtype=torch.int64)
+    for step in range(60):
+        fresh = search.uniform(search.mix(torch.arange(size), step))
+        token, _, code = search.draw(logits, torch.zeros(size, dtype=torch.int64), code, fresh, 1.0)
+        pairs, before = torch.bincount(before * 7 + token, minlength=49).view(7, 7), token
+        if step:
+            expected = size * logits[0].exp()[:, None] * logits[0].exp()
+            assert not pairs[expected == 0].any()
+            chi = ((pairs - expected) ** 2 / expected)[expected > 0].sum()          # 15 degrees of freedom
+            assert chi < 50, step
+
+
+def test_samples_are_spread_evenly(model):
+    """Of n samples every path of probability p, whatever its length, is taken floor(n * p) or ceil(n * p) times."""
+    n, temperature, counts = 3000, 0.9, Counter()
+    [samples] = decode(model, TOK, [ROWS[0]], [4], b=0, n=n, temperature=temperature, max_new=4)
+    counts.update(sample.tokens[:d] for sample in samples for d in range(1, len(sample.tokens) + 1))
+    prompt, chance = TOK.prompts([ROWS[0]])[0], {(): 1.0}
+    for path in sorted(counts, key=len):
+        following = (logits_of(model, prompt + list(path[:-1])) / temperature).softmax(-1)
+        chance[path] = chance[path[:-1]] * float(following[path[-1]])
+    assert len(counts) > 300 and max(abs(counts[path] - n * chance[path]) for path in counts) < 1.01
+    [independent] = decode(model, TOK, [ROWS[0]], [4], b=0, n=n, temperature=temperature, max_new=4, independent=True)
+    assert len({sample.tokens for sample in independent}) < len({sample.tokens for sample in samples})
 
 
 def test_sampling_follows_the_model(model):
     """First tokens of 20,000 samples against the softmax at the temperature."""
     problem = ROWS[0]
-    samples = decode(model, TOK, [problem], [0], "best_of_n", n=20_000, temperature=0.7, max_new=1)[0]
+    samples = decode(model, TOK, [problem], [0], "best_of_n", n=20_000, temperature=0.7, max_new=1, independent=True)[0]
     with torch.no_grad():
         expected = (model(torch.tensor(TOK.prompts([problem])))[0, -1] / 0.7).softmax(-1)
     counts = torch.bincount(torch.tensor([s.tokens[0] for s in samples]), minlength=TOK.vocab_size)
@@ -129,7 +160,8 @@ def same(samples: list[Sample], expected: list[tuple]):
 
 @pytest.mark.parametrize("b,n,limit", [(0, 6, None), (1, 9, None), (3, 4, None), (2, 6, 1), (2, 8, 8)])
 def test_self_backtracking_equals_the_plain_version(model, b, n, limit):
-    found = decode(model, TOK, ROWS, range(10, 18), b=b, n=n, temperature=0.8, limit=limit, seed=3, max_new=18)
+    search = {"b": b, "n": n, "temperature": 0.8, "limit": limit, "seed": 3, "max_new": 18, "independent": True}
+    found = decode(model, TOK, ROWS, range(10, 18), **search)
     compared = branched = ended = 0
     for problem, key, samples in zip(ROWS, range(10, 18), found):
         expected = self_backtrack(model, TOK, problem, key, b, n, 0.8, limit or int(n ** 0.5), 3, 18)
@@ -158,17 +190,19 @@ def test_greedy_equals_transformers(model, tmp_path):
         assert sample.tokens == tuple(expected.tolist())
 
 
-def test_samples_depend_on_their_keys_alone(model):
-    """Whatever the batch, the offset, the order and n: problem 13's third sample is problem 13's third sample."""
+@pytest.mark.parametrize("independent", [True, False])
+def test_samples_depend_on_their_keys_alone(model, independent):
+    """Whatever the batch, the offset, the order and, if independent, n: problem 13's third sample is always the same."""
     model = copy.deepcopy(model).double()                              # so that no rounding moves a boundary across a uniform
-    problems, settings = ROWS * 3, dict(b=2, n=9, seed=1, max_new=18)
+    problems, settings = ROWS * 3, dict(b=2, n=9, seed=1, max_new=18, independent=independent)
     whole = decode(model, TOK, problems, range(24), **settings)
     assert whole[0] != whole[8]           # the same problem under another key differs
     for at in (0, 7, 13, 23):
         alone = decode(model, TOK, [problems[at]], [at], **settings)[0]
         assert [s.tokens for s in alone] == [s.tokens for s in whole[at]]
-    few = decode(model, TOK, problems[:5], range(5), b=0, n=4, seed=1, max_new=18)
-    assert all([s.tokens for s in a] == [s.tokens for s in b[:4]] for a, b in zip(few, whole))
+    if independent:
+        few = decode(model, TOK, problems[:5], range(5), b=0, n=4, seed=1, max_new=18, independent=True)
+        assert all([s.tokens for s in a] == [s.tokens for s in b[:4]] for a, b in zip(few, whole))
     rows = [evaluate(model, TOK, problems[offset:], "self_backtrack", offset, batch_size=size, **settings)
             for offset, size in ((0, 24), (0, 5), (6, 7))]
     for row in sum(rows, []):
@@ -203,9 +237,9 @@ def test_no_token_of_a_prefix_is_computed_twice(model, monkeypatch):
 def test_the_cache_is_bounded_and_parked_rows_return(model, monkeypatch, batch_size):
     """At most batch_size * n rows at any step (without it, what fits CACHE_BYTES), the same samples as with one large batch,
     and no parked row lost."""
-    engines, sizes = [], []
+    engines, sizes, model = [], [], copy.deepcopy(model).double()
     longest = max(map(len, TOK.prompts(ROWS))) + 18
-    monkeypatch.setattr(search, "CACHE_BYTES", 2 * 9 * KVCache(model.config, 1, longest, "cpu", torch.float32).kv.nbytes)
+    monkeypatch.setattr(search, "CACHE_BYTES", 2 * 9 * KVCache(model.config, 1, longest, "cpu", torch.float64).kv.nbytes)
     most = batch_size or 2
 
     class Watched(search.Engine):
