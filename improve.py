@@ -1,9 +1,11 @@
 """Self-improvement: expert iteration turns slow search into fast answers (paper, section 4.3). Read last.
 
 Each round searches fresh training problems (of a dataset: its training rows), keeps the answers that verify and fine-tunes on
-them. The validation problems that accuracy is reported on are never searched: no training stream holds them.
+them; beyond the paper, it learns from its failures, too. The validation problems that accuracy is reported on are never
+searched: no training stream holds them.
 """
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -13,11 +15,22 @@ from model import Arguments, Llama, UserError, best_dtype, cli, number, replacin
 from search import compare, evaluate
 from train import Batches, fit, save
 
+def own_mistakes(rows: list[dict], answers: list[dict]) -> list[dict]:
+    """D_back from chosen answers that are wrong, cut after their first false action (`verify` says which). All actions up to it
+    count as wrong, for nobody knows which of them led astray."""
+    made = []
+    for row, answer in zip(rows, answers):
+        if false := re.match(r"step (\d+):", answer["reason"]):
+            actions = answer["response"].split("\n")[:int(false[1])]
+            made.append({**row, "search_path": "\n".join([*actions, BACKTRACK]), "wrong": len(actions)})
+    return made
+
 def harvest(rows: list[dict], answers: list[dict]) -> list[dict]:
-    """A round's training rows: the answers that verify and, lest it forget how to step back, a tenth as many of D_back."""
+    """A round's training rows: the answers that verify, the model's own mistakes and, lest it forget how to step back from
+    others, a tenth as many of D_back as of answers."""
     solved = [{**row, "search_path": answer["solution"]} for row, answer in zip(rows, answers) if answer["verified"]]
     mistakes = [row for row in rows if row["search_path"].endswith(BACKTRACK)]
-    return solved + mistakes[:len(solved) // 10]
+    return solved + own_mistakes(rows, answers) + mistakes[:len(solved) // 10]
 
 def main() -> None:
     args = Arguments("Expert iteration: search, verify, keep, fine-tune, repeat.")

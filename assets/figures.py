@@ -1,4 +1,5 @@
-"""Draw the README's figures from results.jsonl (measure.py) and the shipped checkpoint's log.jsonl. Needs matplotlib.
+"""Draw the README's figures from results.jsonl (measure.py), the shipped checkpoint's log.jsonl and rounds.jsonl, the log.jsonl
+of its self-improvement. Needs matplotlib.
 
     python assets/figures.py
 """
@@ -58,6 +59,17 @@ def training(ax, log: list[dict]) -> None:
     ax.legend(fontsize=8)
 
 
+def rounds(ax, log: list[dict]) -> None:
+    """Accuracy before and after each round of self-improvement."""
+    for decoder, style in (("greedy", "o-"), ("self_backtrack", "s--")):
+        for split, colour in (("val", "tab:blue"), ("val_new", "tab:orange")):
+            ax.plot([line["round"] for line in log], [100 * line[f"{split}_{decoder}"] for line in log], style, color=colour,
+                    markersize=4, label=f"{decoder.replace('_', '-')}, {'seen' if split == 'val' else 'new'} targets")
+    ax.set(xlabel="round", ylabel="% of problems", title="self-improvement", xticks=range(len(log)), ylim=(0, 100))
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+
+
 def main() -> None:
     matplotlib.use("agg")
     lines = read("results.jsonl")
@@ -66,9 +78,10 @@ def main() -> None:
         searches(ax, lines, split)
     axes[0].legend(fontsize=7, loc="lower right", ncols=2)
     figure.savefig(ASSETS / "search.png", dpi=110)
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(14, 3.6), layout="constrained")
     mistakes(axes[0], lines)
     training(axes[1], read("checkpoint/log.jsonl"))
+    rounds(axes[2], read("rounds.jsonl"))
     figure.savefig(ASSETS / "training.png", dpi=110)
 
 
