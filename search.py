@@ -262,9 +262,10 @@ def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: lis
 
 # ---- Decoders, selection, evaluation -------------------------------------------------------------------------------------
 def decode(model: Llama, tok: Tokenizer, problems: list[dict], keys: list[int], decoder: str = "self_backtrack", b: int = 1,
-           n: int = 32, temperature: float = 1.0, independent=False, max_new=64, **other) -> Iterator[tuple[int, list[Sample]]]:
+           n: int = 32, temperature: float | None = None, independent=False, max_new: int = 64, **other) -> Iterator:
     """(i, samples) of each problem, when it is done, by one of DECODERS. The others are self-backtracking that never steps back
     (b = 0): best of n; beam search, which keeps the n most probable beams in place of samples; greedy, with one beam."""
+    temperature = temperature or (1.5 if tok.vocab_size < 1000 else 0.7)      # the paper's; a small vocabulary has no long tail
     n, temperature = {"greedy": (1, None), "beam": (n, None)}.get(decoder, (n, temperature))
     return self_backtrack(model, tok, problems, keys, b * (decoder == "self_backtrack"), n, temperature, independent, max_new,
                           **other)
@@ -366,7 +367,7 @@ def main() -> None:
     args.add_argument("--decoder", choices=DECODERS, default="self_backtrack")
     args.add_argument("--b", type=number(int, 0), default=1, help="how often to step back")
     args.add_argument("--n", type=number(int, 1), default=32, help="samples a state; beams")
-    args.add_argument("--temperature", type=number(float, 0.001), default=1.0, help="the paper's: 0.7")
+    args.add_argument("--temperature", type=number(float, 0.001), help="1.5 for a small vocabulary, else the paper's 0.7")
     args.add_argument("--independent", action="store_true", help="samples that are not spread evenly; the paper's")
     args.add_argument("--limit", type=number(int, 1), help="states in a frontier; int(sqrt(n)) by default")
     args.add_argument("--seed", type=number(int, 0), default=0)

@@ -25,7 +25,7 @@ def searches(ax, lines: list[dict], split: str) -> None:
     for b, colour in COLOURS.items():
         decoder = "self_backtrack" if b else "best_of_n"
         points = [line for line in lines if line["decoder"] == decoder and line.get("b", 0) == b
-                  and line["split"] == split and line.get("temperature") == 1.0]
+                  and line["split"] == split and "temperature" not in line]
         for key, style in (("selected", "o-"), ("verified", "o--")):
             ax.plot([p["tokens"] for p in points], [p[key] for p in points], style, color=colour, markersize=4,
                     label=f"b = {b}, {key}")
@@ -39,14 +39,13 @@ def searches(ax, lines: list[dict], split: str) -> None:
 
 def mistakes(ax, lines: list[dict]) -> None:
     """What goes wrong first in a sample of the prompt, and how much of it `<backtrack>` catches at once."""
-    [line] = [line for line in lines if line["decoder"] == "best_of_n" and line["n"] == 32 and line["split"] == "val"
-              and line.get("temperature") == 1.0]
+    [line] = [line for line in lines if "first_mistake" in line and line["split"] == "val"]
     total = sum(made for made, _ in line["first_mistake"].values())
     kinds = [kind for kind in ("none", "exploratory", "computational", "rule violation") if kind in line["first_mistake"]]
     made, caught = zip(*([100 * x / total for x in line["first_mistake"][kind]] for kind in kinds))
     ax.bar(kinds, made, color="lightgrey", label="samples")
     ax.bar(kinds, caught, color="tab:orange", label="`<backtrack>` right after it")
-    ax.set(ylabel="% of samples", title="the first mistake of a sample (n = 32, temperature 1)")
+    ax.set(ylabel="% of samples", title="the first mistake of a sample (best of 32)")
     ax.legend(fontsize=8)
 
 
