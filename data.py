@@ -162,13 +162,14 @@ def false_goal(rng, steps, target):
     a, b, legal = last.a[..., 0], last.b[..., 0], last.legal[..., 0]          # (rows, C_1, ..., C_k-2): every history's end
     t = target.reshape(-1, *[1] * (a.ndim - 1))
     near = legal & (b > 1) & (a % np.maximum(b, 1) != 0) & (a < 2 * b * t) & (b * t < 2 * a)
-    path = np.unravel_index(pick(rng, near.reshape(len(rows), -1)), a.shape[1:]) if a.ndim > 1 else ()
+    near = near.reshape(len(rows), np.prod(a.shape[1:], dtype=int))
+    path = np.unravel_index(pick(rng, near), a.shape[1:]) if a.ndim > 1 else ()
     texts = []
     for j, step in enumerate(steps[:-1]):
         x, y, result = chosen(step, (rows, *path[:j]), path[j])
         texts.append(write_actions(x, path[j], y, result))
     lies = write_actions(a[rows, *path], np.full(len(rows), OPS.index("/")), b[rows, *path], target)
-    return list(zip(*texts, lies)), near.reshape(len(rows), -1).any(-1)
+    return list(zip(*texts, lies)), near.any(-1)
 
 MISTAKES = {exploratory: 0.35, computational: 0.35, rule_violation: 0.1, false_goal: 0.2}       # shares of D_back
 KINDS = [make.__name__ for make in MISTAKES]

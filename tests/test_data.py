@@ -183,6 +183,16 @@ def test_a_kind_of_mistake_can_be_left_out():
         assert kinds == {"op", *KINDS} - {kind}
 
 
+@pytest.mark.parametrize("k", [2, 3, 4, 5])
+def test_rows_of_a_few_problems(k):
+    """However few problems there are of a kind, none included."""
+    rng = np.random.default_rng(0)
+    nums, target = data.draw_problems(rng, "train", k, 3)
+    made = [row for i in range(100) for row in data.make_rows(rng, nums[i % 3:], target[i % 3:])]
+    assert {row["search_path"].endswith(BACKTRACK) for row in made} == {True, False} and len(made) == 201
+    assert data.make_rows(rng, nums[:0], target[:0]) == []
+
+
 @pytest.mark.parametrize("k", [2, 3, 5])
 def test_paths_that_end_in_a_false_goal_for_every_size(k):
     rows = [row for row in generate(new_record(0, [k], ["false_goal"]), "train", 512) if row["search_path"].endswith(BACKTRACK)]
