@@ -89,12 +89,14 @@ def prefill(model: Llama, texts: list[list[int]], source: KVCache | None = None,
     cache.rollback(length)                                                     # the padding goes out of sight
     return cache, logits
 
-def draw(logits: torch.Tensor, row: torch.Tensor, u: torch.Tensor, fresh: torch.Tensor, temperature: float):
+def draw(logits: torch.Tensor, row: torch.Tensor, u: torch.Tensor, fresh: torch.Tensor, temperature: float, min_p: float):
     """A token for each sample, (S,), and its log-probability at temperature 1; sample s is on row[s] of logits (R, V).
+    Tokens less than min_p times as probable as the best one are out of the question (Nguyen et al., 2024).
     The token is where the cumulative distribution passes the sample's uniform u (S,). How far u fell into the
     token's share is uniform again: the third result, to draw from next; `fresh` (S,), uniform, renews what rounding spent."""
     logps = logits.float().log_softmax(-1)
-    share = (logps / temperature).softmax(-1)
+    rare = logps.exp() < min_p * logps.amax(-1, keepdim=True).exp()
+    share = (logps / temperature).masked_fill(rare, -torch.inf).softmax(-1)
     cumulative = share.cumsum(-1)
     u = u.clamp(max=1 - 2 ** -23) * cumulative[row, -1]        # below the last, which rounding leaves a little off 1
     token = torch.searchsorted(cumulative[row], u[:, None], right=True)[:, 0]
@@ -123,10 +125,10 @@ class Engine:
     Samples are spread evenly (arithmetic sampling, Vilnis et al., 2023): each is drawn from one code, and a state's n codes are
     1 / n apart. On average they follow the model as `independent` ones do, the paper's, which draw every token anew; but a
     path of probability p is taken floor(n * p) or ceil(n * p) times, so that more of them differ."""
-    def __init__(self, model: Llama, tok: Tokenizer, n: int, temperature: float | None, independent: bool, longest: int,
-                 max_new: int):
+    def __init__(self, model: Llama, tok: Tokenizer, n: int, temperature: float | None, min_p: float, independent: bool,
+                 longest: int, max_new: int):
         self.model, self.tok, self.n, self.max_new = model, tok, n, max_new
-        self.temperature, self.independent = temperature, independent
+        self.temperature, self.min_p, self.independent = temperature, min_p, independent
         head = model.lm_head.weight
         self.cache, self.parked = (KVCache(model.config, n, longest + max_new, head.device, head.dtype) for _ in range(2))
         self.logits = head.new_zeros(0, len(head))                             # (R, V): after each row of the cache
@@ -172,7 +174,7 @@ class Engine:
         else:
             fresh = uniform(mix(self.samples.key, self.rows.step[self.samples.row]))
             u = fresh if self.independent else self.samples.code
-            token, logp, code = draw(self.logits, self.samples.row, u, fresh, self.temperature)
+            token, logp, code = draw(self.logits, self.samples.row, u, fresh, self.temperature, self.min_p)
             self.samples = self.samples._replace(code=code)
         (sample, row, key, code), vocab, members = self.samples, self.logits.shape[1], defaultdict(list)
         child, of = torch.unique(row * vocab + token, return_inverse=True)     # sorted: children stand by their parents
@@ -215,7 +217,7 @@ def roll_back(tokens: tuple[int, ...], tok: Tokenizer) -> tuple[int, ...]:
 
 @torch.inference_mode()
 def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: list[int], b: int, n: int, temperature: float,
-                   independent: bool, max_new: int, limit: int | None = None, seed: int = 0,
+                   min_p: float, independent: bool, max_new: int, limit: int | None = None, seed: int = 0,
                    batch_size: int | None = None) -> Iterator[tuple[int, list[Sample]]]:
     """(i, every sample of the search) of problem i {nums, target}, when it is done; seed and keys[i] key its random numbers.
     A frontier holds at most `limit` states, by default int(sqrt(n)) as in the reference's first version. The prompt counts as
@@ -223,7 +225,7 @@ def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: lis
     `batch_size` states are expanded at a time, with n rows each at most, by default as many as CACHE_BYTES hold for sure, up to
     128; parked rows, to branch from, come on top."""
     prompts, limit = tok.prompts(problems), limit or math.isqrt(n)
-    engine = Engine(model, tok, n, temperature, independent, max(map(len, prompts), default=0), max_new)
+    engine = Engine(model, tok, n, temperature, min_p, independent, max(map(len, prompts), default=0), max_new)
     batch_size = batch_size or min(128, max(1, CACHE_BYTES // engine.cache.kv.nbytes))      # a new cache has n rows
     frontier = {p: [State(p, 0, 0)] for p in range(len(problems))}
     fresh, branches = deque(state for [state] in frontier.values()), deque()
@@ -262,13 +264,12 @@ def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: lis
 
 # ---- Decoders, selection, evaluation -------------------------------------------------------------------------------------
 def decode(model: Llama, tok: Tokenizer, problems: list[dict], keys: list[int], decoder: str = "self_backtrack", b: int = 1,
-           n: int = 32, temperature: float | None = None, independent=False, max_new: int = 64, **other) -> Iterator:
+           n: int = 32, temperature: float = 1.5, min_p: float = 0.02, independent=False, max_new=64, **other) -> Iterator:
     """(i, samples) of each problem, when it is done, by one of DECODERS. The others are self-backtracking that never steps back
     (b = 0): best of n; beam search, which keeps the n most probable beams in place of samples; greedy, with one beam."""
-    temperature = temperature or (1.5 if tok.vocab_size < 1000 else 0.7)      # the paper's; a small vocabulary has no long tail
     n, temperature = {"greedy": (1, None), "beam": (n, None)}.get(decoder, (n, temperature))
-    return self_backtrack(model, tok, problems, keys, b * (decoder == "self_backtrack"), n, temperature, independent, max_new,
-                          **other)
+    return self_backtrack(model, tok, problems, keys, b * (decoder == "self_backtrack"), n, temperature, min_p, independent,
+                          max_new, **other)
 
 def select(samples: list[Sample], decoder: str) -> Sample | None:
     """The answer among the samples that reached the goal: the best score; for `majority` the most votes, then the score."""
@@ -367,8 +368,9 @@ def main() -> None:
     args.add_argument("--decoder", choices=DECODERS, default="self_backtrack")
     args.add_argument("--b", type=number(int, 0), default=1, help="how often to step back")
     args.add_argument("--n", type=number(int, 1), default=32, help="samples a state; beams")
-    args.add_argument("--temperature", type=number(float, 0.001), help="1.5 for a small vocabulary, else the paper's 0.7")
-    args.add_argument("--independent", action="store_true", help="samples that are not spread evenly; the paper's")
+    args.add_argument("--temperature", type=number(float, 0.001), default=1.5, help="the paper's: 0.7")
+    args.add_argument("--min_p", type=number(float, 0), default=0.02, help="drops tokens rarer than that; the paper's: 0")
+    args.add_argument("--independent", action="store_true", help="samples that are not spread evenly: the paper's")
     args.add_argument("--limit", type=number(int, 1), help="states in a frontier; int(sqrt(n)) by default")
     args.add_argument("--seed", type=number(int, 0), default=0)
     args.add_argument("--batch_size", type=number(int, 1), help="states expanded together; by itself what 8 GiB hold, to 128")
@@ -378,12 +380,14 @@ def main() -> None:
     args = args.parse_args()
     if (args.numbers is None) != (args.target is None) or args.numbers and args.data:
         raise UserError("--numbers and --target go together, and --data goes without them")
+    if args.min_p > 1:
+        raise UserError(f"--min_p is a share of the best token's probability, so at most 1, not {args.min_p}")
     if args.out and (args.data is None or Path(args.out).is_dir()):
         raise UserError("--out wants a file, and --data beside it")
     device, rank, _ = start()
     tok, record = Tokenizer.from_pretrained(args.ckpt), load_record(args.ckpt)
     model = Llama.from_pretrained(args.ckpt, device, DTYPES.get(args.dtype) or best_dtype(device)).eval()
-    flags = "b", "n", "temperature", "independent", "limit", "seed", "batch_size", "max_new"
+    flags = "b", "n", "temperature", "min_p", "independent", "limit", "seed", "batch_size", "max_new"
     search = {flag: getattr(args, flag) for flag in flags}
     if args.data is None and rank == 0:
         problem = {"nums": args.numbers, "target": args.target} if args.numbers else EXAMPLE

@@ -32,6 +32,7 @@ from search import SHIPPED, decode  # noqa: E402
 from train import Batches, fit  # noqa: E402
 
 TEMPERATURE = 0.7                                                             # the paper's
+PLAIN = {"temperature": TEMPERATURE, "min_p": 0.0, "independent": True}       # samples as the peer draws them
 
 
 def clock(work) -> tuple[float, object]:
@@ -124,7 +125,7 @@ def search_part(model: Llama, tok: Tokenizer, problems: list[dict], max_new: int
     few = problems[:args.peer_problems]
 
     def ours(b: int):
-        return list(decode(model, tok, problems, range(len(problems)), "self_backtrack", b, args.n, TEMPERATURE, True, max_new))
+        return list(decode(model, tok, problems, range(len(problems)), "self_backtrack", b, args.n, max_new=max_new, **PLAIN))
 
     tokens, counts = {}, {}
     for b in (0, 1):
@@ -158,7 +159,7 @@ def growth_part(model: Llama, tok: Tokenizer, draw, args) -> None:
 
     def work(num: int, n: int):
         def run() -> None:
-            for _ in decode(model, tok, problems[:num], range(num), "self_backtrack", 1, n, TEMPERATURE, True):
+            for _ in decode(model, tok, problems[:num], range(num), "self_backtrack", 1, n, **PLAIN):
                 pass
         return run
 

@@ -130,6 +130,7 @@ def test_search_without_arguments_shows_a_tree_and_a_table():
 @pytest.mark.parametrize("args,complaint", [
     ("--n 0", "--n: 0 is not at least 1"), ("--b -1", "--b: -1 is not at least 0"),
     ("--n x", "--n: invalid whole number value: 'x'"), ("--decoder x", "invalid choice: 'x'"),
+    ("--min_p 2", "at most 1, not 2"),
     ("--temperature 0", "--temperature: 0 is not at least 0.001"), ("--temperature -1", "not at least 0.001"),
     ("--temperature nan", "not at least"), ("--temperature inf", "too large"), ("--seed 99999999999999999999", "too large"),
     ("--numbers 3 0 --target 9", "--numbers: 0 is not at least 1"), ("--numbers 3 -4 --target 9", "-4 is not at least 1"),

@@ -105,10 +105,13 @@ def test_keyed_numbers():
 def test_a_token_is_drawn_by_inverting_the_cumulative_distribution():
     logits = torch.tensor([[0.5, 0.0, 0.3, 0.2], [0.0, 0.0, 1.0, 0.0]]).log()
     row, u = torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([0.0, 0.49, 0.51, 0.81, 0.0, 0.999999])
-    token, logp, rest = search.draw(logits, row, u, torch.zeros(6), 1.0)
+    token, logp, rest = search.draw(logits, row, u, torch.zeros(6), 1.0, 0.0)
     assert token.tolist() == [0, 0, 2, 3, 2, 2]
     torch.testing.assert_close(logp.exp(), torch.tensor([0.5, 0.5, 0.3, 0.2, 1.0, 1.0]))
     torch.testing.assert_close(rest, torch.tensor([0.0, 0.98, 1 / 30, 0.05, 0.0, 0.999999]), atol=1e-5, rtol=0)
+    token, logp, _ = search.draw(logits, row, u, torch.zeros(6), 2.0, 0.5)                # of 0.5 and 0.3, at temperature 2
+    assert token.tolist() == [0, 0, 0, 2, 2, 2]                           # the first ends at 0.56 now
+    torch.testing.assert_close(logp.exp(), torch.tensor([0.5, 0.5, 0.5, 0.3, 1.0, 1.0]))  # as at temperature 1, of all tokens
 
 
 def test_a_code_is_never_spent():
@@ -117,7 +120,7 @@ def test_a_code_is_never_spent():
     code, before = search.uniform(torch.arange(size)), torch.zeros(size, dtype=torch.int64)
     for step in range(60):
         fresh = search.uniform(search.mix(torch.arange(size), step))
-        token, _, code = search.draw(logits, torch.zeros(size, dtype=torch.int64), code, fresh, 1.0)
+        token, _, code = search.draw(logits, torch.zeros(size, dtype=torch.int64), code, fresh, 1.0, 0.0)
         pairs, before = torch.bincount(before * 7 + token, minlength=49).view(7, 7), token
         if step:
             expected = size * logits[0].exp()[:, None] * logits[0].exp()
@@ -126,24 +129,29 @@ def test_a_code_is_never_spent():
             assert chi < 50, step
 
 
-def test_samples_are_spread_evenly(model):
+@pytest.mark.parametrize("min_p", [0.0, 0.05])
+def test_samples_are_spread_evenly(model, min_p):
     """Of n samples every path of probability p, whatever its length, is taken floor(n * p) or ceil(n * p) times."""
-    n, temperature, counts = 3000, 0.9, Counter()
-    [samples] = decode(model, TOK, [ROWS[0]], [4], b=0, n=n, temperature=temperature, max_new=4)
+    n, counts, settings = 3000, Counter(), {"temperature": 0.9, "min_p": min_p, "max_new": 4}
+    [samples] = decode(model, TOK, [ROWS[0]], [4], b=0, n=n, **settings)
     counts.update(sample.tokens[:d] for sample in samples for d in range(1, len(sample.tokens) + 1))
     prompt, chance = TOK.prompts([ROWS[0]])[0], {(): 1.0}
     for path in sorted(counts, key=len):
-        following = (logits_of(model, prompt + list(path[:-1])) / temperature).softmax(-1)
+        logits = logits_of(model, prompt + list(path[:-1]))
+        chances = logits.softmax(-1)
+        following = (logits / 0.9).softmax(-1) * (chances >= min_p * chances.max())
+        following /= following.sum()
         chance[path] = chance[path[:-1]] * float(following[path[-1]])
     assert len(counts) > 300 and max(abs(counts[path] - n * chance[path]) for path in counts) < 1.01
-    [independent] = decode(model, TOK, [ROWS[0]], [4], b=0, n=n, temperature=temperature, max_new=4, independent=True)
+    [independent] = decode(model, TOK, [ROWS[0]], [4], b=0, n=n, independent=True, **settings)
     assert len({sample.tokens for sample in independent}) < len({sample.tokens for sample in samples})
 
 
 def test_sampling_follows_the_model(model):
     """First tokens of 20,000 samples against the softmax at the temperature."""
     problem = ROWS[0]
-    samples = decode(model, TOK, [problem], [0], "best_of_n", n=20_000, temperature=0.7, max_new=1, independent=True)[0]
+    plain = {"temperature": 0.7, "min_p": 0, "independent": True}
+    samples = decode(model, TOK, [problem], [0], "best_of_n", n=20_000, max_new=1, **plain)[0]
     with torch.no_grad():
         expected = (model(torch.tensor(TOK.prompts([problem])))[0, -1] / 0.7).softmax(-1)
     counts = torch.bincount(torch.tensor([s.tokens[0] for s in samples]), minlength=TOK.vocab_size)
@@ -160,7 +168,7 @@ def same(samples: list[Sample], expected: list[tuple]):
 
 @pytest.mark.parametrize("b,n,limit", [(0, 6, None), (1, 9, None), (3, 4, None), (2, 6, 1), (2, 8, 8)])
 def test_self_backtracking_equals_the_plain_version(model, b, n, limit):
-    search = {"b": b, "n": n, "temperature": 0.8, "limit": limit, "seed": 3, "max_new": 18, "independent": True}
+    search = {"b": b, "n": n, "temperature": 0.8, "limit": limit, "seed": 3, "max_new": 18, "min_p": 0, "independent": True}
     found = decode(model, TOK, ROWS, range(10, 18), **search)
     compared = branched = ended = 0
     for problem, key, samples in zip(ROWS, range(10, 18), found):
