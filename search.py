@@ -23,6 +23,7 @@ from model import DTYPES, Arguments, KVCache, Llama, UserError, best_dtype, cli,
 
 SHIPPED = Path(__file__).parent / "assets" / "checkpoint"
 EXAMPLE = {"nums": [1, 27, 49, 3], "target": 63}      # never trained on; the shipped model solves it by stepping back
+PAPER = {"temperature": 0.7, "min_p": 0.0, "paper": True}
 CACHE_BYTES = 2 ** 33
 DECODERS = ("greedy", "beam", "best_of_n", "majority", "self_backtrack")
 
@@ -69,11 +70,14 @@ class Sample(NamedTuple):
     state: int
     round: int
     end: str                          # GOAL, BACKTRACK, or "" where the length limit cut it off or it ended elsewhere
+    score: float
 
-    @property
-    def score(self) -> float:
-        """Mean log-probability of all tokens, end-of-text included: the paper's measure, no verifier in it."""
-        return sum(self.logps) / len(self.logps)
+def rate(tokens: tuple[int, ...], logps: tuple[float, ...], tok: Tokenizer, paper: bool) -> float:
+    """The score of a response: the mean log-probability of its tokens, end-of-text included, as in the paper, and no verifier
+    in it. Ours adds the log-probability of the last line: where `Goal Reached!` stands the model could have said `<backtrack>`,
+    and this is how sure it is of the last step."""
+    last = next((i for i in range(len(tokens), 0, -1) if tok.ends_line[tokens[i - 1]]), 0)           # where that line begins
+    return sum(logps) / len(logps) + (0.0 if paper else sum(logps[last:]))
 
 def prefill(model: Llama, texts: list[list[int]], source: KVCache | None = None, rows: list[int] = ()):
     """A cache with a row for each of texts, lists of tokens, and the logits after each, (P, V). Prompts run through the model;
@@ -217,7 +221,7 @@ def roll_back(tokens: tuple[int, ...], tok: Tokenizer) -> tuple[int, ...]:
 
 @torch.inference_mode()
 def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: list[int], b: int, n: int, temperature: float,
-                   min_p: float, independent: bool, max_new: int, limit: int | None = None, seed: int = 0,
+                   min_p: float, paper: bool, max_new: int, limit: int | None = None, seed: int = 0,
                    batch_size: int | None = None) -> Iterator[tuple[int, list[Sample]]]:
     """(i, every sample of the search) of problem i {nums, target}, when it is done; seed and keys[i] key its random numbers.
     A frontier holds at most `limit` states, by default int(sqrt(n)) as in the reference's first version. The prompt counts as
@@ -225,7 +229,7 @@ def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: lis
     `batch_size` states are expanded at a time, with n rows each at most, by default as many as CACHE_BYTES hold for sure, up to
     128; parked rows, to branch from, come on top."""
     prompts, limit = tok.prompts(problems), limit or math.isqrt(n)
-    engine = Engine(model, tok, n, temperature, min_p, independent, max(map(len, prompts), default=0), max_new)
+    engine = Engine(model, tok, n, temperature, min_p, paper, max(map(len, prompts), default=0), max_new)
     batch_size = batch_size or min(128, max(1, CACHE_BYTES // engine.cache.kv.nbytes))      # a new cache has n rows
     frontier = {p: [State(p, 0, 0)] for p in range(len(problems))}
     fresh, branches = deque(state for [state] in frontier.values()), deque()
@@ -248,7 +252,8 @@ def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: lis
                     if tokens not in made:
                         goal = tokens[-1] == tok.eos and tok.decode(tokens).split("\n")[-1] == GOAL
                         end = GOAL if goal else BACKTRACK if tokens[-1] == tok.backtrack else ""
-                        made[tokens] = Sample(tokens, logps, len(state.tokens), state.round, end)
+                        score = rate(tokens, logps, tok, paper)
+                        made[tokens] = Sample(tokens, logps, len(state.tokens), state.round, end, score)
                     found[p].append(made[tokens])
                     rows.add(row)
                     if tokens[-1] == tok.backtrack and state.round < b and len(following) < limit:
@@ -264,12 +269,12 @@ def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: lis
 
 # ---- Decoders, selection, evaluation -------------------------------------------------------------------------------------
 def decode(model: Llama, tok: Tokenizer, problems: list[dict], keys: list[int], decoder: str = "self_backtrack", b: int = 1,
-           n: int = 32, temperature: float = 1.5, min_p: float = 0.02, independent=False, max_new=64, **other) -> Iterator:
+           n: int = 32, temperature: float = 1.5, min_p: float = 0.02, paper=False, max_new: int = 64, **other) -> Iterator:
     """(i, samples) of each problem, when it is done, by one of DECODERS. The others are self-backtracking that never steps back
     (b = 0): best of n; beam search, which keeps the n most probable beams in place of samples; greedy, with one beam."""
     n, temperature = {"greedy": (1, None), "beam": (n, None)}.get(decoder, (n, temperature))
-    return self_backtrack(model, tok, problems, keys, b * (decoder == "self_backtrack"), n, temperature, min_p, independent,
-                          max_new, **other)
+    return self_backtrack(model, tok, problems, keys, b * (decoder == "self_backtrack"), n, temperature, min_p, paper, max_new,
+                          **other)
 
 def select(samples: list[Sample], decoder: str) -> Sample | None:
     """The answer among the samples that reached the goal: the best score; for `majority` the most votes, then the score."""
@@ -368,15 +373,16 @@ def main() -> None:
     args.add_argument("--decoder", choices=DECODERS, default="self_backtrack")
     args.add_argument("--b", type=number(int, 0), default=1, help="how often to step back")
     args.add_argument("--n", type=number(int, 1), default=32, help="samples a state; beams")
-    args.add_argument("--temperature", type=number(float, 0.001), default=1.5, help="the paper's: 0.7")
-    args.add_argument("--min_p", type=number(float, 0), default=0.02, help="drops tokens rarer than that; the paper's: 0")
-    args.add_argument("--independent", action="store_true", help="samples that are not spread evenly: the paper's")
+    args.add_argument("--temperature", type=number(float, 0.001), default=1.5)
+    args.add_argument("--min_p", type=number(float, 0), default=0.02, help="samples leave out tokens that much rarer")
+    args.add_argument("--paper", action="store_true", help="independent samples, the mean as score; temperature 0.7, min_p 0")
     args.add_argument("--limit", type=number(int, 1), help="states in a frontier; int(sqrt(n)) by default")
     args.add_argument("--seed", type=number(int, 0), default=0)
     args.add_argument("--batch_size", type=number(int, 1), help="states expanded together; by itself what 8 GiB hold, to 128")
     args.add_argument("--max_new_tokens", dest="max_new", type=number(int, 1), default=64, help="of a whole response")
     args.add_argument("--dtype", choices=DTYPES, help="the best of the device by itself")
     args.add_argument("--out", help="write one JSON line a problem to this file")
+    args.set_defaults(**(PAPER if "--paper" in sys.argv else {}))
     args = args.parse_args()
     if (args.numbers is None) != (args.target is None) or args.numbers and args.data:
         raise UserError("--numbers and --target go together, and --data goes without them")
@@ -387,7 +393,7 @@ def main() -> None:
     device, rank, _ = start()
     tok, record = Tokenizer.from_pretrained(args.ckpt), load_record(args.ckpt)
     model = Llama.from_pretrained(args.ckpt, device, DTYPES.get(args.dtype) or best_dtype(device)).eval()
-    flags = "b", "n", "temperature", "min_p", "independent", "limit", "seed", "batch_size", "max_new"
+    flags = "b", "n", "temperature", "min_p", "paper", "limit", "seed", "batch_size", "max_new"
     search = {flag: getattr(args, flag) for flag in flags}
     if args.data is None and rank == 0:
         problem = {"nums": args.numbers, "target": args.target} if args.numbers else EXAMPLE

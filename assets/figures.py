@@ -25,7 +25,7 @@ def searches(ax, lines: list[dict], split: str) -> None:
     for b, colour in COLOURS.items():
         decoder = "self_backtrack" if b else "best_of_n"
         points = [line for line in lines if line["decoder"] == decoder and line.get("b", 0) == b
-                  and line["split"] == split and "temperature" not in line]
+                  and line["split"] == split and "paper" not in line]
         for key, style in (("selected", "o-"), ("verified", "o--")):
             ax.plot([p["tokens"] for p in points], [p[key] for p in points], style, color=colour, markersize=4,
                     label=f"b = {b}, {key}")

@@ -22,9 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 from data import BACKTRACK, GOAL, SPLITS, Tokenizer, calculate, load_record, load_rows, solvable  # noqa: E402
 from model import Arguments, Llama, best_dtype, cli, number, replacing, start  # noqa: E402
-from search import SHIPPED, decode, gather, judge  # noqa: E402
+from search import PAPER, SHIPPED, decode, gather, judge  # noqa: E402
 
-PAPER = {"temperature": 0.7, "min_p": 0.0, "independent": True}
 LINES = [("greedy", {}), ("beam", {"n": 32}),
          *(("best_of_n", {"n": n, **PAPER}) for n in (8, 16, 32)),
          *(("self_backtrack", {"b": 1, "n": n, **PAPER}) for n in (8, 32)),

@@ -32,7 +32,7 @@ from search import SHIPPED, decode  # noqa: E402
 from train import Batches, fit  # noqa: E402
 
 TEMPERATURE = 0.7                                                             # the paper's
-PLAIN = {"temperature": TEMPERATURE, "min_p": 0.0, "independent": True}       # samples as the peer draws them
+PLAIN = {"temperature": TEMPERATURE, "min_p": 0.0, "paper": True}       # samples as the peer draws them
 
 
 def clock(work) -> tuple[float, object]:

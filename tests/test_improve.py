@@ -14,7 +14,7 @@ def answer_to(row: dict, *responses: str) -> dict:
     samples = []
     for i, text in enumerate(responses):
         tokens = (*TOK.tok.encode(text).ids, TOK.eos)
-        samples.append(Sample(tokens, (-0.1 * (i + 1),) * len(tokens), 0, 0, GOAL))
+        samples.append(Sample(tokens, (), 0, 0, GOAL, -i))
     return judge(TOK, row, samples, "self_backtrack")
 
 

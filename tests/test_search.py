@@ -143,14 +143,14 @@ def test_samples_are_spread_evenly(model, min_p):
         following /= following.sum()
         chance[path] = chance[path[:-1]] * float(following[path[-1]])
     assert len(counts) > 300 and max(abs(counts[path] - n * chance[path]) for path in counts) < 1.01
-    [independent] = decode(model, TOK, [ROWS[0]], [4], b=0, n=n, independent=True, **settings)
+    [independent] = decode(model, TOK, [ROWS[0]], [4], b=0, n=n, paper=True, **settings)
     assert len({sample.tokens for sample in independent}) < len({sample.tokens for sample in samples})
 
 
 def test_sampling_follows_the_model(model):
     """First tokens of 20,000 samples against the softmax at the temperature."""
     problem = ROWS[0]
-    plain = {"temperature": 0.7, "min_p": 0, "independent": True}
+    plain = {"temperature": 0.7, "min_p": 0, "paper": True}
     samples = decode(model, TOK, [problem], [0], "best_of_n", n=20_000, max_new=1, **plain)[0]
     with torch.no_grad():
         expected = (model(torch.tensor(TOK.prompts([problem])))[0, -1] / 0.7).softmax(-1)
@@ -168,7 +168,7 @@ def same(samples: list[Sample], expected: list[tuple]):
 
 @pytest.mark.parametrize("b,n,limit", [(0, 6, None), (1, 9, None), (3, 4, None), (2, 6, 1), (2, 8, 8)])
 def test_self_backtracking_equals_the_plain_version(model, b, n, limit):
-    search = {"b": b, "n": n, "temperature": 0.8, "limit": limit, "seed": 3, "max_new": 18, "min_p": 0, "independent": True}
+    search = {"b": b, "n": n, "temperature": 0.8, "limit": limit, "seed": 3, "max_new": 18, "min_p": 0, "paper": True}
     found = decode(model, TOK, ROWS, range(10, 18), **search)
     compared = branched = ended = 0
     for problem, key, samples in zip(ROWS, range(10, 18), found):
@@ -198,18 +198,18 @@ def test_greedy_equals_transformers(model, tmp_path):
         assert sample.tokens == tuple(expected.tolist())
 
 
-@pytest.mark.parametrize("independent", [True, False])
-def test_samples_depend_on_their_keys_alone(model, independent):
+@pytest.mark.parametrize("paper", [True, False])
+def test_samples_depend_on_their_keys_alone(model, paper):
     """Whatever the batch, the offset, the order and, if independent, n: problem 13's third sample is always the same."""
     model = copy.deepcopy(model).double()                              # so that no rounding moves a boundary across a uniform
-    problems, settings = ROWS * 3, dict(b=2, n=9, seed=1, max_new=18, independent=independent)
+    problems, settings = ROWS * 3, dict(b=2, n=9, seed=1, max_new=18, paper=paper)
     whole = decode(model, TOK, problems, range(24), **settings)
     assert whole[0] != whole[8]           # the same problem under another key differs
     for at in (0, 7, 13, 23):
         alone = decode(model, TOK, [problems[at]], [at], **settings)[0]
         assert [s.tokens for s in alone] == [s.tokens for s in whole[at]]
-    if independent:
-        few = decode(model, TOK, problems[:5], range(5), b=0, n=4, seed=1, max_new=18, independent=True)
+    if paper:
+        few = decode(model, TOK, problems[:5], range(5), b=0, n=4, seed=1, max_new=18, paper=True)
         assert all([s.tokens for s in a] == [s.tokens for s in b[:4]] for a, b in zip(few, whole))
     rows = [evaluate(model, TOK, problems[offset:], "self_backtrack", offset, batch_size=size, **settings)
             for offset, size in ((0, 24), (0, 5), (6, 7))]
@@ -286,18 +286,27 @@ def test_rolling_back_drops_the_last_action(text, state):
 
 def test_selection():
     def sample(text, score, end=GOAL):
-        return Sample((*ids(text), TOK.eos), (score,), 0, 0, end)
+        return Sample((*ids(text), TOK.eos), (), 0, 0, end, score)
 
     a, b, c = sample("1", -0.5), sample("2", -0.1), sample("3", -0.05, BACKTRACK)
     assert select([a, a, b, c], "self_backtrack") is b and select([a, a, b, c], "majority") == a
     assert select([a, b], "majority") is b and select([c], "best_of_n") is None
 
 
+@pytest.mark.parametrize("text", ["3+5=8\nGoal Reached!", "3+5=8\n1+", "3+5"])
+def test_the_score_is_the_mean_and_the_last_line(text):
+    tokens = (*ids(text), TOK.eos)
+    logps = tuple(-0.1 * (i + 1) for i in range(len(tokens)))
+    last = len(ids(text.split("\n")[-1])) + 1                             # tokens of the last line, end-of-text included
+    assert search.rate(tokens, logps, TOK, paper=True) == pytest.approx(sum(logps) / len(tokens))
+    assert search.rate(tokens, logps, TOK, paper=False) == pytest.approx(sum(logps) / len(tokens) + sum(logps[-last:]))
+
+
 def test_judging():
     tokens = (*ids("3+5=8\nGoal Reached!"), TOK.eos)
     false = (*ids("5+3=9\nGoal Reached!"), TOK.eos)
     problem = {"nums": [3, 5], "target": 8}
-    right, wrong = Sample(tokens, (-1.0,) * len(tokens), 0, 0, GOAL), Sample(false, (-0.5,) * len(false), 3, 1, GOAL)
+    right, wrong = Sample(tokens, (), 0, 0, GOAL, -1.0), Sample(false, (), 3, 1, GOAL, -0.5)
     row = search.judge(TOK, problem, [right, wrong], "self_backtrack")
     assert (row["correct"], row["verified"], row["response"]) == (False, True, "5+3=9\nGoal Reached!")
     assert "false, it is 8" in row["reason"] and row["tokens"] == 2 * len(tokens) - 3
