@@ -224,8 +224,8 @@ def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: lis
                    min_p: float, paper: bool, max_new: int, limit: int | None = None, seed: int = 0,
                    batch_size: int | None = None) -> Iterator[tuple[int, list[Sample]]]:
     """(i, every sample of the search) of problem i {nums, target}, when it is done; seed and keys[i] key its random numbers.
-    A frontier holds at most `limit` states, by default int(sqrt(n)) as in the reference's first version. The prompt counts as
-    visited: stepping back from the first action opens no branch, for n samples of the prompt are there already. At most
+    A frontier holds at most `limit` states, by default int(sqrt(n)) as in the reference's first version. Stepping back from the
+    first action leads to the prompt, which may be sampled once more; for the `paper`, it has been visited already. At most
     `batch_size` states are expanded at a time, with n rows each at most, by default as many as CACHE_BYTES hold for sure, up to
     128; parked rows, to branch from, come on top."""
     prompts, limit = tok.prompts(problems), limit or math.isqrt(n)
@@ -233,7 +233,7 @@ def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: lis
     batch_size = batch_size or min(128, max(1, CACHE_BYTES // engine.cache.kv.nbytes))      # a new cache has n rows
     frontier = {p: [State(p, 0, 0)] for p in range(len(problems))}
     fresh, branches = deque(state for [state] in frontier.values()), deque()
-    visited, found, done = defaultdict(lambda: {()}), defaultdict(list), {}
+    visited, found, done = defaultdict(lambda: {()} if paper else set()), defaultdict(list), {}
     while fresh or branches or engine.flying:
         for queue, parked in ((branches, engine.parked), (fresh, None)):       # branches first: they hold parked rows
             if queue and len(engine.flying) <= batch_size * 3 // 4:            # in groups, not one by one
@@ -344,7 +344,7 @@ def draw_tree(tok: Tokenizer, problem: dict, samples: list[Sample], answer: Samp
             note = f"goal {sample.score:.3f}, {'right' if right else why.split(': ')[-1]}"
             note, colour = note + " <= chosen" * (sample.tokens == answer.tokens), 32 if right else 31
         ends[path][note, colour] += 1
-        if sample.state:
+        if sample.round:
             state = tuple(tok.decode(sample.tokens[:sample.state]).split("\n")[:-1])
             ends[state][f"round {sample.round + 1} from here", 36] += 1
     def walk(path: tuple[str, ...], indent: str):
@@ -359,7 +359,8 @@ def draw_tree(tok: Tokenizer, problem: dict, samples: list[Sample], answer: Samp
             yield f"{indent}└─ {len(children) - width} more, x{sum(through[c] for c in children[width:])}"
 
     nobody = "" if answer else "  (no sample reached the goal)"
-    head = f"numbers {problem['nums']}  target {problem['target']}{nobody}\n{'action':30}samples"
+    again = "".join(f"  ({note} x{count})" for (note, _), count in ends[()].items())               # the prompt, sampled again
+    head = f"numbers {problem['nums']}  target {problem['target']}{nobody}{again}\n{'action':30}samples"
     return "\n".join([head, *walk((), "")])
 
 def main() -> None:

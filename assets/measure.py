@@ -1,6 +1,6 @@
 """Measure every decoder on one checkpoint: the tables of the README and what figures.py draws, as JSON lines.
 
-    torchrun --nproc_per_node=2 -- assets/measure.py --num 1000         the shipped model; each process takes a split
+    torchrun --nproc_per_node=2 -- assets/measure.py              the shipped model; each process takes a split
 
 A line has the decoder and its flags, accuracy (selected, verified), sampled tokens a problem and seconds; one also has, for
 every kind of mistake (paper, section 4.1), how many samples made it first and how many of these said `<backtrack>` right after.
@@ -29,7 +29,6 @@ LINES = [("greedy", {}), ("beam", {"n": 32}),
          *(("self_backtrack", {"b": 1, "n": n, **PAPER}) for n in (8, 32)),
          *(("best_of_n", {"n": n}) for n in (8, 16, 32, 128)),
          *(("self_backtrack", {"b": b, "n": n}) for b, n in ((1, 8), (1, 32), (1, 128), (3, 8), (3, 32), (7, 32)))]
-HEAVY = 80                  # lines of more samples than this, n * (b + 1), and beams are measured on half of the problems
 LOOKED_INTO = ("best_of_n", {"n": 32})                                       # the line whose samples' mistakes are counted
 
 
@@ -69,9 +68,7 @@ def main() -> None:
     model = Llama.from_pretrained(args.ckpt, device, best_dtype(device)).eval()
     lines, todo = [], list(product(LINES, SPLITS[1:]))
     for (decoder, flags), split in tqdm(todo[rank::world], unit=" lines", disable=rank > 0):
-        heavy = decoder == "beam" or flags.get("n", 1) * (flags.get("b", 0) + 1) > HEAVY
-        problems, begin = load_rows(split, record, -(-args.num // 2) if heavy else args.num), time.perf_counter()
-        rows, first = [], Counter()
+        problems, begin, rows, first = load_rows(split, record, args.num), time.perf_counter(), [], Counter()
         for i, samples in decode(model, tok, problems, range(len(problems)), decoder, **flags):
             rows.append(judge(tok, problems[i], samples, decoder))
             for tokens, times in Counter(s.tokens for s in samples).items() if (decoder, flags) == LOOKED_INTO else ():

@@ -233,7 +233,7 @@ def test_no_token_of_a_prefix_is_computed_twice(model, monkeypatch):
     expected = sum(map(len, TOK.prompts(ROWS)))
     for samples in found:
         states = {(s.round, s.tokens[:s.state]) for s in samples}
-        expected += sum(1 for _, state in states if state)
+        expected += sum(1 for round, _ in states if round)
         for round, state in states:                                  # below a state, each different prefix is fed once
             mine = [s.tokens for s in samples if s.round == round and s.tokens[:s.state] == state]
             expected += len({t[:i] for t in mine for i in range(len(state) + 1, len(t))})
