@@ -1,8 +1,9 @@
 """Countdown problems, solutions, mistakes and tokens. Read after model.py, before search.py.
 
 A model learns from two kinds of rows (paper, section 4.1). D_op: a problem and one solution of it. D_back: a problem, the
-beginning of a solution, one wrong action and `<backtrack>`. This file draws the problems, finds every solution of each by
-enumerating all programs as arrays, makes the mistakes, proves each to be one, and turns rows into tokens with labels.
+beginning of a solution, one wrong action (or a whole wrong path) and `<backtrack>`. This file draws the problems, finds every
+solution of each by enumerating all programs as arrays, makes the mistakes, proves each to be one, and turns rows into tokens
+with labels.
 """
 import itertools, json, re
 from collections import namedtuple
@@ -112,8 +113,8 @@ def draw_problems(rng: np.random.Generator, split: str, k: int, num: int, held_o
     return found[:num, :-1], found[:num, -1]
 
 # ---- Mistakes: the wrong actions of D_back (paper, section 4.1) ----------------------------------------------------------
-# Each maker sees `step` (its arrays: (rows, ...)), the step that follows the beginning of a solution, `reach` (rows, C),
-# target (rows,) and `used` (rows, u), the numbers used up before. It returns a, choice, b, result and found, each (rows,).
+# Each but `false_goal` sees `step` (its arrays: (rows, ...)), the step that follows the beginning of a solution, `reach`
+# (rows, C), target (rows,) and `used` (rows, u), the numbers used up before. It returns a, choice, b, result, found, all (rows,).
 def pick(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
     """A random true place in each row of mask (rows, C); place 0 in a row without one."""
     return (rng.random(mask.shape, np.float32) * mask).argmax(-1)
@@ -126,8 +127,8 @@ def exploratory(rng, step, reach, target, used):
     return a, choice, b, result, wrong.any(-1)
 
 def computational(rng, step, reach, target, used):
-    """A legal step whose result is off by 1 to 9 or 10 to 90, or a division that is not exact, the commonest lie of small
-    models, rounded down or off, too. A last step mostly claims the target."""
+    """A legal step whose result is off by 1 to 9 or 10 to 90; or, half the time, a division that is not exact (the commonest
+    lie of small models), its quotient rounded down or off likewise. A last step mostly claims the target."""
     rows = np.arange(len(target))
     inexact = ~step.legal & (step.b > 0).repeat(4, -1)
     divide = inexact.any(-1) & (rng.random(len(rows)) < 0.5)
@@ -161,23 +162,23 @@ def false_goal(rng, steps, target):
     rows, last = np.arange(len(target)), steps[-1]
     a, b, legal = last.a[..., 0], last.b[..., 0], last.legal[..., 0]          # (rows, C_1, ..., C_k-2): every history's end
     t = target.reshape(-1, *[1] * (a.ndim - 1))
-    near = legal & (b > 1) & (a % np.maximum(b, 1) != 0) & (a < 2 * b * t) & (b * t < 2 * a)
+    near = legal & (a % np.maximum(b, 1) != 0) & (a < 2 * b * t) & (b * t < 2 * a)
     near = near.reshape(len(rows), np.prod(a.shape[1:], dtype=int))
     path = np.unravel_index(pick(rng, near), a.shape[1:]) if a.ndim > 1 else ()
-    texts = []
-    for j, step in enumerate(steps[:-1]):
+    path, texts = (*path, np.full(len(rows), OPS.index("/"))), []
+    for j, step in enumerate(steps):
         x, y, result = chosen(step, (rows, *path[:j]), path[j])
-        texts.append(write_actions(x, path[j], y, result))
-    lies = write_actions(a[rows, *path], np.full(len(rows), OPS.index("/")), b[rows, *path], target)
-    return list(zip(*texts, lies)), near.any(-1)
+        texts.append(write_actions(x, path[j], y, target if step is last else result))
+    return list(zip(*texts)), near.any(-1)
 
 MISTAKES = {exploratory: 0.35, computational: 0.35, rule_violation: 0.1, false_goal: 0.2}       # shares of D_back
 KINDS = [make.__name__ for make in MISTAKES]
 BACK = 0.5                                                                    # share of D_back in all rows, at most
 
 def make_rows(rng: np.random.Generator, nums: np.ndarray, target: np.ndarray, kinds: Sequence[str] = KINDS) -> list[dict]:
-    """A row {nums, target, search_path} for each of nums (problems, k), target (problems,), all solvable: D_op or D_back.
-    What would be a mistake of another kind than `kinds` stays in D_op; without any, all rows do."""
+    """A row {nums, target, search_path, wrong} for each of nums (problems, k), target (problems,), all solvable, of D_op or of
+    D_back; `wrong` is the number of actions before `<backtrack>` that are wrong. What would be a mistake of another kind than
+    `kinds` stays in D_op; without any, all rows do."""
     steps, rows = programs(nums)[0], np.arange(len(nums))
     reach = reachable(steps, target)
     path = simplest(steps, reach[-1])
@@ -238,8 +239,8 @@ def read_rows(path: Path, columns: Sequence[str] = tuple(COLUMNS)) -> list[dict]
     except (OSError, ValueError) as error:
         raise UserError(f"{where if isinstance(error, json.JSONDecodeError) else path} cannot be read: {error}") from None
     for i, row in enumerate(rows or [None], 1):                               # a file without rows is complained of, too
-        if isinstance(row, dict) and type(row.get("wrong", 1)) is not int:
-            raise UserError(f"{path}: row {i}: wrong must be a whole number, not {row['wrong']!r}")
+        if isinstance(row, dict) and (type(wrong := row.get("wrong", 1)) is not int or wrong < 0):
+            raise UserError(f"{path}: row {i}: wrong must be a whole number, at least 0, not {row['wrong']!r}")
         for column in columns:
             what, holds = COLUMNS[column]
             if not isinstance(row, dict) or column not in row:
@@ -339,17 +340,18 @@ class Tokenizer:
 
     def rows(self, rows: list[dict], mask: str = "action") -> list[tuple[list[int], list[int]]]:
         """(input_ids, labels) of each row {nums, target, search_path}, end-of-text included. Label -100 carries no loss: the
-        prompt and, before `<backtrack>`, the wrong action with its newline (section 4.1), or as many as the row says (`wrong`).
-        The model learns to step back from mistakes, never to make them. mask="choice" goes beyond the paper: where a wrong
-        action's result is right (the choice was wrong), the result is learned. Else every last step with a loss makes the
-        target, and the model comes to claim it after any. Offsets in one encoding of the whole text say which tokens have a
-        masked character."""
+        prompt and, before `<backtrack>`, the wrong action with its newline (section 4.1), or as many as `wrong` says. The model
+        learns to step back from mistakes, never to make them. mask="choice" goes beyond the paper: where a wrong action's
+        result is right (the choice was wrong), the result is learned. Else every last step with a loss makes the target, and
+        the model comes to claim it after any. Offsets in one encoding of the whole text say which tokens have a masked
+        character."""
         prompts = [prompt_text(row["nums"], row["target"]) for row in rows]
         encoded, out = self.tok.encode_batch([p + row["search_path"] for p, row in zip(prompts, rows)]), []
         for prompt, row, encoding in zip(prompts, rows, encoded):
             body, back, _ = row["search_path"].rpartition(BACKTRACK)
             hidden, at = bytearray(b"\1" * len(prompt)) + bytes(len(row["search_path"])), len(prompt) + len(body)
-            for action in reversed(re.findall(".*\n|.+", body)[-row.get("wrong", 1):]) if back and mask != "none" else ():
+            actions = re.findall(".*\n|.+", body) if back and mask != "none" else []
+            for action in reversed(actions[-(row.get("wrong") or 1):]):                       # from the end, where `at` is
                 at -= len(action)
                 step = re.fullmatch(r"([0-9]{1,9})([-+*/])([0-9]{1,9})=([0-9]{1,20})\n", action)
                 right = step and calculate(int(step[1]), step[2], int(step[3])) == int(step[4])

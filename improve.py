@@ -26,11 +26,11 @@ def own_mistakes(rows: list[dict], answers: list[dict]) -> list[dict]:
     return made
 
 def harvest(rows: list[dict], answers: list[dict]) -> list[dict]:
-    """A round's training rows: the answers that verify, the model's own mistakes and, lest it forget how to step back from
-    others, a tenth as many of D_back as of answers."""
+    """A round's training rows: the answers that verify, at most as many of the model's own mistakes and, lest it
+    forget how to step back from others, a tenth as many of D_back."""
     solved = [{**row, "search_path": answer["solution"]} for row, answer in zip(rows, answers) if answer["verified"]]
     mistakes = [row for row in rows if row["search_path"].endswith(BACKTRACK)]
-    return solved + own_mistakes(rows, answers) + mistakes[:len(solved) // 10]
+    return solved + own_mistakes(rows, answers)[:len(solved)] + mistakes[:len(solved) // 10]
 
 def main() -> None:
     args = Arguments("Expert iteration: search, verify, keep, fine-tune, repeat.")

@@ -2,7 +2,7 @@
 
 The model says `<backtrack>` when its last action was a mistake. The search of the paper's section 4.2 believes it: it samples
 n continuations of a state; each that ends in `<backtrack>` drops its last action, and what is left becomes a new state to
-branch from; after b such rounds the finished answer with the best mean log-probability wins. No verifier takes part.
+branch from; after b such rounds the finished answer with the best score (`rate`) wins. No verifier takes part.
 """
 import itertools, json, math, os, re, sys
 from collections import Counter, defaultdict, deque, namedtuple
@@ -70,7 +70,7 @@ class Sample(NamedTuple):
     state: int
     round: int
     end: str                          # GOAL, BACKTRACK, or "" where the length limit cut it off or it ended elsewhere
-    score: float
+    score: float                      # by `rate`
 
 def rate(tokens: tuple[int, ...], logps: tuple[float, ...], tok: Tokenizer, paper: bool) -> float:
     """The score of a response: the mean log-probability of its tokens, end-of-text included, as in the paper, and no verifier
@@ -95,7 +95,7 @@ def prefill(model: Llama, texts: list[list[int]], source: KVCache | None = None,
 
 def draw(logits: torch.Tensor, row: torch.Tensor, u: torch.Tensor, fresh: torch.Tensor, temperature: float, min_p: float):
     """A token for each sample, (S,), and its log-probability at temperature 1; sample s is on row[s] of logits (R, V).
-    Tokens less than min_p times as probable as the best one are out of the question (Nguyen et al., 2024).
+    Tokens less than min_p times as probable as the best, at temperature 1, are out of the question (Nguyen et al., 2024).
     The token is where the cumulative distribution passes the sample's uniform u (S,). How far u fell into the
     token's share is uniform again: the third result, to draw from next; `fresh` (S,), uniform, renews what rounding spent."""
     logps = logits.float().log_softmax(-1)
@@ -104,8 +104,8 @@ def draw(logits: torch.Tensor, row: torch.Tensor, u: torch.Tensor, fresh: torch.
     cumulative = share.cumsum(-1)
     u = u.clamp(max=1 - 2 ** -23) * cumulative[row, -1]        # below the last, which rounding leaves a little off 1
     token = torch.searchsorted(cumulative[row], u[:, None], right=True)[:, 0]
-    share, above = share[row, token], cumulative[row, token] - u
-    return token, logps[row, token], (1 - (above - fresh * 2 ** -22) / share) % 1
+    share, above = share[row, token].clamp(min=1e-30), cumulative[row, token] - u      # above u the share goes on for so much
+    return token, logps[row, token], (1 - (above - fresh * 2 ** -22) / share) % 1       # of u's 24 bits each token spends some
 
 def places(parent: torch.Tensor) -> torch.Tensor:
     """The rows (C,) for children of rows `parent` (C,), sorted. They fill rows 0..C-1: the first child of a row stays in its
@@ -127,8 +127,9 @@ class Engine:
     """Expands many states together: n samples of each, or the n best beams (`temperature` None), until each ends. Samples that
     are the same so far share a row of the cache, which forks where they part. States may join at any step.
     Samples are spread evenly (arithmetic sampling, Vilnis et al., 2023): each is drawn from one code, and a state's n codes are
-    1 / n apart. On average they follow the model as `independent` ones do, the paper's, which draw every token anew; but a
-    path of probability p is taken floor(n * p) or ceil(n * p) times, so that more of them differ."""
+    1 / n apart. All responses tile [0, 1) in order, those that begin with a path of probability p an interval of length p: so
+    floor(n * p) or ceil(n * p) samples take it, and more of them differ than of `independent` ones, the paper's, which draw
+    every token anew. On average both follow the model."""
     def __init__(self, model: Llama, tok: Tokenizer, n: int, temperature: float | None, min_p: float, independent: bool,
                  longest: int, max_new: int):
         self.model, self.tok, self.n, self.max_new = model, tok, n, max_new
@@ -271,7 +272,8 @@ def self_backtrack(model: Llama, tok: Tokenizer, problems: list[dict], keys: lis
 def decode(model: Llama, tok: Tokenizer, problems: list[dict], keys: list[int], decoder: str = "self_backtrack", b: int = 1,
            n: int = 32, temperature: float = 1.5, min_p: float = 0.02, paper=False, max_new: int = 64, **other) -> Iterator:
     """(i, samples) of each problem, when it is done, by one of DECODERS. The others are self-backtracking that never steps back
-    (b = 0): best of n; beam search, which keeps the n most probable beams in place of samples; greedy, with one beam."""
+    (b = 0): best of n; beam search, which keeps the n most probable beams in place of samples; greedy, with one beam.
+    Temperature and min_p are what found most on the shipped model; PAPER is the paper's rule."""
     n, temperature = {"greedy": (1, None), "beam": (n, None)}.get(decoder, (n, temperature))
     return self_backtrack(model, tok, problems, keys, b * (decoder == "self_backtrack"), n, temperature, min_p, paper, max_new,
                           **other)

@@ -21,7 +21,7 @@ from model import DTYPES, Arguments, Llama, LlamaConfig, UserError, best_dtype, 
 from search import compare, evaluate
 
 def deepen(model: Llama, layers: int) -> None:
-    """Insert layers, spread evenly, until `model` has that many. Each is a copy of the layer below that adds nothing yet, for
+    """Insert layers, spread evenly, until `model` has that many. Each new one copies the layer below and adds nothing yet, for
     its output projections are zero: the model computes what it did, and training goes on from there (Chen et al., 2016)."""
     old = model.model.layers
     source = [i * len(old) // layers for i in range(layers)]
@@ -234,14 +234,14 @@ def main() -> None:
     args.add_argument("--compile", action="store_true", help="torch.compile: starts half a minute later, then is faster")
     args.add_argument("--dtype", choices=DTYPES, help="of autocast; the best of the device by itself")
     args.add_argument("--hidden_size", type=number(int, 32), default=96, help="32 a head")
-    args.add_argument("--layers", type=number(int, 1), help="more than --ckpt has: grow it by layers that add nothing at first")
+    args.add_argument("--layers", type=number(int, 1), help="with --ckpt: grow it to so many; they add nothing at first")
     args.add_argument("--seed", type=number(int, 0), default=0)
     args.add_argument("--eval_every", type=number(int, 1), default=1200, help="steps between evaluations and checkpoints")
     args.add_argument("--num_eval", type=number(int, 1), default=200, help="problems a split in an evaluation")
     args.add_argument("--wandb", action="store_true", help="log to Weights & Biases, too, if that package is installed")
     args.set_defaults(**(PAPER if any(arg.split("=")[0] == "--ckpt" for arg in sys.argv) else SCRATCH))
     if (known := args.parse_known_args()[0]).resume:
-        args.set_defaults(**load_record(known.out).get("settings", {}))
+        args.set_defaults(**load_record(known.out).get("settings", {}) | {"layers": None})       # it has the layers it has
     args = args.parse_args()
     device, rank, world = start()
     if args.wandb:
@@ -273,6 +273,7 @@ def main() -> None:
     else:
         record, rows = load_record(args.data, "dataset"), read_split(args.data, "train")
     settings = {key: value for key, value in vars(args).items() if key not in ("ckpt", "out", "resume", "wandb")}
+    settings |= {"hidden_size": model.config.hidden_size, "layers": model.config.num_hidden_layers}
     record = {**record, "settings": settings}                                      # --resume and improve.py go on with these
     with replacing(args.out):
         pass                                                           # if it cannot be written to, say so now

@@ -48,6 +48,12 @@ def test_train_logs_saves_and_resumes(ckpt, tmp_path, capsys, monkeypatch):
     shutil.copytree(ckpt, tmp_path / "more")
     code, out, _ = run(capsys, monkeypatch, train, *TRAIN, "--resume", "--out", tmp_path / "more", "--steps", 9)
     assert code == 0 and '"step": 9' in out and '"step": 6' not in out and "self_backtrack, val_new" in out
+    code, _, err = run(capsys, monkeypatch, train, "--resume", "--out", tmp_path / "more", "--steps", 9, "--layers", 2)
+    assert code == 2 and "has 1 layers" in err
+    code, _, err = run(capsys, monkeypatch, train, *TRAIN, "--ckpt", ckpt, "--layers", 2, "--out", tmp_path / "deep")
+    assert code == 0 and json.loads((tmp_path / "deep" / "config.json").read_text())["num_hidden_layers"] == 2, err
+    settings = json.loads((tmp_path / "deep" / "record.json").read_text())["settings"]
+    assert (settings["layers"], settings["hidden_size"]) == (2, 32)                     # the model's, not the flags' defaults
     code, _, err = run(capsys, monkeypatch, train, "--resume", "--out", tmp_path / "more")
     assert code == 2 and err.count("\n") == 1 and "all of its 9 steps" in err
 
