@@ -114,7 +114,7 @@ def draw_problems(rng: np.random.Generator, split: str, k: int, num: int, held_o
 
 # ---- Mistakes: the wrong actions of D_back (paper, section 4.1) ----------------------------------------------------------
 # Each but `false_goal` sees `step` (its arrays: (rows, ...)), the step that follows the beginning of a solution, `reach`
-# (rows, C), target (rows,) and `used` (rows, u), the numbers used up before. It returns a, choice, b, result, found, all (rows,).
+# (rows, C), target (rows,) and `used` (rows, u), the numbers used up before. It returns a, choice, b, result, found: (rows,).
 def pick(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
     """A random true place in each row of mask (rows, C); place 0 in a row without one."""
     return (rng.random(mask.shape, np.float32) * mask).argmax(-1)
