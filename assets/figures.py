@@ -45,6 +45,7 @@ def mistakes(ax, lines: list[dict]) -> None:
     made, caught = zip(*([100 * x / total for x in line["first_mistake"][kind]] for kind in kinds))
     ax.bar(kinds, made, color="lightgrey", label="samples")
     ax.bar(kinds, caught, color="tab:orange", label="`<backtrack>` right after it")
+    ax.tick_params(axis="x", labelsize=8)
     ax.set(ylabel="% of samples", title="the first mistake of a sample (best of 32)")
     ax.legend(fontsize=8)
 
@@ -63,7 +64,7 @@ def rounds(ax, log: list[dict]) -> None:
     for decoder, style in (("greedy", "o-"), ("self_backtrack", "s--")):
         for split, colour in (("val", "tab:blue"), ("val_new", "tab:orange")):
             ax.plot([line["round"] for line in log], [100 * line[f"{split}_{decoder}"] for line in log], style, color=colour,
-                    markersize=4, label=f"{decoder.replace('_', '-')}, {'seen' if split == 'val' else 'new'} targets")
+                    markersize=4, label=f"{'greedy' if decoder == 'greedy' else 'search'}, {'seen' if split == 'val' else 'new'} targets")
     ax.set(xlabel="round", ylabel="% of problems", title="self-improvement", xticks=range(len(log)), ylim=(0, 100))
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
