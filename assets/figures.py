@@ -64,7 +64,7 @@ def rounds(ax, log: list[dict]) -> None:
     for decoder, style in (("greedy", "o-"), ("self_backtrack", "s--")):
         for split, colour in (("val", "tab:blue"), ("val_new", "tab:orange")):
             ax.plot([line["round"] for line in log], [100 * line[f"{split}_{decoder}"] for line in log], style, color=colour,
-                    markersize=4, label=f"{'greedy' if decoder == 'greedy' else 'search'}, {'seen' if split == 'val' else 'new'} targets")
+                    markersize=4, label=f"{decoder.replace('self_backtrack', 'search')}, {'new' if 'new' in split else 'seen'}")
     ax.set(xlabel="round", ylabel="% of problems", title="self-improvement", xticks=range(len(log)), ylim=(0, 100))
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
