@@ -250,7 +250,7 @@ for dtype in (torch.float64, torch.float32):
         fit(model, batches, 20, 1e-2, warmup=2, muon=muon, every=5, report=report)
         weights = [p.double().flatten().tolist() for p in model.parameters()]
         result[f"{{str(dtype)[6:]}} {{muon}}"] = gradients, weights, losses
-rows = evaluate(model.double(), TOK, list(generate(RECORD, "val", 9)), "self_backtrack", b=1, n=4, max_new=12)
+rows = evaluate(tiny(torch.float64), TOK, list(generate(RECORD, "val", 9)), "self_backtrack", b=1, n=4, max_new=12)
 if rank == 0:
     json.dump([result, rows], open({out!r}, "w"))
 if world > 1:
