@@ -1,16 +1,41 @@
-"""Countdown problems, solutions, mistakes and tokens. Read after model.py, before search.py.
+"""Countdown: the task, its training rows, its tokens. Read after model.py, before search.py.
 
-A model learns from two kinds of rows (paper, section 4.1). D_op: a problem and one solution of it. D_back: a problem, the
-beginning of a solution, one wrong action (or a whole wrong path) and `<backtrack>`. This file draws the problems, finds every
-solution of each by enumerating all programs as arrays, makes the mistakes, proves each to be one, and turns rows into tokens
-with labels.
+The task is to combine all the numbers, each exactly once, so that the last result is the target.
+A row is a prompt and a response. Section 4.1 of arXiv 2502.04404 has two kinds of rows: in D_op the
+response solves the problem; in D_back it begins to, takes a wrong action and says `<backtrack>`.
+
+    ###Question: numbers [2, 4, 10, 25]->target 60
+    ###Response:
+    4-2=2
+    25*2=50
+    50+10=60
+    Goal Reached!
+
+A response of each kind to this prompt, its lines side by side; [those] carry no loss:
+
+    D_op    solution         4-2=2        25*2=50      50+10=60     Goal Reached!
+            detour           [25*4=100]   100/2=50     50+10=60     Goal Reached!
+    D_back  exploratory      4-2=2        [25+10=35]   <backtrack>
+            computational    4-2=2        [25*2=52]    <backtrack>
+            rule_violation   4-2=2        [25*4=100]   <backtrack>
+            false_goal       [25*10=250]  [4+2=6]      [250/6=60]   <backtrack>
+
+So the model learns to notice mistakes and never to make them. A detour is right, but it is not the
+canonical way: unless the model sees some, it takes every unusual action for a mistake.
+
+    python data.py --num 500000 --out data/
 """
-import itertools, json, re
-from collections import namedtuple
+
+import itertools
+import json
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
@@ -19,239 +44,649 @@ from tqdm import tqdm
 
 from model import Arguments, UserError, checkpoint_folder, cli, number, read_json, replacing
 
-GOAL, BACKTRACK, EOS, PAD, OPS = "Goal Reached!", "<backtrack>", "<|end_of_text|>", "<|pad|>", "+-*/"
-MAX_NUMBER, TARGETS = 99, range(10, 101)
-HELD_OUT = (18, 21, 28, 42, 56, 81, 89, 96, 98)      # a tenth of the targets, drawn once: the *new* ones, never trained on
-REFERENCE = "yangxw/countdown-backtracking"           # the reference's dataset on the Hub
-SPLITS = ("train", "val", "val_new")                 # val: validation problems of seen targets; val_new: of new targets
+# ---- The task ------------------------------------------------------------------------------------
+
+GOAL = "Goal Reached!"
+BACKTRACK = "<backtrack>"
+EOS = "<|end_of_text|>"
+PAD = "<|pad|>"
+EFFORT = {"+": 0.0, "-": 0.0, "*": 4.0, "/": 4.0}  # of a step: see `plan_efforts`
+OPERATORS = list(EFFORT)
+
 
 def prompt_text(nums: list[int], target: int) -> str:
+    """The prompt of a problem, up to where the response begins."""
     return f"###Question: numbers {list(nums)}->target {target}\n###Response:\n"
 
-def calculate(a: int, op: str, b: int) -> int | None:
-    """a op b on whole numbers; None for a division that is not exact."""
-    return {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b and a % b == 0 else None}[op]
 
-# ---- All programs of a batch of problems, as arrays ----------------------------------------------------------------------
-Step = namedtuple("Step", "left a b result legal")
-"""Every choice of step j of every problem, as arrays with leading axes (problems, C_1, ..., C_j-1): all histories before it.
-left (..., k - j + 1): the numbers that are there. a >= b (..., pairs): the operands. result, legal (..., C_j), with
-C_j = 4 * pairs: choice c takes pair c // 4 and operation OPS[c % 4]; `legal` says that this step and all before it
-obey the rules (division exact and by no zero; nothing negative can appear, as a >= b)."""
+def calculate(a, operator: str, b):
+    """(a operator b, whether the rules allow it), for whole numbers or, elementwise, arrays of
+    them. No negative number ever appears, and a division must be exact."""
+    if operator == "+":
+        return a + b, True
+    if operator == "-":
+        return a - b, a >= b
+    if operator == "*":
+        return a * b, True
+    if operator == "/":
+        quotient, rest = divmod(a, b + (b == 0))
+        return quotient, (b != 0) & (rest == 0)
+    raise ValueError(f"no such operator: {operator}")
 
-def take_step(left: np.ndarray, legal: np.ndarray) -> Step:
-    """Every choice that the numbers left (..., m) allow, after histories that are legal (...) or not."""
-    i, j = np.triu_indices(left.shape[-1], 1)
-    a, b = np.maximum(left[..., i], left[..., j]), np.minimum(left[..., i], left[..., j])
-    quotient, rest = np.divmod(a, np.maximum(b, 1))
-    rules = np.stack([np.ones_like(a, bool)] * 3 + [(b > 0) & (rest == 0)], -1).reshape(*legal.shape, 4 * len(i))
-    return Step(left, a, b, np.stack([a + b, a - b, a * b, quotient], -1).reshape(rules.shape), legal[..., None] & rules)
+
+class Verdict(NamedTuple):
+    correct: bool
+    reason: str = ""  # why not
+    failed_step: int | None = None  # the number of the action that is wrong, from 1; else None
+
+
+def verify(nums: list[int], target: int, response: str) -> Verdict:
+    """Does the response solve the problem? Exact, on integers, and never part of the search.
+
+    Every action must be `a-b=c` (or + * /) on numbers that are there, each copy used once, with the
+    right result; all numbers must be used, and `Goal Reached!` must follow when the target is left.
+    """
+    *actions, end = response.split("\n")
+    left = Counter(nums)
+    for step_number, action in enumerate(actions, 1):
+        match = ACTION.fullmatch(action)
+        if not match:
+            return Verdict(False, f"{action!r} is no action", step_number)
+        a, operator, b, claimed = match.groups()
+        for operand in (int(a), int(b)):
+            if left[operand] == 0:
+                return Verdict(False, f"{action}: there is no {operand} (left)", step_number)
+            left[operand] -= 1
+        result, legal = calculate(int(a), operator, int(b))
+        if not legal:
+            return Verdict(False, f"{action}: the rules allow no such step", step_number)
+        if result != int(claimed):
+            return Verdict(False, f"{action}: false, it is {result}", step_number)
+        left[result] += 1
+    if end != GOAL:
+        return Verdict(False, f"it ends in {end!r}, not in {GOAL!r}")
+    if list(left.elements()) != [target]:
+        return Verdict(False, f"{list(left.elements())} left, not {target} alone")
+    return Verdict(True)
+
+
+ACTION = re.compile(
+    r"([0-9]{1,20})([%s])([0-9]{1,20})=([0-9]{1,20})" % re.escape("".join(OPERATORS))
+)
+
+# ---- The exact solver: all programs of a batch of problems, as arrays ----------------------------
+# Four numbers leave 24 choices for the first step (6 pairs, 4 operators); then three numbers leave
+# 12, and two numbers 4: 24 * 12 * 4 = 1,152 programs. Arrays of the first step have the shape
+# (problems, 24), of the second (problems, 24, 12), of the third (problems, 24, 12, 4): element [p,
+# 5, 7, 2] is what choice 2 does after choices 5 and 7. "..." stands for (problems, C_1, C_2, ...).
+
+
+@dataclass
+class Step:
+    """Every choice of one step, after every history of choices."""
+
+    numbers: np.ndarray  # (..., m): the numbers that are there
+    a: np.ndarray  # (..., pairs): the larger operand of each pair
+    b: np.ndarray  # (..., pairs): the smaller operand
+    result: np.ndarray  # (..., C): all pairs added, then all subtracted, ...: C = operators * pairs
+    legal: np.ndarray  # (..., C) bool: this step and all before it obey the rules
+
+    def after(self, history: tuple[np.ndarray, ...]) -> "Step":
+        """The choices (rows, C) that are left after a history: indices (rows,) of each axis."""
+        fields = (self.numbers, self.a, self.b, self.result, self.legal)
+        taken = [field[history] for field in fields]
+        return Step(*taken)
+
+
+def take_step(numbers: np.ndarray, legal: np.ndarray) -> Step:
+    """Every choice that numbers (..., m) leave, after histories that are legal (...) or not."""
+    first, second = np.triu_indices(numbers.shape[-1], 1)
+    a = np.maximum(numbers[..., first], numbers[..., second])  # (..., pairs)
+    b = np.minimum(numbers[..., first], numbers[..., second])
+    shape = (*legal.shape, len(OPERATORS), len(first))
+    result = np.empty(shape, numbers.dtype)
+    allowed = np.empty(shape, bool)
+    for index, operator in enumerate(OPERATORS):
+        result[..., index, :], allowed[..., index, :] = calculate(a, operator, b)
+    allowed &= legal[..., None, None]
+    choices_shape = (*legal.shape, len(OPERATORS) * len(first))  # (..., C)
+    return Step(numbers, a, b, result.reshape(choices_shape), allowed.reshape(choices_shape))
+
 
 def remaining(step: Step) -> np.ndarray:
-    """(..., C_j, k - j): the numbers that are there after each choice; the result comes last."""
-    size = step.left.shape[-1]
-    others = np.array([[m for m in range(size) if m not in pair] for pair in zip(*np.triu_indices(size, 1))], int)
-    return np.concatenate([step.left[..., others.repeat(4, 0)], step.result[..., None]], -1)
+    """(..., C, m - 1): the numbers that are there after each choice; its result comes last."""
+    count_left = step.numbers.shape[-1]
+    first, second = np.triu_indices(count_left, 1)
+    others = []
+    for pair in zip(first, second):
+        others.append([index for index in range(count_left) if index not in pair])
+    others = np.tile(np.array(others, int), (len(OPERATORS), 1))  # (C, m - 2)
+    return np.concatenate([step.numbers[..., others], step.result[..., None]], -1)
 
-def programs(nums: np.ndarray, stop: int = 1) -> tuple[list[Step], np.ndarray]:
-    """All ways to combine nums (problems, k), ints >= 1, until `stop` are left: the steps, and what is left after each.
-    Down to one number these are k - 1 steps; for four numbers 24 * 12 * 4 = 1,152 programs."""
-    fits = int(nums.max(initial=1)) ** nums.shape[1] < 2 ** 31                 # no product overflows
-    left, legal, steps = -np.sort(-nums, axis=1).astype(np.int32 if fits else np.int64), np.ones(len(nums), bool), []
-    while left.shape[-1] > stop:
-        steps.append(take_step(left, legal))
-        left, legal = remaining(steps[-1]), steps[-1].legal
+
+def programs(nums: np.ndarray, stop_at: int = 1) -> tuple[list[Step], np.ndarray]:
+    """All ways to combine nums (problems, k) until `stop_at` numbers are left: the steps, and the
+    numbers left (..., stop_at). Down to one number these are k - 1 steps."""
+    small = int(nums.max(initial=1)) ** nums.shape[1] < 2**31  # no product overflows
+    left = nums.astype(np.int32 if small else np.int64)
+    left = -np.sort(-left, axis=1)
+    legal = np.ones(len(nums), bool)
+    steps = []
+    while left.shape[-1] > stop_at:
+        step = take_step(left, legal)
+        steps.append(step)
+        left, legal = remaining(step), step.legal
     return steps, left
 
+
 def solvable(nums: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """(problems,) bool: does any program reach the target? As `reachable` would say, but the last step is only compared."""
-    steps, left = programs(nums, stop=2)
-    a, b = np.maximum(left[..., 0], left[..., 1]), np.minimum(left[..., 0], left[..., 1])
-    t = target.astype(a.dtype).reshape(-1, *[1] * (a.ndim - 1))
-    hit = (a + b == t) | (a - b == t) | (a * b == t) | (b > 0) & (a == b * t)
-    return (hit & steps[-1].legal if steps else hit).reshape(len(nums), -1).any(-1)
+    """(problems,) bool: can any program reach target (problems,)? `plan_efforts` says the same,
+    but here the last step, most of the work, is only compared."""
+    steps, left = programs(nums, stop_at=2)
+    a = np.maximum(left[..., 0], left[..., 1])  # (problems, C_1, ..., C_k-2)
+    b = np.minimum(left[..., 0], left[..., 1])
+    target_column = target.astype(a.dtype).reshape(-1, *[1] * (a.ndim - 1))
+    reached = np.zeros(a.shape, bool)
+    for operator in OPERATORS:
+        result, legal = calculate(a, operator, b)
+        reached |= (result == target_column) & legal
+    if steps:
+        reached &= steps[-1].legal
+    return reached.reshape(len(nums), -1).any(-1)
 
-def reachable(steps: list[Step], target: np.ndarray) -> list[np.ndarray]:
-    """For each step, (..., C_j) bool: does any program still reach target (problems,) after it? The last: the solutions."""
-    last = steps[-1]
-    reach = [last.legal & (last.result == target.reshape(-1, *[1] * (last.result.ndim - 1)))]
-    for _ in steps[1:]:
-        reach.insert(0, reach[0].any(-1))
-    return reach
 
-def chosen(step: Step, history: tuple[np.ndarray, ...], choice: np.ndarray):
-    """a, b and result, each (rows,), of `choice` (rows,) after `history`: indices (rows,) into the leading axes."""
-    return step.a[*history, choice // 4], step.b[*history, choice // 4], step.result[*history, choice]
+def plan_efforts(steps: list[Step], target: np.ndarray) -> list[np.ndarray]:
+    """For each step (..., C) float: the effort of the simplest solution that makes this choice, inf
+    where none does. So a choice is right where its effort is finite. Simple is + and - before * and
+    /, then small results: one canonical answer is far easier to learn than any one of many."""
+    efforts = []
+    for step in reversed(steps):
+        pairs = step.a.shape[-1]
+        effort = np.repeat(np.array(list(EFFORT.values()), np.float32), pairs)  # (C,)
+        if efforts:
+            possible = step.legal
+            effort = effort + np.log2(step.result + 2, dtype=np.float32) + efforts[0].min(-1)
+        else:  # the last result is the target, whatever the choice
+            target_column = target.reshape(-1, *[1] * (step.legal.ndim - 1))
+            possible = step.legal & (step.result == target_column)
+        efforts.insert(0, np.where(possible, effort, np.float32(np.inf)))
+    return efforts
 
-def simplest(steps: list[Step], solved: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The choices (problems,) at each step of every problem's simplest solution: + and - before * and /, then small results,
-    then the first program. One canonical answer a problem is far easier to learn than any one of many. All must have one."""
-    problem, *path = np.nonzero(solved)
-    cost = np.zeros(len(problem))
-    for j, step in enumerate(steps):
-        cost += np.log2(chosen(step, (problem, *path[:j]), path[j])[2] + 2) + 4 * (path[j] % 4 >= 2)
-    order = np.lexsort((cost, problem))
-    first = order[np.searchsorted(problem, np.arange(len(solved)))]           # problem is sorted: where each one begins
-    return tuple(choices[first] for choices in path)
 
-# ---- Problems ------------------------------------------------------------------------------------------------------------
+# ---- Problems ------------------------------------------------------------------------------------
+
+MAX_NUMBER = 99
+TARGETS = range(10, 101)
+HELD_OUT = (18, 21, 28, 42, 56, 81, 89, 96, 98)  # a tenth of the targets, never trained on: *new*
+SPLITS = ("train", "val", "val_new")  # val: validation problems of seen targets; val_new: of new
+
+
 def in_validation(nums: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """(problems,) bool: a hash of sorted numbers and target puts one problem in 16 into validation, whatever the seed."""
-    key = target.astype(np.uint64)
+    """(problems,) bool: a hash of sorted numbers and target puts one problem in 16 into validation,
+    whatever the seed."""
+    hash_key = target.astype(np.uint64)
     for column in np.sort(nums, axis=1).T:
-        key = key * np.uint64(1_000_003) + column.astype(np.uint64)
-    return (key * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(60) == 0
+        hash_key = hash_key * np.uint64(1_000_003) + column.astype(np.uint64)
+    return (hash_key * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(60) == 0
 
-def draw_problems(rng: np.random.Generator, split: str, k: int, num: int, held_out=HELD_OUT) -> tuple[np.ndarray, np.ndarray]:
-    """`num` solvable problems of a split: nums (num, k) in 1..99 and target (num,) in 10..100, both uniform draws."""
-    pool, found = held_out if split == "val_new" else [t for t in TARGETS if t not in held_out], np.empty((0, k + 1), int)
+
+def draw_problems(rng, split: str, size: int, num: int, held_out: Sequence[int] = HELD_OUT):
+    """`num` solvable problems of a split: nums (num, k) in 1..99 and target (num,) in 10..100."""
+    if split == "val_new":
+        allowed_targets = held_out
+    else:
+        allowed_targets = [target for target in TARGETS if target not in held_out]
+    found = np.empty((0, size + 1), int)
     while len(found) < num:
-        draws = np.column_stack([rng.integers(1, MAX_NUMBER + 1, (1024, k)), rng.choice(pool, 1024)])
+        candidates = rng.integers(1, MAX_NUMBER + 1, (1024, size))
+        candidates = np.column_stack([candidates, rng.choice(allowed_targets, 1024)])
         if split != "val_new":
-            draws = draws[in_validation(draws[:, :-1], draws[:, -1]) == (split == "val")]
-        found = np.concatenate([found, draws[solvable(draws[:, :-1], draws[:, -1])]])
+            validation = in_validation(candidates[:, :-1], candidates[:, -1])
+            candidates = candidates[validation == (split == "val")]
+        found = np.concatenate([found, candidates[solvable(candidates[:, :-1], candidates[:, -1])]])
     return found[:num, :-1], found[:num, -1]
 
-# ---- Mistakes: the wrong actions of D_back (paper, section 4.1) ----------------------------------------------------------
-# Each but `false_goal` sees `step` (its arrays: (rows, ...)), the step that follows the beginning of a solution, `reach`
-# (rows, C), target (rows,) and `used` (rows, u), the numbers used up before. It returns a, choice, b, result, found: (rows,).
-def pick(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
-    """A random true place in each row of mask (rows, C); place 0 in a row without one."""
+
+# ---- Mistakes: the wrong actions of D_back (paper, section 4.1) ----------------------------------
+
+
+class Action(NamedTuple):
+    """One action of many rows at once: arrays (rows,), in the order in which it is written."""
+
+    a: np.ndarray
+    operator: np.ndarray
+    b: np.ndarray
+    result: np.ndarray
+
+
+def choose(step: Step, choice: np.ndarray) -> Action:
+    """The action of each row's choice (rows,) among a step's (rows, C)."""
+    row = np.arange(len(choice))
+    number, pair = np.divmod(choice, step.a.shape[1])
+    operator = np.array(OPERATORS)[number]
+    return Action(step.a[row, pair], operator, step.b[row, pair], step.result[row, choice])
+
+
+def write_actions(action: Action) -> list[str]:
+    """The text of each row's action: `45-39=6` and a newline."""
+    columns = [column.tolist() for column in action]
+    return [f"{a}{operator}{b}={result}\n" for a, operator, b, result in zip(*columns)]
+
+
+def pick_random(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
+    """(rows,): a random true place in each row of mask (rows, C); place 0 in a row without one."""
     return (rng.random(mask.shape, np.float32) * mask).argmax(-1)
 
-def exploratory(rng, step, reach, target, used):
+
+@dataclass
+class Situation:
+    """Where many rows stand, after the beginning of a solution, when they are to go wrong."""
+
+    step: Step  # (rows, C): the choices of the next step
+    right: np.ndarray  # (rows, C) bool: from which the target can still be reached
+    used_up: np.ndarray  # (rows, u): the numbers that have been used up
+    target: np.ndarray  # (rows,)
+    steps: list[Step]  # all choices from the problem's first step on
+
+
+class Mistake(NamedTuple):
+    actions: list[Action]  # the wrong ones: one; or a whole path, from the first step on
+    found: np.ndarray  # (rows,) bool: is there such a mistake? Else the row stays in D_op
+
+
+def exploratory(rng: np.random.Generator, here: Situation) -> Mistake:
     """A legal step from which the target cannot be reached any more."""
-    wrong = step.legal & ~reach
-    choice = pick(rng, wrong)
-    a, b, result = chosen(step, (np.arange(len(target)),), choice)
-    return a, choice, b, result, wrong.any(-1)
+    wrong = here.step.legal & ~here.right
+    return Mistake([choose(here.step, pick_random(rng, wrong))], wrong.any(-1))
 
-def computational(rng, step, reach, target, used):
-    """A legal step whose result is off by 1 to 9 or 10 to 90; or, half the time, a division that is not exact (the commonest
-    lie of small models), its quotient rounded down or off likewise. A last step mostly claims the target."""
-    rows = np.arange(len(target))
-    inexact = ~step.legal & (step.b > 0).repeat(4, -1)
-    divide = inexact.any(-1) & (rng.random(len(rows)) < 0.5)
-    choice = pick(rng, np.where(divide[:, None], inexact, step.legal))
-    a, b, result = chosen(step, (rows,), choice)
-    slip = rng.integers(1, 10, len(rows)) * rng.choice([1, 1, 10], len(rows)) * ~(divide & (rng.random(len(rows)) < 0.5))
-    false = np.where((rng.random(len(rows)) < 0.5) & (slip <= result), result - slip, result + slip)
-    if step.left.shape[-1] == 2:
-        false = np.where((rng.random(len(rows)) < 0.75) & (result != target), target, false)
-    return a, choice, b, false, np.ones(len(rows), bool)
 
-def rule_violation(rng, step, reach, target, used):
-    """A step with a right result that takes a number that is not there, mostly one that has been used up."""
-    rows = np.arange(len(target))
-    gone = rng.integers(1, MAX_NUMBER + 1, len(rows))
-    if used.shape[1]:
-        again = used[rows, rng.integers(0, used.shape[1], len(rows))]
-        gone = np.where(rng.random(len(rows)) < 0.8, again, gone)
-    there = step.left[rows, rng.integers(0, step.left.shape[1], len(rows))]
-    a, b = np.maximum(gone, there), np.minimum(gone, there)
-    choice = rng.integers(0, 3, len(rows))                                    # + - *
-    return a, choice, b, np.choose(choice, [a + b, a - b, a * b]), (step.left != gone[:, None]).all(-1)
+def computational(rng: np.random.Generator, here: Situation) -> Mistake:
+    """A legal step whose result is off by 1 to 9 or 10 to 90; or, half the time, a division that is
+    not exact (the commonest lie of small models), its quotient rounded down or off likewise. A last
+    step mostly claims the target."""
+    rows = len(here.target)
+    inexact = ~here.step.legal & np.tile(here.step.b > 0, len(OPERATORS))
+    divide = inexact.any(-1) & (rng.random(rows) < 0.5)
+    choice = pick_random(rng, np.where(divide[:, None], inexact, here.step.legal))
+    action = choose(here.step, choice)
 
-def write_actions(a, choice, b, result) -> list[str]:
-    """The text of an action for each row of the arrays (rows,): `45-39=6` and a newline."""
-    return [f"{x}{OPS[c % 4]}{y}={r}\n" for x, c, y, r in zip(*(v.tolist() for v in (a, choice, b, result)))]
+    slip = rng.integers(1, 10, rows) * rng.choice([1, 1, 10], rows)
+    downwards = (rng.random(rows) < 0.5) & (slip <= action.result)
+    claimed = np.where(downwards, action.result - slip, action.result + slip)
+    rounded = divide & (rng.random(rows) < 0.5)
+    claimed = np.where(rounded, action.result, claimed)
+    if here.step.numbers.shape[-1] == 2:
+        claims_target = (rng.random(rows) < 0.75) & (action.result != here.target)
+        claimed = np.where(claims_target, here.target, claimed)
+    return Mistake([action._replace(result=claimed)], np.ones(rows, bool))
 
-def false_goal(rng, steps, target):
-    """Not one action but a whole path that has lost its way: legal steps that end near the target, and a division that is not
-    exact but claims it, as small models answer in the end. Sees all steps; returns the actions' texts and found, (rows,)."""
-    rows, last = np.arange(len(target)), steps[-1]
-    a, b, legal = last.a[..., 0], last.b[..., 0], last.legal[..., 0]          # (rows, C_1, ..., C_k-2): every history's end
-    t = target.reshape(-1, *[1] * (a.ndim - 1))
-    near = legal & (a % np.maximum(b, 1) != 0) & (a < 2 * b * t) & (b * t < 2 * a)
-    near = near.reshape(len(rows), np.prod(a.shape[1:], dtype=int))
-    path = np.unravel_index(pick(rng, near), a.shape[1:]) if a.ndim > 1 else ()
-    path, texts = (*path, np.full(len(rows), OPS.index("/"))), []
-    for j, step in enumerate(steps):
-        x, y, result = chosen(step, (rows, *path[:j]), path[j])
-        texts.append(write_actions(x, path[j], y, target if step is last else result))
-    return list(zip(*texts)), near.any(-1)
 
-MISTAKES = {exploratory: 0.35, computational: 0.35, rule_violation: 0.1, false_goal: 0.2}       # shares of D_back
-KINDS = [make.__name__ for make in MISTAKES]
-BACK = 0.5                                                                    # share of D_back in all rows, at most
+def rule_violation(rng: np.random.Generator, here: Situation) -> Mistake:
+    """A step with a right result that takes a number that is not there, mostly a used one."""
+    rows = len(here.target)
+    numbers = here.step.numbers
+    missing_number = rng.integers(1, MAX_NUMBER + 1, rows)
+    if here.used_up.shape[1]:
+        used_number = here.used_up[np.arange(rows), rng.integers(0, here.used_up.shape[1], rows)]
+        missing_number = np.where(rng.random(rows) < 0.8, used_number, missing_number)
+    present_number = numbers[np.arange(rows), rng.integers(0, numbers.shape[1], rows)]
+    step = take_step(np.column_stack([missing_number, present_number]), np.ones(rows, bool))
+    found = (numbers != missing_number[:, None]).all(-1)
+    return Mistake([choose(step, pick_random(rng, step.legal))], found)
 
-def make_rows(rng: np.random.Generator, nums: np.ndarray, target: np.ndarray, kinds: Sequence[str] = KINDS) -> list[dict]:
-    """A row {nums, target, search_path, wrong} for each of nums (problems, k), target (problems,), all solvable, of D_op or of
-    D_back; `wrong` is the number of actions before `<backtrack>` that are wrong. What would be a mistake of another kind than
-    `kinds` stays in D_op; without any, all rows do."""
-    steps, rows = programs(nums)[0], np.arange(len(nums))
-    reach = reachable(steps, target)
-    path = simplest(steps, reach[-1])
-    actions, used = [], [np.empty((len(rows), 0), np.int64)]                   # by step: each row's action; numbers used up
-    for j, step in enumerate(steps):
-        a, b, result = chosen(step, (rows, *path[:j]), path[j])
-        actions.append(write_actions(a, path[j], b, result))
-        used.append(np.column_stack([used[-1], a, b]))
 
-    paths = [[*right, GOAL] for right in zip(*actions)]                        # D_op; those of D_back are cut and go wrong:
-    back, depth = rng.random(len(rows)) < BACK, rng.integers(0, len(steps), len(rows))
-    kind, wrong = rng.choice(len(MISTAKES), len(rows), p=list(MISTAKES.values())), [0] * len(rows)
-    for d, (m, make) in itertools.product(range(len(steps)), enumerate(MISTAKES)):
-        if make.__name__ not in kinds:
-            continue
-        at = np.flatnonzero(back & (depth == d) & (kind == m))
-        if make is false_goal:
-            cut, (texts, found) = 0, make(rng, [Step(*(x[at] for x in step)) for step in steps], target[at])
-        else:
-            cut, here = d, (at, *(choices[at] for choices in path[:d]))
-            *action, found = make(rng, Step(*(x[here] for x in steps[d])), reach[d][here], target[at], used[d][at])
-            texts = zip(write_actions(*action))
-        for i, text, ok in zip(at.tolist(), texts, found.tolist()):
-            if ok:
-                paths[i][cut:], wrong[i] = [*text, BACKTRACK], len(text)
-    return [{"nums": n, "target": t, "search_path": "".join(p), "wrong": w}
-            for n, t, p, w in zip(nums.tolist(), target.tolist(), paths, wrong)]
+def false_goal(rng: np.random.Generator, here: Situation) -> Mistake:
+    """Beyond the paper: a whole path that has lost its way, legal steps that end near the target
+    and a division that is not exact but claims it, as small models answer in the end."""
+    rows = np.arange(len(here.target))
+    last = here.steps[-1]
+    division = OPERATORS.index("/")
+    a = last.a[..., 0]  # (rows, C_1, ..., C_k-2): every history's last pair
+    b = last.b[..., 0]
+    target_column = here.target.reshape(-1, *[1] * (a.ndim - 1))
+    near_target = (
+        (a % np.maximum(b, 1) != 0) & (a < 2 * b * target_column) & (b * target_column < 2 * a)
+    )
+    if len(here.steps) > 1:
+        near_target &= here.steps[-2].legal
+    shape = near_target.shape[1:]
+    near_target = near_target.reshape(len(rows), np.prod(shape, dtype=int))
+    history = np.unravel_index(pick_random(rng, near_target), shape) if shape else ()
+    actions = []
+    for depth, choice in enumerate([*history, np.full(len(rows), division)]):
+        actions.append(choose(here.steps[depth].after((rows, *history[:depth])), choice))
+    actions[-1] = actions[-1]._replace(result=here.target)
+    return Mistake(actions, near_target.any(-1))
 
-# ---- Streams and files of rows -------------------------------------------------------------------------------------------
-def new_record(seed: int, sizes: list[int], mistakes: Sequence[str] = KINDS) -> dict:
-    """What a checkpoint remembers of its data, so that nobody measures "new" on targets that it has seen."""
-    return {"source": "generated", "seed": seed, "sizes": sizes, "held_out": list(HELD_OUT), "mistakes": list(mistakes)}
 
-def block(record: dict, split: str, i: int) -> list[dict]:
-    """Block i, 256 rows of sizes[i % len(sizes)] numbers, of a split's endless stream. The seed moves training rows only."""
-    rng = np.random.default_rng([SPLITS.index(split), record["seed"] if split == "train" else 0, i])
-    problems = draw_problems(rng, split, record["sizes"][i % len(record["sizes"])], 256, record["held_out"])
-    return make_rows(rng, *problems, record.get("mistakes", KINDS))
+MISTAKES = {exploratory: 0.45, computational: 0.25, rule_violation: 0.1, false_goal: 0.2}  # shares
+KINDS = [mistake.__name__ for mistake in MISTAKES]
+BACK = 0.5  # the share of D_back in all rows
+DETOUR = 0.5  # the share of rows that leave the canonical way once, for another right action
 
-def generate(record: dict, split: str, num: int, offset: int = 0, over=map) -> Iterator[dict]:
-    """Rows offset .. offset + num of a split's stream; `over` maps a function over blocks (a pool's imap: in parallel)."""
-    blocks = over(partial(block, record, split), range(offset // 256, -(-(offset + num) // 256)))
-    return itertools.islice(itertools.chain.from_iterable(blocks), offset % 256, offset % 256 + num)
 
-COLUMNS = {"nums": ("positive whole numbers", lambda x: isinstance(x, list) and x and all(type(i) is int and i > 0 for i in x)),
-           "target": ("a whole number", lambda x: type(x) is int),
-           "search_path": ("text", lambda x: isinstance(x, str))}
+# ---- Rows ----------------------------------------------------------------------------------------
 
-def read_rows(path: Path, columns: Sequence[str] = tuple(COLUMNS)) -> list[dict]:
-    """Rows of a JSON Lines file, or of a JSON file that is one list of rows. Raises UserError that names the line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        where, whole = f"{path}", text.lstrip()[:1] == "["
-        rows = json.loads(text) if whole else []
-        for i, line in enumerate([] if whole else text.split("\n"), 1):
-            where = f"{path}, line {i}"
-            rows += [json.loads(line)] if line.strip() else []
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where if isinstance(error, json.JSONDecodeError) else path} cannot be read: {error}") from None
-    for i, row in enumerate(rows or [None], 1):                               # a file without rows is complained of, too
-        if isinstance(row, dict) and (type(wrong := row.get("wrong", 1)) is not int or wrong < 0):
-            raise UserError(f"{path}: row {i}: wrong must be a whole number, at least 0, not {row['wrong']!r}")
-        for column in columns:
-            what, holds = COLUMNS[column]
-            if not isinstance(row, dict) or column not in row:
-                raise UserError(f"{path}: row {i} lacks the column {column}")
-            if not holds(row[column]):
-                raise UserError(f"{path}: row {i}: {column} must be {what}, not {row[column]!r}")
+
+@dataclass
+class Solutions:
+    """A way to the target of each of many problems, step by step."""
+
+    choices: list[np.ndarray]  # (problems,) by step
+    detours: list[np.ndarray]  # (problems,) bool by step: is it not the simplest choice?
+    actions: list[list[str]]  # by step, the text of each problem's action
+    used_up: list[np.ndarray]  # (problems, u) by step: the numbers used up before
+
+
+def make_rows(
+    rng, nums: np.ndarray, target: np.ndarray, kinds: Sequence[str] = KINDS
+) -> list[dict]:
+    """A row of D_op or D_back for each of nums (problems, k), target (problems,), all solvable:
+    {nums, target, search_path: the response, kind, no_loss: which of its actions carry no loss}."""
+    steps, _ = programs(nums)
+    efforts = plan_efforts(steps, target)
+    solutions = draw_solutions(rng, steps, efforts)
+    rows = []
+    for problem in range(len(nums)):  # D_op: every problem with its solution
+        actions = [texts[problem] for texts in solutions.actions]
+        no_loss = [depth for depth, detour in enumerate(solutions.detours) if detour[problem]]
+        row = {"nums": nums[problem].tolist(), "target": int(target[problem])}
+        row["search_path"] = "".join(actions) + GOAL
+        row["kind"] = "detour" if no_loss else "solution"
+        row["no_loss"] = no_loss
+        rows.append(row)
+
+    # D_back: some of them begin like that, go wrong, and step back
+    for mistake, depth, chosen in draw_mistakes(rng, len(nums), len(steps), kinds):
+        before = [choices[chosen] for choices in solutions.choices[:depth]]
+        history = (chosen, *before)
+        here = Situation(
+            step=steps[depth].after(history),
+            right=np.isfinite(efforts[depth][history]),
+            used_up=solutions.used_up[depth][chosen],
+            target=target[chosen],
+            steps=[step.after((chosen,)) for step in steps],
+        )
+        wrong = mistake(rng, here)
+        wrong_texts = [write_actions(action) for action in wrong.actions]
+        begin = depth if len(wrong_texts) == 1 else 0
+        for place in np.flatnonzero(wrong.found):
+            problem = chosen[place]
+            actions = [texts[problem] for texts in solutions.actions[:begin]]
+            actions += [texts[place] for texts in wrong_texts]
+            row = rows[problem]
+            row["search_path"] = "".join(actions) + BACKTRACK
+            row["kind"] = mistake.__name__
+            row["no_loss"] = [earlier for earlier in row["no_loss"] if earlier < begin]
+            row["no_loss"] += range(begin, len(actions))
     return rows
 
+
+def draw_solutions(
+    rng: np.random.Generator, steps: list[Step], efforts: list[np.ndarray]
+) -> Solutions:
+    """The simplest solution of each problem; some leave it once, for any other right choice."""
+    problems = np.arange(len(efforts[0]))
+    leave = draw_depths(rng, len(steps), len(problems))
+    leave[rng.random(len(problems)) >= DETOUR] = len(steps)  # never
+    solutions = Solutions([], [], [], [np.empty((len(problems), 0), int)])
+    for depth, step in enumerate(steps):
+        history = (problems, *solutions.choices)
+        effort = efforts[depth][history]  # (problems, C)
+        simplest = effort.argmin(-1)
+        choice = np.where(leave == depth, pick_random(rng, np.isfinite(effort)), simplest)
+        action = choose(step.after(history), choice)
+        solutions.choices.append(choice)
+        solutions.detours.append(choice != simplest)
+        solutions.actions.append(write_actions(action))
+        solutions.used_up.append(np.column_stack([solutions.used_up[-1], action.a, action.b]))
+    return solutions
+
+
+def draw_mistakes(rng: np.random.Generator, problems: int, steps: int, kinds: Sequence[str]):
+    """Which problems go wrong how and at which step: (mistake, depth, problems (rows,) int64), for
+    every mistake and depth."""
+    allowed = [mistake for mistake in MISTAKES if mistake.__name__ in kinds]
+    if not allowed:
+        return
+    shares = np.array([MISTAKES[mistake] for mistake in allowed])
+    drawn = rng.choice(len(allowed), problems, p=shares / shares.sum())
+    drawn[rng.random(problems) >= BACK] = -1  # none: these stay in D_op
+    depths = draw_depths(rng, steps, problems)
+    for depth in range(steps):
+        for index, mistake in enumerate(allowed):
+            yield mistake, depth, np.flatnonzero((drawn == index) & (depths == depth))
+
+
+def draw_depths(rng: np.random.Generator, steps: int, problems: int) -> np.ndarray:
+    """(problems,): a step for each, early ones more often: the first is the hardest to judge."""
+    weights = np.arange(steps, 0, -1)
+    return rng.choice(steps, problems, p=weights / weights.sum())
+
+
+# ---- Streams of rows -----------------------------------------------------------------------------
+
+
+def new_record(seed: int, sizes: list[int], mistakes: Sequence[str] = KINDS) -> dict:
+    """What a checkpoint remembers of its data, so that nobody measures "new" on seen targets."""
+    return {
+        "source": "generated",
+        "seed": seed,
+        "sizes": sizes,
+        "held_out": list(HELD_OUT),
+        "mistakes": list(mistakes),
+    }
+
+
+def make_block(record: dict, split: str, index: int) -> list[dict]:
+    """Block i, 256 rows of sizes[i % len(sizes)] numbers, of a split's endless stream. The seed
+    moves training rows only."""
+    seed = record["seed"] if split == "train" else 0
+    rng = np.random.default_rng([SPLITS.index(split), seed, index])
+    size = record["sizes"][index % len(record["sizes"])]
+    nums, target = draw_problems(rng, split, size, 256, record["held_out"])
+    return make_rows(rng, nums, target, record.get("mistakes", KINDS))
+
+
+def generate(record: dict, split: str, num: int, offset: int = 0, over=map) -> Iterator[dict]:
+    """Rows offset .. offset + num of a split's stream; `over` maps a function over blocks (a pool's
+    imap: in parallel)."""
+    block_numbers = range(offset // 256, -(-(offset + num) // 256))
+    rows = itertools.chain.from_iterable(over(partial(make_block, record, split), block_numbers))
+    return itertools.islice(rows, offset % 256, offset % 256 + num)
+
+
+# ---- Tokens and the loss mask --------------------------------------------------------------------
+
+MASKS = ("none", "action", "choice")
+
+
+def silent_spans(row: dict, mask: str) -> list[tuple[int, int]]:
+    """Where prompt + response carries no loss: [begin, end) in characters.
+
+    The prompt never does. Of the actions that `no_loss` names (without it: the one before
+    `<backtrack>`) mask="action", the paper's, hides the whole line. "choice" hides only what was
+    chosen, `39+6=`, where the result is right: else every last step with a loss makes the target,
+    and the model comes to claim it after any. "none" hides nothing."""
+    begin = len(prompt_text(row["nums"], row["target"]))
+    hidden = [(0, begin)]
+    if mask == "none":
+        return hidden
+    actions, goes_back, _ = row["search_path"].partition(BACKTRACK)
+    actions = actions.splitlines(keepends=True)
+    no_loss = row.get("no_loss", [len(actions) - 1] if goes_back else [])
+    for depth, action in enumerate(actions):
+        end = begin + len(action)
+        if depth in no_loss:
+            choice_only = mask == "choice" and is_true(action)
+            hidden.append((begin, begin + action.index("=") + 1 if choice_only else end))
+        begin = end
+    return hidden
+
+
+def is_true(action: str) -> bool:
+    """Is the line `45-39=6` and a newline an action whose result is right?"""
+    match = ACTION.fullmatch(action.removesuffix("\n"))
+    if not match:
+        return False
+    a, operator, b, claimed = match.groups()
+    return calculate(int(a), operator, int(b)) == (int(claimed), True)
+
+
+class Tokenizer:
+    """A `tokenizers` tokenizer and what the method asks of one: prompts, rows with labels, where
+    lines end."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, eos_text: str = EOS):
+        self.backend = backend
+        self.eos = backend.token_to_id(eos_text)
+        self.backtrack = backend.token_to_id(BACKTRACK)
+        self.vocab_size = backend.get_vocab_size()
+        if self.eos is None or self.backtrack is None:
+            raise UserError(
+                f"the tokenizer lacks {BACKTRACK if self.backtrack is None else eos_text}"
+            )
+        pieces = backend.decode_batch(
+            [[index] for index in range(self.vocab_size)], skip_special_tokens=False
+        )
+        self.line_ends = {token for token, piece in enumerate(pieces) if piece.endswith("\n")}
+
+    def prompts(self, problems: list[dict]) -> list[list[int]]:
+        """The token ids of each problem's prompt."""
+        texts = [prompt_text(problem["nums"], problem["target"]) for problem in problems]
+        return [encoding.ids for encoding in self.backend.encode_batch(texts)]
+
+    def rows(self, rows: list[dict], mask: str = "action") -> list[tuple[list[int], list[int]]]:
+        """(input_ids, labels) of each row {nums, target, search_path}, end-of-text included.
+
+        A label is the token's own id, or -100: no loss, where any of the token's characters is in
+        one of `silent_spans`, or where it has none."""
+        texts = [prompt_text(row["nums"], row["target"]) + row["search_path"] for row in rows]
+        encoded = []
+        for row, text, encoding in zip(rows, texts, self.backend.encode_batch(texts)):
+            silent = bytearray(len(text))
+            for begin, end in silent_spans(row, mask):
+                silent[begin:end] = b"\1" * (end - begin)
+            labels = []
+            for token, (begin, end) in zip(encoding.ids, encoding.offsets):
+                learned = begin < end and not any(silent[begin:end])
+                labels.append(token if learned else -100)
+            encoded.append((encoding.ids + [self.eos], labels + [self.eos]))
+        return encoded
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of response tokens, `<backtrack>` included, without end-of-text."""
+        tokens = [token for token in tokens if token != self.eos]
+        return self.backend.decode(tokens, skip_special_tokens=False)
+
+    @classmethod
+    def digits(cls) -> "Tokenizer":
+        """One token a digit, one a fixed piece of text: with whole numbers as tokens a small model
+        fails on new targets."""
+        fixed = ["###Question: numbers [", ", ", "]->target ", "\n###Response:\n", GOAL]
+        special = [PAD, EOS, BACKTRACK]
+        pieces = [*special, *"0123456789", *OPERATORS, "=", "\n", *fixed]
+        backend = tokenizers.Tokenizer(
+            models.WordLevel({piece: index for index, piece in enumerate(pieces)})
+        )
+        split = "|".join(map(re.escape, fixed)) + r"|[0-9]|\n|."
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex(split), "isolated")
+        backend.decoder = decoders.Fuse()
+        backend.add_special_tokens(
+            [AddedToken(text, special=True, normalized=False) for text in special]
+        )
+        return cls(backend)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, add_backtrack: bool = False) -> "Tokenizer":
+        """The tokenizer in a folder or of a Hub id; add_backtrack: where it is lacking.
+        Raises UserError."""
+        folder = checkpoint_folder(name)
+        eos_text = read_json(folder / "tokenizer_config.json").get("eos_token", EOS)
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises bare Exceptions
+            raise UserError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
+        if add_backtrack:  # if it is there already, it keeps its id
+            backend.add_special_tokens([AddedToken(BACKTRACK, special=True, normalized=False)])
+        return cls(backend, eos_text["content"] if isinstance(eos_text, dict) else eos_text)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer reads
+        them."""
+        eos_text = self.backend.id_to_token(self.eos)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "eos_token": eos_text,
+            "pad_token": eos_text if self.backend.token_to_id(PAD) is None else PAD,
+        }
+        with replacing(folder) as staging:
+            self.backend.save(str(staging / "tokenizer.json"))
+            (staging / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+# ==== Plumbing: a first reading may stop here =====================================================
+
+# ---- Files of rows -------------------------------------------------------------------------------
+
+REFERENCE = "yangxw/countdown-backtracking"  # the reference's dataset on the Hub
+
+
+def is_whole(value, smallest: float = -np.inf) -> bool:
+    return type(value) is int and value >= smallest  # isinstance would take True for a number
+
+
+def is_list(value, smallest: int) -> bool:
+    return isinstance(value, list) and all(is_whole(element, smallest) for element in value)
+
+
+COLUMNS = {  # name: (what it must be, is it so?)
+    "nums": ("positive whole numbers", lambda value: is_list(value, 1) and len(value) > 0),
+    "target": ("a whole number", is_whole),
+    "search_path": ("text", lambda value: isinstance(value, str)),
+    "no_loss": ("numbers of actions, from 0", lambda value: is_list(value, 0)),
+}
+NEEDED_COLUMNS = ("nums", "target", "search_path")
+
+
+def read_rows(path: Path, columns: Sequence[str] = NEEDED_COLUMNS) -> list[dict]:
+    """Rows of a JSON Lines file, or of a JSON file that is one list of rows. Raises UserError that
+    names the line."""
+    rows = []
+    place = str(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        if text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            for line_number, line in enumerate(text.split("\n"), 1):
+                place = f"{path}, line {line_number}"
+                if line.strip():
+                    rows.append(json.loads(line))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place} cannot be read: {error}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    for row_number, row in enumerate(rows or [None], 1):  # no row at all is complained of, too
+        check_row(row, columns, f"{path}: row {row_number}")
+    return rows
+
+
+def check_row(row, columns: Sequence[str], place: str) -> None:
+    """Raises UserError where a needed column is lacking, or any column is not what it must be."""
+    for column, (what, holds) in COLUMNS.items():
+        present = isinstance(row, dict) and column in row
+        if column in columns and not present:
+            raise UserError(f"{place} lacks the column {column}")
+        if present and not holds(row[column]):
+            raise UserError(f"{place}: {column} must be {what}, not {row[column]!r}")
+
+
 def read_split(source: str, split: str) -> list[dict]:
-    """A split of a folder that `data.py` wrote, or of a dataset like the reference's, in a folder or on the Hub: JSON files
-    with `train` and `val` in their names. Of the latter `val` is the first half, `val_new` the second. Raises UserError."""
+    """A split of a folder that `data.py` wrote, or of a dataset like the reference's, in a folder
+    or on the Hub: JSON files with `train` and `val` in their names. Of the latter `val` is the
+    first half, `val_new` the second. Raises UserError."""
     folder = checkpoint_folder(source, "dataset")
     if (folder / f"{split}.jsonl").exists():
         return read_rows(folder / f"{split}.jsonl")
@@ -259,125 +694,70 @@ def read_split(source: str, split: str) -> list[dict]:
     files = [file for file in sorted(folder.glob("*.json*")) if kind in file.name]
     if not files:
         raise UserError(f"{source} holds no JSON with {kind!r} in its name (parquet is not read)")
-    rows = read_rows(next((file for file in files if "backtrack" in file.name), files[0]))
+    files.sort(key=lambda file: "backtrack" not in file.name)  # the reference has files without it
+    rows = read_rows(files[0])
     half = len(rows) // 2
     return {"train": rows, "val": rows[:half], "val_new": rows[half:]}[split]
 
+
 def load_record(name: str, kind: str = "model") -> dict:
-    """What a checkpoint or dataset was made from; where nobody wrote it down: the reference's, or itself."""
+    """What a checkpoint or dataset was made from; where nobody wrote it down: the reference's, or
+    itself."""
     path = checkpoint_folder(name, kind) / "record.json"
-    return read_json(path) if path.exists() else {"source": REFERENCE if kind == "model" else str(name)}
+    if path.exists():
+        return read_json(path)
+    return {"source": REFERENCE if kind == "model" else str(name)}
+
 
 def load_rows(data: str, record: dict, num: int, offset: int = 0) -> list[dict]:
-    """Rows offset .. offset + num of a split by the checkpoint's record, of `dataset:split` or of a file. Raises UserError."""
+    """Rows offset .. offset + num of a split by the checkpoint's record, of `dataset:split` or of a
+    file. Raises UserError."""
+    dataset, _, split = data.rpartition(":")
     if data not in SPLITS and Path(data).is_file():
-        rows = read_rows(Path(data), ("nums", "target"))[offset:offset + num]
-    elif (parts := data.rpartition(":"))[2] not in SPLITS:
-        raise UserError(f"--data wants val, val_new, DATASET:val or a file of JSON Lines, and {data} is none of them")
-    elif parts[0]:
-        rows = load_rows(parts[2], load_record(parts[0], "dataset"), num, offset)
+        rows = read_rows(Path(data), ("nums", "target"))[offset : offset + num]
+    elif split not in SPLITS:
+        target_column = "val, val_new, DATASET:val or a file of JSON Lines"
+        raise UserError(f"--data wants {target_column}, and {data} is none of them")
+    elif dataset:
+        rows = load_rows(split, load_record(dataset, "dataset"), num, offset)
     elif Path(record["source"]).is_file():
-        raise UserError(f"no {data}: the checkpoint's data was a file (search.py takes one as --data)")
+        message = f"no {data}: the checkpoint's data was a file (search.py takes one as --data)"
+        raise UserError(message)
     elif record["source"] == "generated":
         rows = list(generate(record, data, num, offset))
     else:
-        rows = read_split(record["source"], data)[offset:offset + num]
+        rows = read_split(record["source"], data)[offset : offset + num]
     if not rows:
         raise UserError(f"{data} has no row number {offset}")
     return rows
 
-# ---- Tokens --------------------------------------------------------------------------------------------------------------
-class Tokenizer:
-    """A `tokenizers` tokenizer and what the method asks of one: prompts, rows with labels, where lines end."""
-    def __init__(self, tok: tokenizers.Tokenizer, eos: str = EOS):
-        self.tok = tok
-        self.eos, self.backtrack, self.vocab_size = tok.token_to_id(eos), tok.token_to_id(BACKTRACK), tok.get_vocab_size()
-        if None in (self.eos, self.backtrack):
-            raise UserError(f"the tokenizer lacks {BACKTRACK if self.backtrack is None else eos}")
-        pieces = tok.decode_batch([[i] for i in range(self.vocab_size)], skip_special_tokens=False)
-        self.ends_line = [piece.endswith("\n") for piece in pieces]
 
-    @classmethod
-    def digits(cls) -> "Tokenizer":
-        """One token a digit, one a fixed piece of text: with whole numbers as tokens a small model fails on new targets."""
-        fixed = ["###Question: numbers [", ", ", "]->target ", "\n###Response:\n", GOAL]
-        special = [PAD, EOS, BACKTRACK]
-        vocabulary = {piece: i for i, piece in enumerate([*special, *"0123456789", *OPS, "=", "\n", *fixed])}
-        tok = tokenizers.Tokenizer(models.WordLevel(vocabulary))
-        tok.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, fixed)) + r"|[0-9]|\n|."), "isolated")
-        tok.decoder = decoders.Fuse()
-        tok.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
-        return cls(tok)
+# ---- The command ---------------------------------------------------------------------------------
 
-    @classmethod
-    def from_pretrained(cls, name: str | Path, grow: bool = False) -> "Tokenizer":
-        """The tokenizer in a folder or of a Hub id; `grow` adds `<backtrack>` where it is lacking. Raises UserError."""
-        folder = checkpoint_folder(name)
-        eos = read_json(folder / "tokenizer_config.json").get("eos_token", EOS)
-        try:
-            tok = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:                                     # the library raises bare Exceptions
-            raise UserError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
-        if grow:
-            tok.add_special_tokens([AddedToken(BACKTRACK, special=True, normalized=False)])       # its old id, if it is there
-        return cls(tok, eos["content"] if isinstance(eos, dict) else eos)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer reads them."""
-        eos = self.tok.id_to_token(self.eos)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "eos_token": eos,
-                  "pad_token": eos if self.tok.token_to_id(PAD) is None else PAD}
-        with replacing(folder) as new:
-            self.tok.save(str(new / "tokenizer.json"))
-            (new / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-    def prompts(self, problems: list[dict]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.tok.encode_batch([prompt_text(p["nums"], p["target"]) for p in problems])]
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of response tokens, `<backtrack>` included, without end-of-text."""
-        return self.tok.decode([i for i in tokens if i != self.eos], skip_special_tokens=False)
-
-    def rows(self, rows: list[dict], mask: str = "action") -> list[tuple[list[int], list[int]]]:
-        """(input_ids, labels) of each row {nums, target, search_path}, end-of-text included. Label -100 carries no loss: the
-        prompt and, before `<backtrack>`, the wrong action with its newline (section 4.1), or as many as `wrong` says. The model
-        learns to step back from mistakes, never to make them. mask="choice" goes beyond the paper: where a wrong action's
-        result is right (the choice was wrong), the result is learned. Else every last step with a loss makes the target, and
-        the model comes to claim it after any. Offsets in one encoding of the whole text say which tokens have a masked
-        character."""
-        prompts = [prompt_text(row["nums"], row["target"]) for row in rows]
-        encoded, out = self.tok.encode_batch([p + row["search_path"] for p, row in zip(prompts, rows)]), []
-        for prompt, row, encoding in zip(prompts, rows, encoded):
-            body, back, _ = row["search_path"].rpartition(BACKTRACK)
-            hidden, at = bytearray(b"\1" * len(prompt)) + bytes(len(row["search_path"])), len(prompt) + len(body)
-            actions = re.findall(".*\n|.+", body) if back and mask != "none" else []
-            for action in reversed(actions[-(row.get("wrong") or 1):]):                       # from the end, where `at` is
-                at -= len(action)
-                step = re.fullmatch(r"([0-9]{1,9})([-+*/])([0-9]{1,9})=([0-9]{1,20})\n", action)
-                right = step and calculate(int(step[1]), step[2], int(step[3])) == int(step[4])
-                end = step.end(3) + 1 if mask == "choice" and right else len(action)
-                hidden[at:at + end] = b"\1" * end
-            labels = [-100 if start == end or hidden.find(1, start, end) >= 0 else i
-                      for i, (start, end) in zip(encoding.ids, encoding.offsets)]
-            out.append((encoding.ids + [self.eos], labels + [self.eos]))
-        return out
 
 def main() -> None:
-    args = Arguments("Generate Countdown data: training rows and two validation splits, as JSON Lines.")
-    args.add_argument("--num", type=number(int, 1), default=500_000, help="training rows")
-    args.add_argument("--num_val", type=number(int, 1), default=5_000, help="problems in each of val and val_new")
-    args.add_argument("--sizes", type=int, choices=range(2, 6), nargs="+", default=[4], help="how many numbers; or several")
-    args.add_argument("--seed", type=number(int, 0), default=0)
-    args.add_argument("--out", default="data", help="the folder to write to")
-    args = args.parse_args()
-    record = new_record(args.seed, args.sizes)
-    with replacing(args.out) as new, Pool() as pool:
-        for split, num in zip(SPLITS, (args.num, args.num_val, args.num_val)):
-            with open(new / f"{split}.jsonl", "w", encoding="utf-8") as file:
-                for row in tqdm(generate(record, split, num, over=pool.imap), desc=split, total=num, unit=" rows"):
-                    file.write(json.dumps(row) + "\n")
-        (new / "record.json").write_text(json.dumps(record) + "\n")
-    print(f"wrote {args.num} training rows and twice {args.num_val} validation problems to {args.out}")
+    options = Arguments("Generate Countdown data: training rows and two validation splits.")
+    options.add_argument("--num", type=number(int, 1), default=500_000, help="training rows")
+    options.add_argument("--num_val", type=number(int, 1), default=5_000, help="problems a split")
+    options.add_argument(
+        "--sizes", type=int, choices=range(2, 6), nargs="+", default=[4], help="how many numbers"
+    )
+    options.add_argument("--seed", type=number(int, 0), default=0)
+    options.add_argument("--out", default="data", help="the folder to write to, as JSON Lines")
+    options = options.parse_args()
+    record = new_record(options.seed, options.sizes)
+    counts = {"train": options.num, "val": options.num_val, "val_new": options.num_val}
+    with replacing(options.out) as staging, Pool() as allowed_targets:
+        for split, num in counts.items():
+            rows = generate(record, split, num, over=allowed_targets.imap)
+            with open(staging / f"{split}.jsonl", "w", encoding="utf-8") as out_file:
+                for row in tqdm(rows, desc=split, total=num, unit=" rows"):
+                    out_file.write(json.dumps(row) + "\n")
+        (staging / "record.json").write_text(json.dumps(record) + "\n")
+    print(
+        f"wrote {options.num} training rows and twice {options.num_val} problems to {options.out}"
+    )
+
 
 if __name__ == "__main__":
     cli(main)

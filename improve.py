@@ -1,84 +1,149 @@
-"""Self-improvement: expert iteration turns slow search into fast answers (paper, section 4.3). Read last.
+"""Self-improvement: expert iteration turns slow search into fast answers (paper, section 4.3). Read
+last.
 
-Each round searches fresh training problems (of a dataset: its training rows), keeps the answers that verify and fine-tunes on
-them; beyond the paper, it learns from its failures, too. The validation problems that accuracy is reported on are never
-searched: no training stream holds them.
+Each round searches fresh training problems (of a dataset: its training rows), keeps the answers
+that verify and fine-tunes on them; beyond the paper, it learns from its failures, too. The
+validation problems that accuracy is reported on are never searched: no training stream holds them.
+
+    python improve.py --ckpt checkpoint
 """
+
+import argparse
 import json
-import re
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from data import BACKTRACK, Tokenizer, load_record, load_rows
 from model import Arguments, Llama, UserError, best_dtype, cli, number, replacing, start
-from search import compare, evaluate
+from search import Settings, compare, evaluate
 from train import Batches, fit, save
 
-def own_mistakes(rows: list[dict], answers: list[dict]) -> list[dict]:
-    """D_back from chosen answers that are wrong, cut after their first false action (`verify` says which). All actions up to it
-    count as wrong, for nobody knows which of them led astray."""
-    made = []
-    for row, answer in zip(rows, answers):
-        if false := re.match(r"step (\d+):", answer["reason"]):
-            actions = answer["response"].split("\n")[:int(false[1])]
-            made.append({**row, "search_path": "\n".join([*actions, BACKTRACK]), "wrong": len(actions)})
-    return made
 
-def harvest(rows: list[dict], answers: list[dict]) -> list[dict]:
-    """A round's training rows: the answers that verify, at most as many of the model's own mistakes and, lest it
-    forget how to step back from others, a tenth as many of D_back."""
-    solved = [{**row, "search_path": answer["solution"]} for row, answer in zip(rows, answers) if answer["verified"]]
-    mistakes = [row for row in rows if row["search_path"].endswith(BACKTRACK)]
-    return solved + own_mistakes(rows, answers)[:len(solved)] + mistakes[:len(solved) // 10]
+def improve(model: Llama, tokenizer: Tokenizer, rows: list[dict], settings: Settings, learn) -> int:
+    """One round: search the problems of `rows`, keep what verifies, `learn` from it. Returns how
+    many problems were solved. Raises UserError if none was."""
+    answers = evaluate(model, tokenizer, rows, settings)
+    solved = solved_rows(rows, answers)
+    mistakes = own_mistakes(rows, answers)
+    if not solved:
+        message = "the search solved nothing to learn from: start from a better checkpoint"
+        raise UserError(message)
+    # at most as many mistakes as answers; and, lest it forget how to step back, some of D_back
+    back = [row for row in rows if row["search_path"].endswith(BACKTRACK)]
+    learn(solved + mistakes[: len(solved)] + back[: len(solved) // 10])
+    return sum(answer["verified"] for answer in answers)
+
+
+def solved_rows(rows: list[dict], answers: list[dict]) -> list[dict]:
+    """D_op from the answers that verify: of each problem the best, if there is one."""
+    kept_rows = []
+    for row, answer in zip(rows, answers):
+        for solution in answer["solutions"][:1]:
+            kept_rows.append(training_row(row, solution, no_loss=[]))
+    return kept_rows
+
+
+def own_mistakes(rows: list[dict], answers: list[dict]) -> list[dict]:
+    """D_back from chosen answers that are wrong, cut after their first false action. All actions up
+    to it carry no loss, for nobody knows which of them led astray."""
+    kept_rows = []
+    for row, answer in zip(rows, answers):
+        if answer["failed_step"]:
+            actions = answer["response"].split("\n")[: answer["failed_step"]]
+            response = "\n".join([*actions, BACKTRACK])
+            kept_rows.append(training_row(row, response, no_loss=list(range(len(actions)))))
+    return kept_rows
+
+
+def training_row(problem: dict, response: str, no_loss: list[int]) -> dict:
+    nums, target = problem["nums"], problem["target"]
+    return {"nums": nums, "target": target, "search_path": response, "no_loss": no_loss}
+
+
+# ==== Plumbing: a first reading may stop here =====================================================
+
+
+def arguments() -> argparse.Namespace:
+    options = Arguments("Expert iteration: search, verify, keep, fine-tune, repeat.")
+    options.add_argument("--ckpt", default="checkpoint", help="a folder or Hub id")
+    options.add_argument("--out", type=Path, default="improved", help="the folder to save to")
+    options.add_argument("--rounds", type=number(int, 1), default=3)
+    options.add_argument("--num", type=number(int, 1), default=15_000, help="problems a round")
+    options.add_argument("--b", type=number(int, 0), default=1, help="how often to step back")
+    options.add_argument("--n", type=number(int, 1), default=16, help="samples a state")
+    options.add_argument("--epochs", type=number(int, 1), default=3, help="over what a round kept")
+    options.add_argument("--lr", type=number(float, 0, True), help="Muon: 2e-3; AdamW: 1e-5")
+    options.add_argument("--batch_size", type=number(int, 1), default=64)
+    options.add_argument("--gradient_checkpointing", action="store_true", help="saves memory")
+    options.add_argument("--num_eval", type=number(int, 1), default=300, help="problems a split")
+    options.add_argument("--seed", type=number(int, 0), default=0)
+    return options.parse_args()
+
+
+def fine_tune(
+    model: Llama, tokenizer: Tokenizer, kept_rows: list[dict], options, training: dict
+) -> None:
+    """What a round does with what it has kept. `training`: the settings of the checkpoint's own
+    training, where train.py made it."""
+    device, rank, world = start()
+    uses_muon = training.get("optimizer") == "muon"
+    learning_rate = options.lr or (2e-3 if uses_muon else 1e-5)
+    loss_mask = training.get("mask", "action")
+    batches = Batches(
+        kept_rows, tokenizer, options.batch_size, 1, options.seed, rank, world, loss_mask
+    )
+    total_steps = -(-len(kept_rows) * options.epochs // batches.step_rows)
+    fit(
+        model,
+        batches,
+        total_steps,
+        learning_rate,
+        warmup=10,
+        muon=uses_muon,
+        dtype=best_dtype(device),
+    )
+
+
+def measure(
+    model, tokenizer, validation: dict, settings: Settings, out: Path, table_title: str
+) -> None:
+    """Print the table of greedy decoding and search, and add a line to log.jsonl."""
+    decoders = ["greedy", "self_backtrack"]
+    results = compare(model, tokenizer, validation, decoders, settings, table_title)
+    log_line = {"title": table_title}
+    for (split, decoder), rows in results.items():
+        log_line[f"{split}_{decoder}"] = sum(row["correct"] for row in rows) / len(rows)
+    if start()[1] == 0:
+        with open(out / "log.jsonl", "a") as log_file:
+            log_file.write(json.dumps(log_line) + "\n")
+
 
 def main() -> None:
-    args = Arguments("Expert iteration: search, verify, keep, fine-tune, repeat.")
-    args.add_argument("--ckpt", default="checkpoint", help="a folder or Hub id")
-    args.add_argument("--out", default="improved", help="the folder to save to, after each round")
-    args.add_argument("--rounds", type=number(int, 1), default=3)
-    args.add_argument("--num", type=number(int, 1), default=15_000, help="problems searched in a round")
-    args.add_argument("--b", type=number(int, 0), default=1)
-    args.add_argument("--n", type=number(int, 1), default=16)
-    args.add_argument("--epochs", type=number(int, 1), default=3, help="over what a round has kept, about")
-    args.add_argument("--lr", type=number(float, 0, strict=True), help="2e-3 by Muon, where a model was made by it; else 1e-5")
-    args.add_argument("--batch_size", type=number(int, 1), default=64)
-    args.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more work")
-    args.add_argument("--num_eval", type=number(int, 1), default=300, help="validation problems a split")
-    args.add_argument("--seed", type=number(int, 0), default=0)
-    args = args.parse_args()
-    device, rank, world = start()
-    tok, model = Tokenizer.from_pretrained(args.ckpt), Llama.from_pretrained(args.ckpt, device, torch.float32)
-    model.model.gradient_checkpointing = args.gradient_checkpointing
-    with replacing(args.out):
-        pass                                                           # if it cannot be written to, say so now
-    record = load_record(args.ckpt)
-    settings = record.get("settings", {})                              # of the training, where it was by train.py
-    muon = settings.get("optimizer") == "muon"
-    lr = args.lr or (2e-3 if muon else 1e-5)
-    held = {split: load_rows(split, record, args.num_eval) for split in ("val", "val_new")}
-    search = {key: getattr(args, key) for key in ("b", "n", "seed")}
-    def measure(round: int, title: str) -> None:
-        results = compare(model, tok, held, ["greedy", "self_backtrack"], title, **search)
-        line = {"_".join(key): sum(row["correct"] for row in rows) / len(rows) for key, rows in results.items()}
+    options = arguments()
+    device, rank, _ = start()
+    tokenizer = Tokenizer.from_pretrained(options.ckpt)
+    model = Llama.from_pretrained(options.ckpt, device, torch.float32)
+    model.model.gradient_checkpointing = options.gradient_checkpointing
+    with replacing(options.out):
+        pass  # if it cannot be written to, say so now
+    record = load_record(options.ckpt)
+    validation = {split: load_rows(split, record, options.num_eval) for split in ("val", "val_new")}
+    settings = Settings(b=options.b, n=options.n, seed=options.seed)
+    # A stream that training never drew; saved, so that a later run draws other rows again.
+    record = {**record, "seed": record.get("seed", 0) + 1_000_000 * (options.seed + 1)}
+    training = record.get("settings", {})
+    learn = partial(fine_tune, model, tokenizer, options=options, training=training)
+    measure(model, tokenizer, validation, settings, options.out, "before")
+    for round_number in range(1, options.rounds + 1):
+        rows = load_rows("train", record, options.num, options.num * (round_number - 1))
+        solved = improve(model, tokenizer, rows, settings, learn)
+        table_title = f"round {round_number} (solved {solved} of {len(rows)})"
+        measure(model, tokenizer, validation, settings, options.out, table_title)
         if rank == 0:
-            with open(Path(args.out, "log.jsonl"), "a") as log:
-                log.write(json.dumps({"round": round, **line}) + "\n")
-    measure(0, "before")
-    fresh = {**record, "seed": record.get("seed", 0) + 1_000_000 * (args.seed + 1)}         # a stream that training never drew
-    for round in range(1, args.rounds + 1):
-        rows = load_rows("train", fresh, args.num, args.num * (round - 1))
-        answers = evaluate(model, tok, rows, "self_backtrack", **search)
-        kept = harvest(rows, answers)
-        if not kept:
-            raise UserError("the search solved nothing, so there is nothing to learn from: start from a better checkpoint")
-        batches = Batches(kept, tok, args.batch_size, 1, args.seed + round, rank, world, settings.get("mask", "action"))
-        steps = -(-len(kept) * args.epochs // batches.size)
-        fit(model, batches, steps, lr, warmup=10, muon=muon, dtype=best_dtype(device))
-        title = f"round {round} (solved {sum(answer['verified'] for answer in answers)} of {len(rows)})"
-        measure(round, title)
-        if rank == 0:
-            save(Path(args.out), model, tok, fresh)                    # with the seed by which a later run draws other rows
+            save(options.out, model, tokenizer, record)
+
 
 if __name__ == "__main__":
     cli(main)

@@ -1,7 +1,23 @@
-"""Supervised fine-tuning on D_op and D_back (paper, section 4.1). Read after search.py, before improve.py."""
-import itertools, json, math, sys, time
+"""Supervised fine-tuning on D_op and D_back (paper, section 4.1). Read after search.py.
+
+The loss is L_SFT + L_backtrack: cross-entropy over the solutions of D_op, and over the beginnings
+and the `<backtrack>` of D_back, as one mean over all labelled tokens of a batch. Which tokens carry
+a label is data.py's affair (`silent_spans`).
+
+    python train.py                                         a small model from scratch, 5 minutes
+    python train.py --ckpt unsloth/Llama-3.2-1B --data yangxw/countdown-backtracking --grad_accum 2
+    torchrun --nproc_per_node=2 -- train.py                 the same on two devices
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import sys
+import time
 from collections import defaultdict
-from copy import deepcopy
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,300 +25,556 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import KINDS, SPLITS, Tokenizer, generate, load_record, load_rows, new_record, read_rows, read_split
-from model import DTYPES, Arguments, Llama, LlamaConfig, UserError, best_dtype, cli, number, replacing, start
-from search import compare, evaluate
+from data import (
+    KINDS,
+    MASKS,
+    SPLITS,
+    Tokenizer,
+    generate,
+    load_record,
+    load_rows,
+    new_record,
+    read_rows,
+    read_split,
+)
+from model import (
+    DTYPES,
+    Arguments,
+    Llama,
+    LlamaConfig,
+    LlamaDecoderLayer,
+    UserError,
+    best_dtype,
+    cli,
+    number,
+    replacing,
+    start,
+)
+from search import Settings, compare, evaluate
 
-def deepen(model: Llama, layers: int) -> None:
-    """Insert layers, spread evenly, until `model` has that many. Each new one copies the layer below and adds nothing yet, for
-    its output projections are zero: the model computes what it did, and training goes on from there (Chen et al., 2016)."""
-    old = model.model.layers
-    source = [i * len(old) // layers for i in range(layers)]
-    new = torch.nn.ModuleList(deepcopy(old[i]) for i in source)
-    for below, i, layer in zip(source, source[1:], new[1:]):
-        if i == below:
-            torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-            torch.nn.init.zeros_(layer.mlp.down_proj.weight)
-    model.model.layers, model.config.num_hidden_layers = new, layers
+# ---- 1. Batches ----------------------------------------------------------------------------------
+
 
 class Batches(Dataset):
-    """Item i: 64 optimiser steps' batches, sorted by length so that little is padding; each a list of (ids, labels).
-    rows: a list, of which epoch after epoch is shuffled; or the record of generated data, an endless stream.
-    A step's rows depend on batch_size * accum * world alone: rank r of w takes every w-th of them, cut in `accum` parts."""
-    STEPS, CONTEXT = 64, 128                                           # longer rows are cut, as in the reference
+    """Item i: the batches of 16 optimizer steps, sorted by length so that little is padding.
 
-    def __init__(self, rows: list[dict] | dict, tok, batch_size: int, accum=1, seed=0, rank=0, world=1, mask="action"):
-        self.rows, self.tok, self.size, self.accum = rows, tok, batch_size * accum * world, accum
-        self.seed, self.rank, self.world, self.mask = seed, rank, world, mask
+    A batch is a tensor (2, B, T) int64: input_ids and labels. A step's rows depend on batch_size *
+    accum * world alone: rank r of w takes every w-th of them, in `accum` parts. rows: a list, of
+    which epoch after epoch is shuffled; or the record of generated data, an endless stream."""
 
-    def __getitem__(self, i: int) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
-        want = self.STEPS * self.size
+    STEPS = 16
+    CONTEXT = 128  # longer rows are cut, as in the reference
+
+    def __init__(
+        self, rows, tokenizer, batch_size, accum=1, seed=0, rank=0, world=1, mask="action"
+    ):
+        self.rows = rows
+        self.tokenizer = tokenizer
+        self.step_rows = batch_size * accum * world
+        self.accum = accum
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.mask = mask
+
+    def __getitem__(self, item_number: int) -> list[list[torch.Tensor]]:
+        """For each of 16 steps, its `accum` batches."""
+        count = self.STEPS * self.step_rows
+        encoded = self.tokenizer.rows(self.draw(item_number * count, count), self.mask)
+        encoded.sort(key=lambda row: len(row[0]))
+        steps = []
+        for begin in range(0, count, self.step_rows):
+            own_rows = encoded[begin : begin + self.step_rows][self.rank :: self.world]
+            steps.append(
+                [self.pad_rows(own_rows[part :: self.accum]) for part in range(self.accum)]
+            )
+        order = np.random.default_rng([self.seed, item_number]).permutation(self.STEPS)
+        return [steps[step] for step in order]
+
+    def draw(self, begin: int, count: int) -> list[dict]:
+        """Rows begin .. begin + count of the stream, or of all epochs."""
         if isinstance(self.rows, dict):
-            rows = list(generate(self.rows, "train", want, i * want))
-        else:
-            epochs = [divmod(at, len(self.rows)) for at in range(i * want, (i + 1) * want)]
-            order = {e: np.random.default_rng([self.seed, e]).permutation(len(self.rows)) for e in {e for e, _ in epochs}}
-            rows = [self.rows[order[e][at]] for e, at in epochs]
-        encoded = sorted(self.tok.rows(rows, self.mask), key=lambda row: len(row[0]))
-        steps = [encoded[at:at + self.size][self.rank::self.world] for at in range(0, want, self.size)]
-        return [[self.pad(steps[s][a::self.accum]) for a in range(self.accum)]
-                for s in np.random.default_rng([self.seed, i]).permutation(self.STEPS)]
+            return list(generate(self.rows, "train", count, begin))
+        drawn_rows = []
+        epoch_order = {}  # of each epoch
+        for row_number in range(begin, begin + count):
+            epoch, place_in_epoch = divmod(row_number, len(self.rows))
+            if epoch not in epoch_order:
+                shuffle = np.random.default_rng([self.seed, epoch])
+                epoch_order[epoch] = shuffle.permutation(len(self.rows))
+            drawn_rows.append(self.rows[epoch_order[epoch][place_in_epoch]])
+        return drawn_rows
 
-    def pad(self, rows: list[tuple[list[int], list[int]]], device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
-        """input_ids and labels, (B, T) int64, padded on the right, where causal attention never looks."""
-        return tuple(pad_sequence([torch.tensor(x[:self.CONTEXT]) for x in column], True, fill).to(device)
-                     for column, fill in zip(zip(*rows), (self.tok.eos, -100)))
+    def pad_rows(self, encoded: list[tuple[list[int], list[int]]]) -> torch.Tensor:
+        """Pad on the right, where causal attention never looks: (2, B, T)."""
+        longest = min(max(len(input_ids) for input_ids, _ in encoded), self.CONTEXT)
+        eos = [self.tokenizer.eos] * longest
+        no_label = [-100] * longest
+        padded_ids = [(input_ids + eos)[:longest] for input_ids, _ in encoded]
+        padded_labels = [(labels + no_label)[:longest] for _, labels in encoded]
+        return torch.tensor([padded_ids, padded_labels])
 
-@torch.no_grad()
-def mean_loss(model: Llama, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Mean cross-entropy over all labelled tokens of the batches (ids, labels)."""
-    total = sum(model(ids, labels=labels) for ids, labels in batches)
-    return round(float(total) / sum(int((labels[:, 1:] != -100).sum()) for _, labels in batches), 4)
+
+# ---- 2. The loop ---------------------------------------------------------------------------------
+
+
+def fit(
+    model: Llama,
+    batches: Batches,
+    steps: int,
+    lr: float,
+    warmup: int,
+    weight_decay: float = 0.1,
+    muon: bool = True,
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
+    state: dict | None = None,
+    report_every: int = 1000,
+    report=None,
+) -> None:
+    """Train `model` in place; dtype is autocast's. After each `report_every` steps, and the last,
+    call report(loss, state); that state, {"step", "optimizer"}, given to a later call, goes on from
+    there."""
+    device, rank, world = start()
+    model.model.compiled_layer = torch.compile(LlamaDecoderLayer.forward) if compiled else None
+    parallel = model
+    if world > 1:
+        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer = make_optimizer(model, muon, lr, weight_decay, fused=dtype != torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    first_step = 0
+    if state:
+        first_step = state["step"]
+        optimizer.load_state_dict(state["optimizer"])
+    stream = stream_batches(batches, first_step, steps, device)
+    progress = tqdm(range(first_step, steps), "train", steps, initial=first_step, disable=rank > 0)
+    smooth_loss = None  # the loss, averaged over the last steps
+    for step in progress:
+        # One mean over the labelled tokens of all ranks and parts of a step together, so that a
+        # gradient does not depend on how a batch was cut.
+        step_parts = [part.to(device, non_blocking=True) for part in next(stream)]
+        labelled = sum((labels[:, 1:] != -100).sum() for _, labels in step_parts)
+        labelled = sum_over_ranks(labelled).clamp(min=1)
+
+        # Forward and backward. DDP averages gradients over the ranks, where they are to be added.
+        loss = torch.zeros((), device=device)
+        for i, (input_ids, labels) in enumerate(step_parts):
+            parallel.require_backward_grad_sync = i == len(step_parts) - 1  # ranks meet once a step
+            with autocast():
+                part_loss = parallel(input_ids, labels=labels) / labelled
+            scaler.scale(part_loss * world).backward()
+            loss += part_loss.detach()
+
+        # Clip, set the learning rate, take the step.
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, lr, warmup)
+        with autocast():  # Muon multiplies matrices
+            scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        # Report.
+        loss = sum_over_ranks(loss)
+        smooth_loss = loss if smooth_loss is None else torch.lerp(loss, smooth_loss, 0.98)
+        if rank == 0 and step % 20 == 0:
+            # the one place that waits for the device
+            progress.set_postfix(loss=f"{float(smooth_loss):.4f}")
+        if report and ((step + 1) % report_every == 0 or step + 1 == steps):
+            report(float(smooth_loss), {"step": step + 1, "optimizer": optimizer_state(optimizer)})
+
 
 def learning_rate(step: int, steps: int, lr: float, warmup: int) -> float:
     """Linear warm-up, then half a cosine down to zero."""
     return lr * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
-def orthogonal(x: torch.Tensor) -> torch.Tensor:
-    """Each of x (N, A, B) with all singular values brought to 0.7 .. 1.2 (those not near zero), by five Newton-Schulz steps."""
-    if x.shape[1] > x.shape[2]:
-        return orthogonal(x.mT).mT
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
-    return x
+
+def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def stream_batches(batches: Batches, first_step: int, steps: int, device: torch.device):
+    """The batches of step after step, from first_step on; on a GPU made by all other cores."""
+    on_gpu = device.type == "cuda"
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(first_step // batches.STEPS, -(-steps // batches.STEPS)),
+        num_workers=os.cpu_count() - 1 if on_gpu else 0,
+        pin_memory=on_gpu,
+    )
+    stream = itertools.chain.from_iterable(loader)
+    return itertools.islice(stream, first_step % batches.STEPS, None)
+
+
+@torch.no_grad()
+def mean_loss(model: Llama, batches: list[torch.Tensor]) -> float:
+    """Mean cross-entropy over all labelled tokens of batches (2, B, T)."""
+    total_loss = 0.0
+    labelled = 0
+    for input_ids, labels in batches:
+        total_loss += float(model(input_ids, labels=labels))
+        labelled += int((labels[:, 1:] != -100).sum())
+    return round(total_loss / labelled, 4)
+
+
+# ---- 3. The optimizer ----------------------------------------------------------------------------
+
+
+def make_optimizer(model: Llama, muon: bool, lr: float, weight_decay: float, fused: bool):
+    """AdamW, or Muon for the layers' matrices. On several ranks each keeps a part of its state
+    (ZeRO's first stage: a parameter's state lives on one rank, which updates it and sends it to the
+    others)."""
+    matrices, embeddings, gain_vectors = [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            gain_vectors.append(parameter)
+        elif ".layers." in name:
+            matrices.append(parameter)
+        else:
+            embeddings.append(parameter)  # embedding and head
+    param_groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": embeddings, "weight_decay": weight_decay},
+        {"params": gain_vectors, "weight_decay": 0.0},
+    ]
+    optimizer_class = Muon if muon else torch.optim.AdamW
+    settings = {"lr": lr, "betas": (0.9, 0.95 if muon else 0.999), "fused": fused}
+    if dist.is_initialized():
+        return ZeroRedundancyOptimizer(param_groups, optimizer_class, **settings)
+    return optimizer_class(param_groups, **settings)
+
+
+def optimizer_state(optimizer) -> dict:
+    """The whole optimizer's state, on rank 0; all ranks must call this together."""
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        optimizer.consolidate_state_dict(to=0)
+        if dist.get_rank() > 0:
+            return {}
+    return optimizer.state_dict()
+
 
 class Muon(torch.optim.AdamW):
-    """Muon (Jordan et al., 2024) for the matrices of group 0, AdamW for the rest. Momentum is made orthogonal, so that all
-    directions of a matrix learn at one speed, and scaled as AdamW's steps are. A model from scratch needs far fewer steps.
-    torch.optim.Muon always multiplies in bf16, which many CPUs only emulate, slowly; this one obeys autocast."""
+    """Muon (Jordan et al., 2024) for the matrices of group 0, AdamW for the rest.
+
+    Momentum is made orthogonal, so that all directions of a matrix learn at one speed, and scaled
+    as AdamW's steps are. A model from scratch needs far fewer steps. torch.optim.Muon always
+    multiplies in bf16, which many CPUs only emulate, slowly; this one obeys autocast."""
+
     @torch.no_grad()
     def step(self):
-        params, lr, decay = (self.param_groups[0][key] for key in ("params", "lr", "weight_decay"))
-        shapes = defaultdict(list)
-        for p in params:
-            if p.grad is not None:
-                self.state[p].setdefault("step", torch.zeros(()))                  # without it AdamW would not load the state
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
-                shapes[p.shape].append((p, p.grad.lerp(momentum, 0.95)))           # Nesterov's look ahead
-                p.grad = None                                                      # AdamW has nothing left to do here
-        for shape, pairs in shapes.items():                                        # all matrices of a shape at once
-            for (p, _), update in zip(pairs, orthogonal(torch.stack([ahead for _, ahead in pairs]))):
-                p.mul_(1 - lr * decay).add_(update, alpha=-0.2 * lr * max(shape) ** 0.5)
+        group = self.param_groups[0]
+        updates = defaultdict(list)
+        for matrix in group["params"]:
+            if matrix.grad is None:
+                continue
+            state = self.state[matrix]
+            if not state:
+                state["step"] = torch.zeros(())  # AdamW loads no state without it
+                state["momentum"] = torch.zeros_like(matrix)
+            state["momentum"].lerp_(matrix.grad, 0.05)
+            look_ahead = matrix.grad.lerp(state["momentum"], 0.95)  # Nesterov's
+            updates[matrix.shape].append((matrix, look_ahead))
+            matrix.grad = None  # AdamW has nothing left to do here
+        for shape, same_shape in updates.items():  # all matrices of a shape at once
+            steps = orthogonal(torch.stack([look_ahead for _, look_ahead in same_shape]))
+            step_scale = 0.2 * max(shape) ** 0.5
+            for (matrix, _), step in zip(same_shape, steps):
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.add_(step, alpha=-group["lr"] * step_scale)
         super().step()
 
-# ZeRO's first stage (Rajbhandari et al., 2020): a parameter's optimizer state lives on one rank alone, which updates the
-# parameter and sends it to the others. torch's ZeroRedundancyOptimizer does so, too, but its ranks exchange pickles.
-def owners(params: list[torch.nn.Parameter], world: int) -> dict[torch.nn.Parameter, int]:
-    """The rank that holds each parameter's optimizer state, in the order of params; all ranks hold about as many numbers."""
-    load, owner = [0] * world, dict.fromkeys(params, 0)
-    for p in sorted(params, key=torch.numel, reverse=True):
-        owner[p] = load.index(min(load))
-        load[owner[p]] += p.numel()
-    return owner
 
-def collect(optimizer: torch.optim.AdamW, owner: dict[torch.nn.Parameter, int], rank: int) -> dict[int, dict]:
-    """The state of every parameter, {number: {name: tensor}}, on rank 0's CPU; all ranks must call this together."""
-    state = defaultdict(dict)
-    for i, (p, who) in enumerate(owner.items()):
-        matrix = isinstance(optimizer, Muon) and i < len(optimizer.param_groups[0]["params"])
-        for name in ("step", "momentum") if matrix else ("step", "exp_avg", "exp_avg_sq"):
-            slot = p.new_zeros(() if name == "step" else p.shape)
-            if name in optimizer.state.get(p, ()):
-                slot.copy_(optimizer.state[p][name])
-            if dist.is_initialized():
-                dist.broadcast(slot, who)
-            if rank == 0:
-                state[i][name] = slot.cpu()
-    return state
+def orthogonal(matrix_stack: torch.Tensor) -> torch.Tensor:
+    """Each matrix of a stack (N, A, B) with all singular values brought to 0.7 .. 1.2 (those not
+    near zero), by five Newton-Schulz steps."""
+    if matrix_stack.shape[1] > matrix_stack.shape[2]:
+        return orthogonal(matrix_stack.mT).mT
+    matrix_stack = matrix_stack / matrix_stack.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = matrix_stack @ matrix_stack.mT
+        matrix_stack = 3.4445 * matrix_stack + (2.0315 * gram @ gram - 4.775 * gram) @ matrix_stack
+    return matrix_stack
 
-def fit(model: Llama, batches: Batches, steps: int, lr: float, warmup: int, weight_decay: float = 0.1, muon: bool = True,
-        dtype: torch.dtype = torch.float32, compiled=False, state: dict | None = None, every: int = 1000, report=None) -> None:
-    """Train `model` in place; dtype is autocast's. The loss is one mean over the labelled tokens of all ranks and parts of a
-    step together, so that a gradient does not depend on how a batch was cut. After each `every` steps, and the last, call
-    report(loss, state): the state, {"step", "optimizer": its tensors}, given to a later call, goes on from there."""
-    device, rank, world = start()
-    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
-    run = torch.compile(wrapped, dynamic=True) if compiled else wrapped        # for training alone: the engine calls model
-    together = dist.all_reduce if world > 1 else lambda tensor: None           # sums a tensor over the ranks, in place
-    kinds = [], [], []                                       # 0: the layers' matrices; 1: embedding and head; 2: gains
-    for name, p in model.named_parameters():
-        kinds[2 if p.ndim == 1 else 0 if ".layers." in name else 1].append(p)
-    groups = [{"params": ps, "weight_decay": decay} for ps, decay in zip(kinds, (weight_decay, weight_decay, 0.0))]
-    optimizer = (Muon if muon else torch.optim.AdamW)(groups, lr=lr, betas=(0.9, 0.95), fused=dtype != torch.float16)
-    owner = owners([p for ps in kinds for p in ps], world)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    first = state["step"] if state else 0
-    if state:
-        own = {i: state["optimizer"][i] for i, who in enumerate(owner.values()) if who == rank}
-        optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
-    amp = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
-    items = range(first // batches.STEPS, -(-steps // batches.STEPS))
-    loader = DataLoader(batches, batch_size=None, sampler=items, num_workers=8 * (device.type == "cuda"))
-    stream = itertools.islice(itertools.chain.from_iterable(loader), first % batches.STEPS, None)
-    mean = torch.zeros((), device=device)
-    for step in (bar := tqdm(range(first, steps), initial=first, total=steps, desc="train", disable=rank > 0)):
-        parts = [(ids.to(device), labels.to(device)) for ids, labels in next(stream)]
-        labelled = sum((labels[:, 1:] != -100).sum() for _, labels in parts).clamp(min=1)
-        together(labelled)
-        loss = torch.zeros((), device=device)
-        for i, (ids, labels) in enumerate(parts):
-            wrapped.require_backward_grad_sync = i == len(parts) - 1               # DDP's ranks meet once, at the last part
-            with amp():
-                part = run(ids, labels=labels) / labelled
-            scaler.scale(part * world).backward()                      # DDP averages over ranks; here they are to be added
-            loss += part.detach()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, lr, warmup)
-        for p, who in owner.items():
-            if who != rank:
-                p.grad = None                                                      # the optimizer passes over it
-        with amp():
-            scaler.step(optimizer)
-        for p, who in owner.items() if world > 1 else ():
-            dist.broadcast(p.detach(), who)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        together(loss)
-        mean = torch.lerp(loss, mean, 0.98 if step > first else 0.0)
-        if rank == 0 and step % 20 == 0:
-            bar.set_postfix(loss=f"{float(mean):.4f}")                             # the one place that waits for the device
-        if report and ((step + 1) % every == 0 or step + 1 == steps):
-            report(float(mean), {"step": step + 1, "optimizer": collect(optimizer, owner, rank)})
 
-def save(folder: str | Path, model: Llama, tok: Tokenizer, record: dict, state: dict | None = None) -> None:
-    """A checkpoint in Hugging Face's layout, the record of its data, and what `--resume` needs. All files are complete
-    before any of them moves into its place."""
-    with replacing(folder) as new:
-        model.save_pretrained(new)
-        tok.save_pretrained(new)
-        (new / "record.json").write_text(json.dumps(record) + "\n")
+# ==== Plumbing: a first reading may stop here =====================================================
+
+# ---- Saving and resuming -------------------------------------------------------------------------
+
+RESUME = "resume.pt"
+
+
+def save(
+    folder, model: Llama, tokenizer: Tokenizer, record: dict, state: dict | None = None
+) -> None:
+    """A checkpoint in Hugging Face's layout, the record of its data, and what `--resume` needs. All
+    files are complete before any of them moves into its place. Raises UserError."""
+    with replacing(folder) as staging:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        (staging / "record.json").write_text(json.dumps(record) + "\n")
         if state:
-            tensors = {f"weight.{key}": value.detach() for key, value in model.named_parameters()}
-            tensors |= {f"{i}.{key}": value for i, slots in state["optimizer"].items() for key, value in slots.items()}
-            save_file(tensors | {"step": torch.tensor(state["step"])}, new / "resume.safetensors")
+            weights = {name: value.detach() for name, value in model.named_parameters()}
+            with open(staging / RESUME, "wb") as resume_file:  # torch's own would hide an OSError
+                torch.save({**state, "weights": weights}, resume_file)
     if not state:
-        Path(folder, "resume.safetensors").unlink(missing_ok=True)      # of other weights than these
+        Path(folder, RESUME).unlink(missing_ok=True)  # it is of other weights than these
+
 
 def load_state(folder: Path, model: Llama) -> dict:
-    """Put back the fp32 weights that `save` wrote, and return fit's state. Safetensors: no pickle is ever read."""
+    """Put back the fp32 weights that `save` wrote, and return fit's state. Raises UserError."""
     try:
-        tensors = load_file(folder / "resume.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot resume from {folder}: {error}") from None
-    step, slots = int(tensors.pop("step")), defaultdict(dict)
-    for kind, name, value in ((*key.split(".", 1), value) for key, value in tensors.items()):
-        if kind == "weight":
+        state = torch.load(folder / RESUME, map_location="cpu", weights_only=True)
+        for name, value in state.pop("weights").items():
             model.get_parameter(name).data.copy_(value)
-        else:
-            slots[int(kind)][name] = value
-    return {"step": step, "optimizer": slots}
+    except Exception as error:  # of a damaged file torch raises a dozen kinds
+        reason = str(error).split("\n")[0]
+        raise UserError(f"cannot resume from {folder / RESUME}: {reason}") from None
+    return state
 
-SCRATCH = {"steps": 6000, "batch_size": 64, "lr": 3e-3, "optimizer": "muon", "warmup": 100, "weight_decay": 0.1,
-           "mask": "choice", "layers": 4}
-PAPER = {"steps": 46875, "batch_size": 16, "lr": 1e-5, "optimizer": "adamw", "warmup": 1, "weight_decay": 0.01,
-         "mask": "action"}
-"""Defaults: for a small model from scratch; for --ckpt, the paper's (3 epochs of 500,000 rows, 16 on each of two devices)."""
+
+@dataclass
+class Reporter:
+    """`fit` calls it to evaluate, log and save."""
+
+    options: argparse.Namespace
+    model: Llama
+    tokenizer: Tokenizer
+    batches: Batches
+    record: dict
+    validation: dict[str, list[dict]]  # the problems of each split
+    last_step: int
+    last_time: float = field(default_factory=time.perf_counter)
+
+    def __call__(self, loss: float, state: dict) -> None:
+        device, rank, _ = start()
+        seconds = time.perf_counter() - self.last_time
+        steps = state["step"] - self.last_step
+        step_rows = self.batches.step_rows
+        log_line = {"step": state["step"], "rows": state["step"] * step_rows}
+        log_line["loss"] = round(loss, 4)
+        log_line["rows_per_s"] = round(steps * step_rows / seconds, 1)
+        if device.type == "cuda":  # of this rank
+            log_line["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        for split, rows in self.validation.items():
+            log_line |= self.evaluate(split, rows, device)
+        if rank == 0:
+            tqdm.write(json.dumps(log_line))
+            if self.options.wandb:
+                import wandb
+
+                wandb.log(log_line, step=state["step"])
+            save(self.options.out, self.model, self.tokenizer, self.record, state)
+            with open(self.options.out / "log.jsonl", "a") as log_file:
+                log_file.write(json.dumps(log_line) + "\n")
+        self.last_step = state["step"]
+        self.last_time = time.perf_counter()
+
+    def evaluate(self, split: str, rows: list[dict], device: torch.device) -> dict:
+        """The loss, by the paper's mask whichever is trained with, and greedy accuracy."""
+        encoded = self.tokenizer.rows(rows)
+        batches = []
+        for begin in range(0, len(rows), 64):
+            batches.append(self.batches.pad_rows(encoded[begin : begin + 64]).to(device))
+        judged = evaluate(self.model, self.tokenizer, rows, Settings(decoder="greedy"))
+        correct = sum(row["correct"] for row in judged)
+        loss = mean_loss(self.model, batches)
+        return {f"{split}_loss": loss, f"{split}_greedy": correct / len(rows)}
+
+
+# ---- The command ---------------------------------------------------------------------------------
+
+SCRATCH = {
+    "steps": 6000,
+    "batch_size": 64,
+    "lr": 3e-3,
+    "optimizer": "muon",
+    "warmup": 100,
+    "weight_decay": 0.1,
+    "mask": "choice",
+}
+PAPER = {  # 3 epochs of 500,000 rows, 16 on each of two devices
+    "steps": 46875,
+    "batch_size": 16,
+    "lr": 1e-5,
+    "optimizer": "adamw",
+    "warmup": 1,
+    "weight_decay": 0.01,
+    "mask": "action",
+}
+"""Defaults: for a small model from scratch; with --ckpt, the paper's."""
+
+
+def arguments() -> argparse.Namespace:
+    """The command line: --resume takes a run's own settings where none are given. Raises
+    UserError."""
+    options = Arguments("Train on D_op and D_back: a small model from scratch, or a checkpoint.")
+    options.add_argument("--ckpt", help="a folder or Hub id to start from; else from scratch")
+    options.add_argument(
+        "--data", help="a file, a folder of data.py, a Hub dataset; else generated"
+    )
+    options.add_argument(
+        "--sizes", type=int, choices=range(2, 6), nargs="+", default=[3], help="how many numbers"
+    )
+    options.add_argument(
+        "--mistakes", choices=KINDS, nargs="*", default=KINDS, help="of D_back; none: D_op alone"
+    )
+    options.add_argument("--out", type=Path, default="checkpoint", help="the folder to save to")
+    options.add_argument("--resume", action="store_true", help="go on from --out, by its settings")
+    options.add_argument("--steps", type=number(int, 1))
+    options.add_argument(
+        "--batch_size", type=number(int, 1), help="rows a device and part of a step"
+    )
+    options.add_argument("--grad_accum", type=number(int, 1), default=1, help="parts of a step")
+    options.add_argument("--lr", type=number(float, 0, strict=True))
+    options.add_argument(
+        "--optimizer", choices=("muon", "adamw"), help="muon: for layers' matrices"
+    )
+    options.add_argument("--warmup", type=number(int, 1))
+    options.add_argument("--weight_decay", type=number(float, 0))
+    options.add_argument("--mask", choices=MASKS, help="what carries no loss in a mistake")
+    options.add_argument("--gradient_checkpointing", action="store_true", help="saves memory")
+    options.add_argument(
+        "--compile", action="store_true", help="starts half a minute later, faster"
+    )
+    options.add_argument("--dtype", choices=DTYPES, help="of autocast; by itself the device's best")
+    options.add_argument("--hidden_size", type=number(int, 32), default=96, help="32 a head")
+    options.add_argument("--layers", type=number(int, 1), default=4, help="of a model from scratch")
+    options.add_argument("--seed", type=number(int, 0), default=0)
+    options.add_argument(
+        "--eval_every", type=number(int, 1), default=1200, help="steps; saves, too"
+    )
+    options.add_argument("--num_eval", type=number(int, 1), default=200, help="problems a split")
+    options.add_argument("--wandb", action="store_true", help="log to Weights & Biases, too")
+    from_checkpoint = any(arg.split("=")[0] == "--ckpt" for arg in sys.argv)
+    options.set_defaults(**(PAPER if from_checkpoint else SCRATCH))
+    known, _ = options.parse_known_args()
+    if known.resume:
+        options.set_defaults(**load_record(known.out).get("settings", {}))
+    return options.parse_args()
+
+
+def build_model(options, tokenizer: Tokenizer) -> Llama:
+    """The checkpoint to start from, or a small model with random weights; in fp32."""
+    origin = options.out if options.resume else options.ckpt
+    if origin:
+        return Llama.from_pretrained(origin, dtype=torch.float32, vocab_size=tokenizer.vocab_size)
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=options.hidden_size,
+        intermediate_size=-(-options.hidden_size * 8 // 3 // 32) * 32,  # a multiple of 32 is fast
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.hidden_size // 32,
+        num_key_value_heads=options.hidden_size // 32,
+        head_dim=32,
+        max_position_embeddings=256,
+        rope_theta=10000.0,
+        eos_token_id=tokenizer.eos,
+    )
+    return Llama(config)
+
+
+def load_run(options, model: Llama) -> dict | None:
+    """With --resume, where the run was. Raises UserError where it cannot go on."""
+    if not options.resume:
+        return None
+    state = load_state(options.out, model)
+    if state["step"] >= options.steps:
+        raise UserError(f"{options.out} holds all of its {state['step']} steps: give --steps more")
+    slots = state["optimizer"]["state"].values()
+    saved_by = "muon" if any("momentum" in slot for slot in slots) else "adamw"
+    if saved_by != options.optimizer:
+        raise UserError(
+            f"{options.out} was trained by {saved_by}: {options.optimizer} has no use for its state"
+        )
+    return state
+
+
+def training_rows(options) -> tuple[list[dict] | dict, dict]:
+    """The rows, or the record of their endless stream; and the record of where they come from."""
+    if options.data is None:
+        record = new_record(options.seed, options.sizes, options.mistakes)
+        return record, record
+    if Path(options.data).is_file():
+        return read_rows(Path(options.data)), {"source": options.data}
+    return read_split(options.data, "train"), load_record(options.data, "dataset")
+
+
+def start_wandb(options, rank: int) -> None:
+    if options.wandb:
+        if not find_spec("wandb"):
+            message = "--wandb needs a package that is not installed: pip install wandb"
+            raise UserError(message)
+        import wandb
+
+        wandb_mode = "disabled" if rank else None
+        wandb.init(project="self-backtracking", config=vars(options), mode=wandb_mode)
+
 
 def main() -> None:
-    args = Arguments("Train on D_op and D_back: a small model from scratch, or a checkpoint.")
-    args.add_argument("--ckpt", help="a folder or Hub id to start from; without it (or --resume) a small model from scratch")
-    args.add_argument("--data", help="a file, a folder of data.py, or a Hub dataset; without it rows are generated without end")
-    args.add_argument("--sizes", type=int, choices=range(2, 6), nargs="+", default=[3], help="generated data: how many numbers")
-    args.add_argument("--mistakes", choices=KINDS, nargs="*", default=KINDS, help="generated data: the kinds; none: D_op alone")
-    args.add_argument("--out", type=Path, default="checkpoint", help="the folder to save to")
-    args.add_argument("--resume", action="store_true", help="go on from what --out holds, by its settings where none are given")
-    args.add_argument("--steps", type=number(int, 1))
-    args.add_argument("--batch_size", type=number(int, 1), help="rows a device and accumulation step")
-    args.add_argument("--grad_accum", type=number(int, 1), default=1, help="batches whose gradients are added up in a step")
-    args.add_argument("--lr", type=number(float, 0, strict=True))
-    args.add_argument("--optimizer", choices=("muon", "adamw"), help="muon: for the layers' matrices")
-    args.add_argument("--warmup", type=number(int, 1))
-    args.add_argument("--weight_decay", type=number(float, 0))
-    args.add_argument("--mask", choices=("none", "action", "choice"), help="what carries no loss in a mistake")
-    args.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more work")
-    args.add_argument("--compile", action="store_true", help="torch.compile: starts half a minute later, then is faster")
-    args.add_argument("--dtype", choices=DTYPES, help="of autocast; the best of the device by itself")
-    args.add_argument("--hidden_size", type=number(int, 32), default=96, help="32 a head")
-    args.add_argument("--layers", type=number(int, 1), help="with --ckpt: grow it to so many; they add nothing at first")
-    args.add_argument("--seed", type=number(int, 0), default=0)
-    args.add_argument("--eval_every", type=number(int, 1), default=1200, help="steps between evaluations and checkpoints")
-    args.add_argument("--num_eval", type=number(int, 1), default=200, help="problems a split in an evaluation")
-    args.add_argument("--wandb", action="store_true", help="log to Weights & Biases, too, if that package is installed")
-    args.set_defaults(**(PAPER if any(arg.split("=")[0] == "--ckpt" for arg in sys.argv) else SCRATCH))
-    if (known := args.parse_known_args()[0]).resume:
-        args.set_defaults(**load_record(known.out).get("settings", {}) | {"layers": None})       # it has the layers it has
-    args = args.parse_args()
+    options = arguments()
     device, rank, world = start()
-    if args.wandb:
-        if not find_spec("wandb"):
-            raise UserError("--wandb needs a package that is not installed: pip install wandb")
-        import wandb
-        wandb.init(project="self-backtracking", config=vars(args), mode="disabled" if rank else None)
-    torch.manual_seed(args.seed)
-    begin = args.out if args.resume else args.ckpt
-    tok = Tokenizer.from_pretrained(begin, grow=True) if begin else Tokenizer.digits()
-    model = Llama.from_pretrained(begin, dtype=torch.float32, vocab_size=tok.vocab_size) if begin else Llama(LlamaConfig(
-        vocab_size=tok.vocab_size, hidden_size=args.hidden_size, intermediate_size=args.hidden_size * 8 // 3,
-        num_hidden_layers=args.layers, num_attention_heads=args.hidden_size // 32, num_key_value_heads=args.hidden_size // 32,
-        head_dim=32, max_position_embeddings=256, rope_theta=10000.0, eos_token_id=tok.eos))
-    if begin and args.layers and args.layers != (depth := model.config.num_hidden_layers):
-        if args.resume or args.layers < depth:
-            raise UserError(f"{begin} has {depth} layers: --layers can add some to a --ckpt, and cannot take any away")
-        deepen(model, args.layers)
-    state = load_state(args.out, model) if args.resume else None
-    if state and state["step"] >= args.steps:
-        raise UserError(f"{args.out} holds all of its {state['step']} steps: give --steps more than that to go on")
-    if state and args.optimizer != ("muon" if any("momentum" in slots for slots in state["optimizer"].values()) else "adamw"):
-        raise UserError(f"{args.out} was not trained by {args.optimizer}, and its optimizer's state cannot be carried over")
-    model.to(device).model.gradient_checkpointing = args.gradient_checkpointing
-    if args.data is None:
-        record = rows = new_record(args.seed, args.sizes, args.mistakes)
-    elif Path(args.data).is_file():
-        record, rows = {"source": args.data}, read_rows(Path(args.data))
-    else:
-        record, rows = load_record(args.data, "dataset"), read_split(args.data, "train")
-    settings = {key: value for key, value in vars(args).items() if key not in ("ckpt", "out", "resume", "wandb")}
-    settings |= {"hidden_size": model.config.hidden_size, "layers": model.config.num_hidden_layers}
-    record = {**record, "settings": settings}                                      # --resume and improve.py go on with these
-    with replacing(args.out):
-        pass                                                           # if it cannot be written to, say so now
-    batches = Batches(rows, tok, args.batch_size, args.grad_accum, args.seed, rank, world, args.mask)
-    held = {} if Path(record["source"]).is_file() else {s: load_rows(s, record, args.num_eval) for s in SPLITS[1:]}
-    clock = {"step": state["step"] if state else 0, "time": time.perf_counter()}
-    def report(loss: float, state: dict) -> None:
-        speed = (state["step"] - clock["step"]) * batches.size / (time.perf_counter() - clock["time"])
-        line = {"step": state["step"], "rows": state["step"] * batches.size, "loss": round(loss, 4)}
-        line["rows_per_s"] = round(speed, 1)
-        if device.type == "cuda":
-            line["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)           # of this rank
-        for split, rows in held.items():
-            # by the paper's mask, whichever is trained with, so that losses compare
-            padded = [batches.pad(tok.rows(rows[i:i + 64]), device) for i in range(0, len(rows), 64)]
-            line[f"{split}_loss"] = mean_loss(model, padded)
-            line[f"{split}_greedy"] = sum(row["correct"] for row in evaluate(model, tok, rows, "greedy")) / len(rows)
-        if rank == 0:
-            tqdm.write(json.dumps(line))
-            if args.wandb:
-                wandb.log(line, step=state["step"])
-            save(args.out, model, tok, record, state)
-            with open(args.out / "log.jsonl", "a") as log:
-                log.write(json.dumps(line) + "\n")
-        clock.update(step=state["step"], time=time.perf_counter())
-    dtype = DTYPES.get(args.dtype) or best_dtype(device)
-    fit(model, batches, args.steps, args.lr, args.warmup, args.weight_decay, args.optimizer == "muon", dtype, args.compile,
-        state, args.eval_every, report)
-    compare(model, tok, held, ["greedy", "self_backtrack"])
+    start_wandb(options, rank)
+    torch.manual_seed(options.seed)
+    origin = options.out if options.resume else options.ckpt
+    tokenizer = (
+        Tokenizer.from_pretrained(origin, add_backtrack=True) if origin else Tokenizer.digits()
+    )
+    model = build_model(options, tokenizer)
+    state = load_run(options, model)
+    model.to(device)
+    model.model.gradient_checkpointing = options.gradient_checkpointing
+
+    rows, record = training_rows(options)
+    settings = {key: value for key, value in vars(options).items() if key not in NOT_SETTINGS}
+    settings["hidden_size"] = model.config.hidden_size
+    settings["layers"] = model.config.num_hidden_layers
+    record = {**record, "settings": settings}  # --resume and improve.py go on with these
+    with replacing(options.out):
+        pass  # if it cannot be written to, say so now
+    validation = {}
+    if not Path(record["source"]).is_file():
+        validation = {split: load_rows(split, record, options.num_eval) for split in SPLITS[1:]}
+
+    batches = Batches(
+        rows,
+        tokenizer,
+        options.batch_size,
+        options.grad_accum,
+        options.seed,
+        rank,
+        world,
+        options.mask,
+    )
+    first_step = state["step"] if state else 0
+    reporter = Reporter(options, model, tokenizer, batches, record, validation, first_step)
+    fit(
+        model,
+        batches,
+        options.steps,
+        options.lr,
+        options.warmup,
+        options.weight_decay,
+        muon=options.optimizer == "muon",
+        dtype=DTYPES.get(options.dtype) or best_dtype(device),
+        compiled=options.compile,
+        state=state,
+        report_every=options.eval_every,
+        report=reporter,
+    )
+    compare(model, tokenizer, validation, ["greedy", "self_backtrack"], Settings())
+
+
+NOT_SETTINGS = ("ckpt", "out", "resume", "wandb")
 
 if __name__ == "__main__":
     cli(main)

@@ -1,91 +1,358 @@
-"""Measure every decoder on one checkpoint: the tables of the README and what figures.py draws, as JSON lines.
+"""Measure every decoder on one checkpoint, and how its `<backtrack>` judges: the tables of the
+README and what figures.py draws, as JSON lines.
 
-    torchrun --nproc_per_node=2 -- assets/measure.py              the shipped model; each process takes a split
+    torchrun --nproc_per_node=2 -- assets/measure.py     the shipped model; each process takes lines
+    python assets/measure.py --lines greedy "b=1 n=32"   a part of them, only printed (or to --out)
 
-A line has the decoder and its flags, accuracy (selected, verified), sampled tokens a problem and seconds; one also has, for
-every kind of mistake (paper, section 4.1), how many samples made it first and how many of these said `<backtrack>` right after.
+The line of a decoder has its flags, accuracy with Wilson's 95 % interval (selected, verified: each
+[percent, low, high]), sampled tokens a problem and seconds. One also has, for every kind of mistake
+(paper, section 4.1), how many samples made it first and how many of these said `<backtrack>` right
+after: [made, caught], in all and for a mistake in the first, second, ... action.
+
+The line of the judgement is about P(<backtrack>) right after an action, over all legal actions: see
+`judge_actions`.
 """
+
 import json
-import re
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import cache
-from itertools import product, zip_longest
+from itertools import product
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import BACKTRACK, GOAL, SPLITS, Tokenizer, calculate, load_record, load_rows, solvable  # noqa: E402
-from model import Arguments, Llama, best_dtype, cli, number, replacing, start  # noqa: E402
-from search import PAPER, SHIPPED, decode, gather, judge  # noqa: E402
+from data import (  # noqa: E402
+    ACTION,
+    BACKTRACK,
+    GOAL,
+    SPLITS,
+    Tokenizer,
+    calculate,
+    choose,
+    load_record,
+    load_rows,
+    plan_efforts,
+    programs,
+    prompt_text,
+    solvable,
+    write_actions,
+)
+from model import (  # noqa: E402
+    Arguments,
+    Llama,
+    UserError,
+    best_dtype,
+    cli,
+    number,
+    replacing,
+    start,
+)
+from search import PAPER, SHIPPED, Settings, decode, gather, judge, wilson_interval  # noqa: E402
 
-LINES = [("greedy", {}), ("beam", {"n": 32}),
-         *(("best_of_n", {"n": n, **PAPER}) for n in (8, 16, 32)),
-         *(("self_backtrack", {"b": 1, "n": n, **PAPER}) for n in (8, 32)),
-         *(("best_of_n", {"n": n}) for n in (8, 16, 32, 128)),
-         *(("self_backtrack", {"b": b, "n": n}) for b, n in ((1, 8), (1, 32), (1, 128), (3, 8), (3, 32), (7, 32)))]
-LOOKED_INTO = ("best_of_n", {"n": 32})                                       # the line whose samples' mistakes are counted
+DECODERS = [
+    {"decoder": "greedy"},
+    {"decoder": "beam", "n": 32},
+    {"decoder": "best_of_n", "n": 8, **PAPER},
+    {"decoder": "best_of_n", "n": 16, **PAPER},
+    {"decoder": "best_of_n", "n": 32, **PAPER},
+    {"decoder": "self_backtrack", "b": 1, "n": 8, **PAPER},
+    {"decoder": "self_backtrack", "b": 1, "n": 32, **PAPER},
+    {"decoder": "best_of_n", "n": 8},
+    {"decoder": "best_of_n", "n": 16},
+    {"decoder": "best_of_n", "n": 32},
+    {"decoder": "best_of_n", "n": 128},
+    {"decoder": "self_backtrack", "b": 1, "n": 8},
+    {"decoder": "self_backtrack", "b": 1, "n": 32},
+    {"decoder": "self_backtrack", "b": 1, "n": 128},
+    {"decoder": "self_backtrack", "b": 3, "n": 8},
+    {"decoder": "self_backtrack", "b": 3, "n": 32},
+    {"decoder": "self_backtrack", "b": 7, "n": 32},
+]
+LOOKED_INTO = {"decoder": "best_of_n", "n": 32}  # the line whose samples' mistakes are counted
+JUDGEMENT = {"judgement": None}
+
+
+def line_name(line: dict) -> str:
+    """What --lines asks for: `judgement`, `greedy`, `self_backtrack b=1 n=32 paper`."""
+    if line == JUDGEMENT:
+        return "judgement"
+    words = [line["decoder"]]
+    for flag in ("b", "n"):
+        if flag in line:
+            words.append(f"{flag}={line[flag]}")
+    if "paper" in line:
+        words.append("paper")
+    return " ".join(words)
+
+
+# ---- Accuracy ------------------------------------------------------------------------------------
+
+
+def percentage(rows: list[dict], key: str) -> list[float]:
+    """Of how many rows the key holds: percent, and Wilson's 95 % interval."""
+    count = len(rows)
+    share = sum(row[key] for row in rows) / count
+    low, high = wilson_interval(share, count)
+    return [round(100 * value, 2) for value in (share, low, high)]
+
+
+def measure_decoder(model: Llama, tokenizer: Tokenizer, problems: list[dict], flags: dict) -> dict:
+    settings = Settings(**flags)
+    begin = time.perf_counter()
+    rows = []
+    mistakes = Counter()
+    for i, samples in decode(model, tokenizer, problems, range(len(problems)), settings):
+        rows.append(judge(tokenizer, problems[i], samples, settings))
+        if flags == LOOKED_INTO:
+            for sample in samples:
+                mistakes[first_mistake(problems[i], tokenizer.decode(sample.tokens))] += (
+                    sample.count
+                )
+    line = {
+        "num": len(rows),
+        "selected": percentage(rows, "correct"),
+        "verified": percentage(rows, "verified"),
+        "tokens": round(sum(row["tokens"] for row in rows) / len(rows), 1),
+        "seconds": round(time.perf_counter() - begin, 1),
+    }
+    if mistakes:
+        line |= mistake_tables(mistakes)
+    return line
+
+
+# ---- First mistakes ------------------------------------------------------------------------------
 
 
 @cache
 def can_reach(left: tuple[int, ...], target: int) -> bool:
-    return bool(solvable(np.array([left]), np.array([target]))[0]) if len(left) > 1 else left == (target,)
+    if len(left) == 1:
+        return left == (target,)
+    return bool(solvable(np.array([left]), np.array([target]))[0])
 
 
-def first_mistake(nums: list[int], target: int, response: str) -> tuple[str, bool]:
-    """The kind of the first wrong action of a response ("none" if all are right), and whether `<backtrack>` follows at once."""
-    actions, left = response.removesuffix(BACKTRACK).removesuffix(GOAL).removesuffix("\n").split("\n"), Counter(nums)
-    for i, action in enumerate(actions, 1):
-        caught = i == len(actions) and response.endswith(BACKTRACK)
-        step = re.fullmatch(r"([0-9]{1,9})([-+*/])([0-9]{1,9})=([0-9]{1,9})", action)
-        if not step:
-            return "no action", caught
-        a, op, b, result = int(step[1]), step[2], int(step[3]), int(step[4])
-        if calculate(a, op, b) != result:
-            return "computational", caught
-        left.subtract([a, b])
-        if min(left[a], left[b]) < 0:
-            return "rule violation", caught
-        left[result] += 1
-        if not can_reach(tuple(sorted(left.elements())), target):
-            return "exploratory", caught
-    return "none", response.endswith(BACKTRACK)
+def first_mistake(problem: dict, response: str) -> tuple[str, int, bool]:
+    """The kind of the first wrong action of a response ("none" if all are right), the number of
+    that action (or of the last one) from 1, and whether `<backtrack>` follows it at once."""
+    text = response.removesuffix(BACKTRACK).removesuffix(GOAL).removesuffix("\n")
+    actions = text.split("\n")
+    steps_back = response.endswith(BACKTRACK)
+    left = Counter(problem["nums"])
+    for step, action in enumerate(actions, 1):
+        kind = mistake_of(action, left, problem["target"])
+        if kind != "none":
+            return kind, step, steps_back and step == len(actions)
+    return "none", len(actions), steps_back
+
+
+def mistake_of(action: str, left: Counter, target: int) -> str:
+    """The kind of mistake that an action is, where these numbers are left, or "none"; puts the
+    result in place of the operands."""
+    match = ACTION.fullmatch(action)
+    if not match:
+        return "no action"
+    a, operator, b, claimed = match.groups()
+    result, legal = calculate(int(a), operator, int(b))
+    if not legal or result != int(claimed):
+        return "computational"
+    left.subtract([int(a), int(b)])
+    if min(left.values()) < 0:
+        return "rule violation"
+    left[result] += 1
+    if not can_reach(tuple(sorted(left.elements())), target):
+        return "exploratory"
+    return "none"
+
+
+def mistake_tables(mistakes: Counter) -> dict:
+    """From samples counted by (kind, number of the action, caught): by kind [made, caught], and the
+    same for each number of the action, from 1."""
+    deepest = max(step for _, step, _ in mistakes)
+    in_all = {}
+    by_step = {}
+    for (kind, step, caught), count in sorted(mistakes.items()):
+        in_all.setdefault(kind, [0, 0])
+        by_step.setdefault(kind, [[0, 0] for _ in range(deepest)])
+        for made_and_caught in (in_all[kind], by_step[kind][step - 1]):
+            made_and_caught[0] += count
+            made_and_caught[1] += count * caught
+    return {"first_mistake": in_all, "first_mistake_by_action": by_step}
+
+
+# ---- The judgement of <backtrack> ----------------------------------------------------------------
+
+WRONG, OTHER_RIGHT, CANONICAL = range(3)  # kinds of legal actions; the later, the better
+
+
+def judge_actions(model: Llama, tokenizer: Tokenizer, problems: list[dict]) -> dict:
+    """How well P(<backtrack>) right after an action tells wrong from right, over all legal first
+    actions, and over all legal second ones after the canonical first one.
+
+    For each kind of action [mean of P(<backtrack>), how many there are]; the canonical action is
+    the right one that begins the simplest solution, see data.py. And two areas under the curve: how
+    often a wrong action gets a larger P(<backtrack>) than a right one, of either kind.
+    """
+    by_size = defaultdict(list)  # as arrays, problems must have equally many numbers
+    for problem in problems:
+        by_size[len(problem["nums"])].append(problem)
+    found = {}
+    for depth, name in enumerate(("first_action", "second_action")):
+        kinds = {}
+        for size, group in by_size.items():
+            if depth < size - 1:
+                kinds |= legal_actions(group, depth)
+        if kinds:
+            chances = backtrack_chances(model, tokenizer, list(kinds))
+            found[name] = summarize(chances, np.array(list(kinds.values())))
+    return found
+
+
+def legal_actions(problems: list[dict], depth: int) -> dict[str, int]:
+    """All legal actions after `depth` canonical ones: {prompt and response up to that action:
+    kind}. An action that two choices write alike, because a number is there twice, counts once, as
+    the better kind of the two."""
+    nums = np.array([problem["nums"] for problem in problems])
+    target = np.array([problem["target"] for problem in problems])
+    steps, _ = programs(nums)
+    efforts = plan_efforts(steps, target)
+    texts = [prompt_text(problem["nums"], problem["target"]) for problem in problems]
+    history = (np.arange(len(problems)),)
+    for step, effort in zip(steps[:depth], efforts):
+        canonical = effort[history].argmin(-1)
+        actions = write_actions(choose(step.after(history), canonical))
+        texts = [text + action for text, action in zip(texts, actions)]
+        history = (*history, canonical)
+
+    step = steps[depth].after(history)  # (problems, C)
+    effort = efforts[depth][history]
+    canonical = effort.argmin(-1)  # (problems,)
+    problem, choice = np.nonzero(step.legal)  # both (actions,)
+    right = np.isfinite(effort[problem, choice])
+    kind = np.where(right, OTHER_RIGHT, WRONG)
+    kind[right & (choice == canonical[problem])] = CANONICAL
+    actions = write_actions(choose(step.after((problem,)), choice))
+
+    kinds = {}
+    for i, action in enumerate(actions):
+        text = texts[problem[i]] + action
+        kinds[text] = max(kinds.get(text, WRONG), int(kind[i]))
+    return kinds
+
+
+@torch.inference_mode()
+def backtrack_chances(model: Llama, tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
+    """(texts,): P(<backtrack>) right after each text."""
+    device = model.lm_head.weight.device
+    chances = []
+    for begin in range(0, len(texts), 256):
+        encodings = tokenizer.backend.encode_batch(texts[begin : begin + 256])
+        rows = [encoding.ids for encoding in encodings]
+        longest = max(len(row) for row in rows)
+        last = torch.tensor([len(row) - 1 for row in rows], device=device)
+        padded = [row + [tokenizer.eos] * (longest - len(row)) for row in rows]
+        logits = model(torch.tensor(padded, device=device), last=last)  # (B, V)
+        chances += logits.float().softmax(-1)[:, tokenizer.backtrack].tolist()
+    return np.array(chances)
+
+
+def summarize(chances: np.ndarray, kinds: np.ndarray) -> dict:
+    wrong = chances[kinds == WRONG]
+    other_right = chances[kinds == OTHER_RIGHT]
+    canonical = chances[kinds == CANONICAL]
+    return {
+        "canonical": mean_and_count(canonical),
+        "other_right": mean_and_count(other_right),
+        "wrong": mean_and_count(wrong),
+        "area_wrong_other_right": area_under_curve(wrong, other_right),
+        "area_wrong_canonical": area_under_curve(wrong, canonical),
+    }
+
+
+def mean_and_count(chances: np.ndarray) -> list:
+    if len(chances) == 0:
+        return [None, 0]
+    return [round(float(chances.mean()), 4), len(chances)]
+
+
+def area_under_curve(upper: np.ndarray, lower: np.ndarray) -> float | None:
+    """The share of all pairs, one of `upper` and one of `lower`, in which the former is the larger;
+    ties count half. This is the area under the curve of true against false alarms."""
+    if len(upper) == 0 or len(lower) == 0:
+        return None
+    lower = np.sort(lower)
+    smaller = np.searchsorted(lower, upper, side="left")  # (upper,): how many of `lower` are
+    smaller_or_equal = np.searchsorted(lower, upper, side="right")
+    twice = int(smaller.sum()) + int(smaller_or_equal.sum())
+    return round(twice / (2 * len(upper) * len(lower)), 4)
+
+
+# ---- The command ---------------------------------------------------------------------------------
+
+
+def arguments():
+    """The command line. Raises UserError."""
+    args = Arguments("Measure every decoder, and the judgement of <backtrack>, on a checkpoint.")
+    args.add_argument("--ckpt", default=str(SHIPPED), help="a folder or Hub id")
+    args.add_argument("--num", type=number(int, 1), default=500, help="problems a split")
+    judged = "problems a split whose actions are judged"
+    args.add_argument("--num_judged", type=number(int, 1), default=300, help=judged)
+    lines = "only those with all words of one of these, as in: judgement 'best_of_n n=32' paper"
+    args.add_argument("--lines", nargs="+", help=lines)
+    out = "the file to write; without --lines: assets/results.jsonl"
+    args.add_argument("--out", type=Path, help=out)
+    args = args.parse_args()
+    if args.out is None and args.lines is None:
+        args.out = ROOT / "assets" / "results.jsonl"
+    return args
+
+
+def choose_lines(wanted: list[str] | None) -> list[dict]:
+    """Raises UserError where none is chosen."""
+    everything = [*DECODERS, JUDGEMENT]
+    if wanted is None:
+        return everything
+    chosen = []
+    for line in everything:
+        words = set(line_name(line).split())
+        if any(set(name.split()) <= words for name in wanted):
+            chosen.append(line)
+    if not chosen:
+        names = [line_name(line) for line in everything]
+        raise UserError(f"there is no such line; there are: {', '.join(names)}")
+    return chosen
 
 
 def main() -> None:
-    args = Arguments("Measure every decoder on a checkpoint.")
-    args.add_argument("--ckpt", default=str(SHIPPED), help="a folder or Hub id")
-    args.add_argument("--num", type=number(int, 1), default=500, help="problems a split")
-    args.add_argument("--out", type=Path, default=ROOT / "assets" / "results.jsonl")
-    args = args.parse_args()
+    args = arguments()
     device, rank, world = start()
-    tok, record = Tokenizer.from_pretrained(args.ckpt), load_record(args.ckpt)
+    tokenizer = Tokenizer.from_pretrained(args.ckpt)
+    record = load_record(args.ckpt)
     model = Llama.from_pretrained(args.ckpt, device, best_dtype(device)).eval()
-    lines, todo = [], list(product(LINES, SPLITS[1:]))
-    for (decoder, flags), split in tqdm(todo[rank::world], unit=" lines", disable=rank > 0):
-        problems, begin, rows, first = load_rows(split, record, args.num), time.perf_counter(), [], Counter()
-        for i, samples in decode(model, tok, problems, range(len(problems)), decoder, **flags):
-            rows.append(judge(tok, problems[i], samples, decoder))
-            for tokens, times in Counter(s.tokens for s in samples).items() if (decoder, flags) == LOOKED_INTO else ():
-                first[first_mistake(problems[i]["nums"], problems[i]["target"], tok.decode(tokens))] += times
-        line = {"decoder": decoder, **flags, "split": split, "num": len(rows)}
-        line |= {name: round(100 * sum(row[key] for row in rows) / len(rows), 2)
-                 for name, key in (("selected", "correct"), ("verified", "verified"))}
-        line["tokens"] = round(sum(row["tokens"] for row in rows) / len(rows), 1)
-        line["seconds"] = round(time.perf_counter() - begin, 1)
-        if first:
-            line["first_mistake"] = {kind: [first[kind, False] + first[kind, True], first[kind, True]] for kind, _ in first}
+    todo = list(product(choose_lines(args.lines), SPLITS[1:]))
+    lines = []
+    for line, split in tqdm(todo[rank::world], unit=" lines", disable=rank > 0):
+        if line == JUDGEMENT:
+            problems = load_rows(split, record, args.num_judged)
+            found = judge_actions(model, tokenizer, problems)
+            line = {"judgement": found, "split": split, "num": len(problems)}
+        else:
+            problems = load_rows(split, record, args.num)
+            found = measure_decoder(model, tokenizer, problems, line)
+            line = {**line, "split": split, **found}
         lines.append(line)
         tqdm.write(json.dumps(line))
-    lines = [line for group in zip_longest(*gather(lines, device)) for line in group if line]        # in LINES' order
-    if rank == 0:
-        with replacing(args.out.parent) as new:
-            (new / args.out.name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    by_rank = gather(lines)
+    if rank == 0 and args.out:
+        with replacing(args.out.parent) as staging:
+            with open(staging / args.out.name, "w", encoding="utf-8") as file:
+                for i in range(len(todo)):
+                    file.write(json.dumps(by_rank[i % world][i // world]) + "\n")
 
 
 if __name__ == "__main__":

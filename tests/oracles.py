@@ -1,129 +1,202 @@
-"""Slow, independent second ways of computing things: exact fractions, brute force, no cache, one sample at a time."""
-from fractions import Fraction
-from itertools import permutations
+"""Slow, independent second ways of computing things: exact fractions, brute force, no cache, one
+sample at a time."""
 
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import groupby, permutations
+
+import numpy as np
 import torch
+
+import search
+
+# ---- The task ------------------------------------------------------------------------------------
 
 
 def solutions(nums: tuple[int, ...], target: int) -> bool:
     """Can the numbers reach the target by the task's rules? By recursion on exact fractions."""
     if len(nums) == 1:
         return nums[0] == target
-    for a, b, *rest in permutations(map(Fraction, nums)):
-        results = [a + b, a * b] + ([a - b] if a >= b else []) + ([a / b] if b else [])
-        if any(r.denominator == 1 and solutions((*rest, r), target) for r in results):
-            return True
+    for a, b, *others in permutations(map(Fraction, nums)):
+        results = [a + b, a * b]
+        if a >= b:
+            results.append(a - b)
+        if b != 0:
+            results.append(a / b)
+        for result in results:
+            if result.denominator == 1 and solutions((*others, result), target):
+                return True
     return False
 
 
 def is_right(nums: list[int], target: int, response: str) -> bool:
-    """Does the response solve the problem? By splitting at the signs and comparing exact fractions."""
-    lines, there = response.split("\n"), list(nums)
-    if lines.pop() != "Goal Reached!":
+    """Does the response solve the problem? By splitting at the signs and comparing exact
+    fractions."""
+    *lines, end = response.split("\n")
+    left = list(nums)
+    if end != "Goal Reached!":
         return False
     for line in lines:
-        signs = [c for c in line if c not in "0123456789"]
+        signs = [character for character in line if character not in "0123456789"]
         if len(signs) != 2 or signs[0] not in "+-*/" or signs[1] != "=":
             return False
-        parts = line.replace(signs[0], " ", 1).replace("=", " ", 1).split(" ")
+        operator = signs[0]
+        parts = line.replace(operator, " ", 1).replace("=", " ", 1).split(" ")
         if not all(parts):
             return False
-        a, b, c = map(int, parts)
-        for x in (a, b):
-            if x not in there:
+        a, b, claimed = map(int, parts)
+        for operand in (a, b):
+            if operand not in left:
                 return False
-            there.remove(x)
-        if signs[0] == "/" and b == 0:
+            left.remove(operand)
+        if operator == "/" and b == 0:
             return False
-        exact = {"+": a + b, "-": a - b, "*": a * b, "/": Fraction(a, b or 1)}[signs[0]]
-        if exact != c:
+        results = {"+": a + b, "-": a - b, "*": a * b, "/": Fraction(a, b or 1)}
+        if results[operator] != claimed:
             return False
-        there.append(c)
-    return there == [target]
+        left.append(claimed)
+    return left == [target]
 
 
-def labelled_characters(prompt: str, path: str, wrong: int = 1) -> list[bool]:
-    """The loss mask of section 4.1, character by character; the last `wrong` actions before the tag are wrong."""
-    mask = [False] * len(prompt) + [True] * len(path)
-    body, tag, rest = path.partition("<backtrack>")
-    if tag and not rest and body:
-        hidden = sum(map(len, body.splitlines(keepends=True)[-wrong:]))
-        for i in range(len(prompt) + len(body) - hidden, len(prompt) + len(body)):
-            mask[i] = False
-    return mask
+def labelled_characters(prompt: str, path: str, no_loss: list[int]) -> list[bool]:
+    """Which characters of prompt + path carry loss (section 4.1 of arXiv 2502.04404): none of the
+    prompt and none of the actions whose indices are in no_loss, one character after the other."""
+    mask = [False] * len(prompt)
+    action = 0
+    for character in path.partition("<backtrack>")[0]:
+        mask.append(action not in no_loss)
+        if character == "\n":
+            action += 1
+    return mask + [True] * (len(prompt) + len(path) - len(mask))
 
 
-def mix(key: int, part: int) -> int:
-    """search.mix on Python integers, modulo 2^64."""
-    mask = 2 ** 64 - 1
-    x = (key * 31 + part + 0x9E3779B97F4A7C15) & mask
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
-    return x ^ (x >> 31)
+# ---- The search ----------------------------------------------------------------------------------
 
 
-def logits_of(model, tokens: list[int]) -> torch.Tensor:
-    """Next-token logits after `tokens`, in float64, everything computed anew."""
+def logits_after(model, tokens: list[int]) -> list[float]:
+    """What the model says of the token that follows, everything computed anew."""
     with torch.no_grad():
-        return model(torch.tensor([tokens]))[0, -1].double()
+        return model(torch.tensor([tokens]))[0, -1].tolist()
 
 
-def sample_one(model, tok, prompt, state, temperature, key, max_new):
-    """One continuation of prompt + state, token by token: the tokens, their log-probabilities, the narrowest escape."""
-    tokens, logps, margin = [], [], 1.0
-    for t in range(max_new):
-        logits = logits_of(model, prompt + state + tokens)
-        u = (mix(mix(key, t), 0) >> 40) / 2 ** 24
-        cumulative = (logits / temperature).softmax(-1).cumsum(-1)
-        token = int((cumulative <= u).sum())
-        margin = min(margin, float((cumulative[:-1] - u).abs().min()))
-        tokens.append(token)
-        logps.append(float(logits.log_softmax(-1)[token]))
-        if token in (tok.eos, tok.backtrack):
-            break
-    return tokens, logps, margin
+def softmax(logits: list[float]) -> list[float]:
+    highest = max(logits)
+    powers = [math.exp(logit - highest) for logit in logits]
+    total = sum(powers)
+    return [power / total for power in powers]
 
 
-def self_backtrack(model, tok, problem, key, b, n, temperature, limit, seed, max_new):
-    """method.md's pseudocode for one problem, as it stands there: [(tokens, logps, round)], or None where rounding decides."""
-    prompt = tok.prompts([problem])[0]
-    frontier, visited, out = [([], [])], {()}, []
-    for round in range(b + 1):
-        following = []
-        for rank, (state, before) in enumerate(frontier):
-            for i in range(n):
-                parts = [mix(seed, key)]
-                for part in (round, rank, i):
-                    parts.append(mix(parts[-1], part))
-                tokens, logps, margin = sample_one(model, tok, prompt, state, temperature, parts[-1], max_new - len(state))
-                if margin < 1e-5:
-                    return None
-                out.append((tuple(state + tokens), before + logps, round))
-                if tokens[-1] != tok.backtrack or len(following) >= limit:
-                    continue
-                branch = (state + tokens)[:-2]                         # without `<backtrack>` and the action's last token
-                while branch and not tok.decode(branch).endswith("\n"):
-                    branch.pop()
-                back = len(branch)
-                if tuple(branch) not in visited:
-                    visited.add(tuple(branch))
-                    following.append((branch, (before + logps)[:back]))
-        frontier = following
-    return out
+def shares_of(logits: list[float], temperature: float, min_p: float) -> list[float]:
+    """How often each token is to be drawn: tokens less than min_p times as probable as the best are
+    not; the others are, by the softmax at the temperature."""
+    chances = softmax(logits)
+    least = min_p * max(chances)
+    shares = softmax([logit / temperature for logit in logits])
+    for token, chance in enumerate(chances):
+        if chance < least:
+            shares[token] = 0.0
+    total = sum(shares)
+    return [share / total for share in shares]
 
 
-def beam_search(model, tok, problem, n, max_new):
-    """Beam search for one problem: [(tokens, total log-probability)] of all that ended."""
-    prompt, beams, done = tok.prompts([problem])[0], [([], 0.0)], []
-    for t in range(max_new):
+@dataclass
+class Sample:
+    """One sample of a state, by itself."""
+
+    tokens: tuple[int, ...]
+    logps: tuple[float, ...]
+    point: float  # where in [0, 1) it is, 1 being all that can follow its tokens
+    spacing: float  # how far it is from the next sample there
+
+
+def draw_token(sample: Sample, logits: list[float], settings: search.Settings) -> None:
+    """The sample takes the token in whose interval its point lies; the interval becomes [0, 1)."""
+    shares = shares_of(logits, settings.temperature, settings.min_p)
+    token = 0
+    begin = 0.0
+    while begin + shares[token] <= sample.point:
+        begin += shares[token]
+        token += 1
+    sample.tokens += (token,)
+    sample.logps += (math.log(softmax(logits)[token]),)
+    sample.point = (sample.point - begin) / shares[token]
+    sample.spacing /= shares[token]
+
+
+def same_so_far(samples: list[Sample]) -> list[list[Sample]]:
+    """Samples in groups of those with equal tokens. They are in order, so equal ones are
+    neighbours."""
+    return [list(group) for _, group in groupby(samples, key=lambda sample: sample.tokens)]
+
+
+def expand(model, tokenizer, prompt: list[int], state, rank: int, key: int, settings):
+    """The samples of one state (a search.Path), each by itself; merged, at last, as the engine
+    reports them: short ones first, equal ones as one Path."""
+    rng = np.random.default_rng([settings.seed, key, state.round, rank])
+    first = rng.random() / state.count
+    samples = []
+    for number in range(state.count):
+        point = first + number / state.count
+        samples.append(Sample(state.tokens, state.logps, point, 1 / state.count))
+    going_on = samples
+    while going_on:
+        if settings.paper:  # section 4.2: every sample draws for itself
+            for group in same_so_far(going_on):
+                for sample, point in zip(group, np.sort(rng.random(len(group)))):
+                    sample.point = float(point)
+                    sample.spacing = 1.0
+        for sample in going_on:
+            draw_token(sample, logits_after(model, prompt + list(sample.tokens)), settings)
+        for group in same_so_far(going_on):
+            if group[0].spacing > 1:
+                group[0].point = rng.random()
+        ends = (tokenizer.eos, tokenizer.backtrack)
+        going_on = [
+            sample
+            for sample in going_on
+            if sample.tokens[-1] not in ends and len(sample.tokens) < settings.max_new_tokens
+        ]
+    paths = []
+    for group in same_so_far(sorted(samples, key=lambda sample: len(sample.tokens))):
+        path = search.Path(group[0].tokens, group[0].logps, count=len(group))
+        path.inherited = len(state.tokens)
+        path.round = state.round
+        paths.append(path)
+    return paths
+
+
+def self_backtrack(model, tokenizer, problem: dict, key: int, limit: int, settings) -> list:
+    """Section 4.2 of arXiv 2502.04404 for one problem: the same algorithm, but every state is
+    expanded alone, in plain Python. Returns all samples (search.Path, with no slots)."""
+    [prompt] = tokenizer.prompts([problem])
+    b, n = settings.b, settings.n
+    algorithm = search.self_backtrack(tokenizer, b, n, limit, prompt_again=not settings.paper)
+    samples = None
+    while True:
+        try:
+            frontier = algorithm.send(samples)
+        except StopIteration as result:
+            return result.value
+        samples = []
+        for rank, state in enumerate(frontier):
+            samples += expand(model, tokenizer, prompt, state, rank, key, settings)
+
+
+def beam_search(model, tokenizer, problem: dict, n: int, longest: int) -> list[tuple]:
+    """Beam search for one problem: (tokens, total log-probability) of all that ended, in order."""
+    [prompt] = tokenizer.prompts([problem])
+    beams = [((), 0.0)]
+    ended = []
+    while beams:
         options = []
         for tokens, total in beams:
-            logps = logits_of(model, prompt + tokens).log_softmax(-1)
-            options += [(total + float(logp), tokens + [i]) for i, logp in enumerate(logps)]
-        best = sorted(options, key=lambda option: -option[0])[:n - len(done)]
-        over = [option for option in best if option[1][-1] in (tok.eos, tok.backtrack) or t == max_new - 1]
-        done += [(tokens, total) for total, tokens in over]
-        beams = [(tokens, total) for total, tokens in best if (total, tokens) not in over]
-        if not beams:
-            break
-    return done
+            chances = softmax(logits_after(model, prompt + list(tokens)))
+            for token, chance in enumerate(chances):
+                options.append(((*tokens, token), total + math.log(chance)))
+        options.sort(key=lambda option: -option[1])
+        beams = []
+        for tokens, total in options[: n - len(ended)]:
+            over = tokens[-1] in (tokenizer.eos, tokenizer.backtrack) or len(tokens) == longest
+            (ended if over else beams).append((tokens, total))
+    return ended

@@ -1,4 +1,6 @@
-"""Every command line at tiny size, and what bad input gets: one line on stderr, exit code 2, nothing lost."""
+"""Every command line at tiny size, and what bad input gets: one line on stderr, exit code 2, and
+nothing that was saved is lost."""
+
 import json
 import os
 import shutil
@@ -7,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import data
 import improve
@@ -15,214 +18,632 @@ import train
 from model import cli
 
 ROOT = Path(__file__).parent.parent
-TRAIN = ("--steps", 6, "--batch_size", 4, "--hidden_size", 32, "--layers", 1, "--num_eval", 4, "--eval_every", 3)
+TINY = "--batch_size 4 --hidden_size 32 --layers 1 --num_eval 2 --eval_every 3".split()
+TRAIN = [*TINY, "--steps", "6"]
 
 
 def run(capsys, monkeypatch, module, *args) -> tuple[int, str, str]:
     """Run a program's command line in this process: exit code, stdout, stderr."""
     monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, args)])
     capsys.readouterr()
+    code = 0
     try:
         cli(module.main)
-        code = 0
     except SystemExit as end:
         code = end.code
     out, err = capsys.readouterr()
     return code, out, err
 
 
+@pytest.fixture
+def program(capsys, monkeypatch):
+    """program(module, *args) must succeed; it returns what was printed."""
+
+    def succeed(module, *args) -> str:
+        code, out, err = run(capsys, monkeypatch, module, *args)
+        assert code == 0, err
+        return out
+
+    return succeed
+
+
+@pytest.fixture
+def complaint(capsys, monkeypatch):
+    """complaint(module, *args) must fail with code 2 and one line; it returns that line."""
+
+    def fail(module, *args) -> str:
+        code, _, err = run(capsys, monkeypatch, module, *args)
+        lines = [line for line in err.splitlines() if "error: " in line or "Traceback" in line]
+        assert code == 2, err
+        assert len(lines) == 1 and lines[0].startswith("error: "), err
+        assert err.endswith(lines[0] + "\n")
+        return lines[0]
+
+    return fail
+
+
+def script(name: str, *args, **environment) -> subprocess.CompletedProcess:
+    """Run a program as a user does."""
+    command = [sys.executable, str(ROOT / name), *map(str, args)]
+    environment = {**os.environ, "NO_COLOR": "1", **environment}
+    return subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True)
+
+
 @pytest.fixture(scope="module")
-def ckpt(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("ckpt") / "small"
-    subprocess.run([sys.executable, ROOT / "train.py", *map(str, TRAIN), "--out", folder], check=True, capture_output=True)
+def trained(tmp_path_factory) -> Path:
+    """A checkpoint that train.py wrote. Not to be changed."""
+    folder = tmp_path_factory.mktemp("trained") / "small"
+    done = script("train.py", *TRAIN, "--out", folder)
+    assert done.returncode == 0, done.stderr
+    (folder.parent / "printed").write_text(done.stdout)
     return folder
 
 
-def test_train_logs_saves_and_resumes(ckpt, tmp_path, capsys, monkeypatch):
-    lines = [json.loads(line) for line in (ckpt / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [3, 6] and {"loss", "val_loss", "val_new_greedy"} <= lines[0].keys()
-    record = json.loads((ckpt / "record.json").read_text())
+@pytest.fixture
+def ckpt(trained, tmp_path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(trained, tmp_path / "ckpt"))
+
+
+def record_of(folder: Path) -> dict:
+    return json.loads((folder / "record.json").read_text())
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# ---- data.py -------------------------------------------------------------------------------------
+
+
+def test_data_writes_the_rows_of_a_stream_and_their_record(program, tmp_path):
+    folder = tmp_path / "data"
+    printed = program(data, "--num", 300, "--num_val", 20, "--sizes", 2, 3, "--out", folder)
+    assert "300" in printed
+    assert files_of(folder).keys() == {"record.json", "train.jsonl", "val.jsonl", "val_new.jsonl"}
+    record = data.new_record(0, [2, 3])
+    assert record_of(folder) == record
+    for split, num in {"train": 300, "val": 20, "val_new": 20}.items():
+        rows = data.read_rows(folder / f"{split}.jsonl")
+        assert rows == list(data.generate(record, split, num))
+
+
+# ---- train.py ------------------------------------------------------------------------------------
+
+
+def test_training_logs_and_saves(trained):
+    log = log_of(trained)
+    assert [line["step"] for line in log] == [3, 6]
+    assert [line["rows"] for line in log] == [12, 24]
+    for line in log:
+        assert {"loss", "rows_per_s", "val_loss", "val_new_loss"} <= line.keys()
+        assert 0 <= line["val_greedy"] <= 1
+    expected = {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert files_of(trained).keys() == {*expected, "record.json", "resume.pt", "log.jsonl"}
+
+
+def test_a_checkpoint_remembers_its_data_and_settings(trained):
+    record = record_of(trained)
     settings = record.pop("settings")
-    given = {"steps": 6, "batch_size": 4, "layers": 1}
-    assert record == data.new_record(0, [3]) and settings.items() >= {**train.SCRATCH, **given}.items()
-    shutil.copytree(ckpt, tmp_path / "more")
-    code, out, _ = run(capsys, monkeypatch, train, *TRAIN, "--resume", "--out", tmp_path / "more", "--steps", 9)
-    assert code == 0 and '"step": 9' in out and '"step": 6' not in out and "self_backtrack, val_new" in out
-    code, _, err = run(capsys, monkeypatch, train, "--resume", "--out", tmp_path / "more", "--steps", 9, "--layers", 2)
-    assert code == 2 and "has 1 layers" in err
-    code, _, err = run(capsys, monkeypatch, train, *TRAIN, "--ckpt", ckpt, "--layers", 2, "--out", tmp_path / "deep")
-    assert code == 0 and json.loads((tmp_path / "deep" / "config.json").read_text())["num_hidden_layers"] == 2, err
-    settings = json.loads((tmp_path / "deep" / "record.json").read_text())["settings"]
-    assert (settings["layers"], settings["hidden_size"]) == (2, 32)                     # the model's, not the flags' defaults
-    code, _, err = run(capsys, monkeypatch, train, "--resume", "--out", tmp_path / "more")
-    assert code == 2 and err.count("\n") == 1 and "all of its 9 steps" in err
+    assert record == data.new_record(0, [3])
+    given = {"steps": 6, "batch_size": 4, "layers": 1, "hidden_size": 32}
+    assert settings.items() >= {**train.SCRATCH, **given}.items()
 
 
-def test_resuming_takes_the_first_runs_settings(ckpt, tmp_path, capsys, monkeypatch):
-    fitted = []
-    monkeypatch.setattr(train, "fit", lambda model, batches, steps, *settings: fitted.append((batches, steps, *settings)))
-    shutil.copytree(ckpt, tmp_path / "more")
-    record = json.loads((tmp_path / "more" / "record.json").read_text())
-    given = {"optimizer": "muon", "steps": 40, "lr": 0.125, "grad_accum": 2, "seed": 5, "sizes": [2]}
-    record["settings"] |= {**train.PAPER, **given}
-    (tmp_path / "more" / "record.json").write_text(json.dumps(record))
-    code, _, err = run(capsys, monkeypatch, train, "--resume", "--out", tmp_path / "more", "--num_eval", 1, "--warmup", 7)
-    [(batches, steps, lr, warmup, decay, *_)] = fitted
-    assert code == 0 and (batches.size, batches.accum, batches.mask, batches.seed) == (32, 2, "action", 5), err
-    assert batches.rows.items() >= {"seed": 5, "sizes": [2]}.items()
-    assert (steps, lr, warmup, decay) == (40, 0.125, 7, 0.01)          # what is given wins
-    code, _, err = run(capsys, monkeypatch, train, "--resume", "--out", tmp_path / "more", "--optimizer", "adamw")
-    assert code == 2 and err.count("\n") == 1 and "was not trained by adamw" in err
+def test_training_ends_with_a_table(trained):
+    printed = (trained.parent / "printed").read_text()
+    for decoder in ("greedy", "self_backtrack"):
+        for split in ("val", "val_new"):
+            assert f"{decoder}, {split} " in printed
 
 
-def test_data_then_train_then_search_then_improve(tmp_path, capsys, monkeypatch):
-    folder, out = tmp_path / "data", tmp_path / "out"
-    code, printed, _ = run(capsys, monkeypatch, data, "--num", 300, "--num_val", 20, "--sizes", 2, 3, "--out", folder)
-    assert code == 0 and "300" in printed
-    assert sorted(p.name for p in folder.iterdir()) == ["record.json", "train.jsonl", "val.jsonl", "val_new.jsonl"]
-    rows = data.read_rows(folder / "train.jsonl")
-    assert rows == list(data.generate(data.new_record(0, [2, 3]), "train", 300))
-    code, _, err = run(capsys, monkeypatch, train, *TRAIN, "--data", folder, "--out", out)
-    assert code == 0, err
-    assert json.loads((out / "record.json").read_text())["sizes"] == [2, 3]
-    code, printed, err = run(capsys, monkeypatch, train, *TRAIN, "--resume", "--out", out, "--steps", 7)
-    assert code == 0 and json.loads((out / "record.json").read_text())["settings"]["data"] == str(folder), err
-    monkeypatch.setattr(improve, "harvest", lambda rows, answers: rows)      # so small a model solves nothing
-    code, printed, err = run(capsys, monkeypatch, improve, "--ckpt", out, "--out", tmp_path / "better", "--rounds", 1,
-                             "--num", 12, "--n", 2, "--num_eval", 3)
-    assert json.loads((tmp_path / "better" / "record.json").read_text())["seed"] == 1_000_000    # a second run draws other rows
-    assert code == 0 and "round" in printed and (tmp_path / "better" / "model.safetensors").exists(), err
-    log = [json.loads(line) for line in (tmp_path / "better" / "log.jsonl").read_text().splitlines()]
-    assert [line["round"] for line in log] == [0, 1] and "val_new_self_backtrack" in log[1]
-    code, printed, _ = run(capsys, monkeypatch, train, *TRAIN, "--ckpt", out, "--data", folder / "train.jsonl", "--out", out)
-    assert code == 0
-    code, printed, err = run(capsys, monkeypatch, train, *TRAIN, "--resume", "--out", out, "--steps", 7)
-    assert code == 0 and json.loads((out / "record.json").read_text())["source"] == str(folder / "train.jsonl"), err
+@pytest.fixture
+def no_table(monkeypatch) -> None:
+    """The table at the end of training takes longer than so little training."""
+    monkeypatch.setattr(train, "compare", lambda *args: None)
 
 
-def test_a_reader_who_leaves_causes_no_traceback(ckpt):
-    program = subprocess.Popen([sys.executable, ROOT / "search.py", "--ckpt", ckpt, "--numbers", "3", "4", "--target", "7"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    program.stdout.close()
-    assert "Traceback" not in program.stderr.read() and program.wait() == 1
+def test_a_resumed_run_does_only_the_steps_that_are_left(program, no_table, ckpt):
+    program(train, *TINY, "--resume", "--out", ckpt, "--steps", 9)
+    assert [line["step"] for line in log_of(ckpt)] == [3, 6, 9]
+
+
+def test_a_run_that_is_over_cannot_be_resumed(complaint, ckpt):
+    before = files_of(ckpt)
+    assert "holds all of its 6 steps" in complaint(train, "--resume", "--out", ckpt)
+    assert files_of(ckpt) == before
+
+
+def test_a_run_cannot_be_resumed_by_another_optimizer(complaint, ckpt):
+    args = ("--resume", "--out", ckpt, "--steps", 9, "--optimizer", "adamw")
+    assert "was trained by muon" in complaint(train, *args)
+
+
+def test_a_run_that_saved_no_state_cannot_be_resumed(complaint, ckpt):
+    (ckpt / "resume.pt").unlink()
+    assert "cannot resume from" in complaint(train, "--resume", "--out", ckpt, "--steps", 9)
+
+
+class Fitted:
+    """Stands in for `fit`, and notes what it is called with."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, model, batches, steps, lr, warmup, weight_decay=None, **settings):
+        schedule = {"steps": steps, "lr": lr, "warmup": warmup, "weight_decay": weight_decay}
+        self.calls.append({"batches": batches, **schedule, **settings})
+
+
+@pytest.fixture
+def fitted(monkeypatch) -> Fitted:
+    fitted = Fitted()
+    monkeypatch.setattr(train, "fit", fitted)
+    monkeypatch.setattr(improve, "fit", fitted)
+    return fitted
+
+
+def test_resuming_takes_the_first_runs_settings_but_what_is_given_wins(
+    program, no_table, fitted, ckpt
+):
+    record = record_of(ckpt)
+    changed = {"optimizer": "muon", "steps": 40, "lr": 0.125, "grad_accum": 2, "seed": 5}
+    record["settings"] |= {**train.PAPER, **changed, "sizes": [2], "mistakes": ["exploratory"]}
+    (ckpt / "record.json").write_text(json.dumps(record))
+    program(train, "--resume", "--out", ckpt, "--num_eval", 1, "--warmup", 7)
+    [call] = fitted.calls
+    expected = {"steps": 40, "lr": 0.125, "warmup": 7, "weight_decay": 0.01, "muon": True}
+    assert call.items() >= expected.items()
+    batches = call["batches"]
+    assert (batches.step_rows, batches.accum, batches.seed) == (32, 2, 5)
+    assert batches.mask == "action"
+    stream = {"seed": 5, "sizes": [2], "mistakes": ["exploratory"]}
+    assert batches.rows.items() >= stream.items()
+
+
+def test_a_checkpoint_is_fine_tuned_by_the_papers_settings(
+    program, no_table, fitted, ckpt, tmp_path
+):
+    program(train, "--ckpt", ckpt, "--num_eval", 2, "--out", tmp_path / "out")
+    [call] = fitted.calls
+    expected = {"steps": 46875, "lr": 1e-5, "warmup": 1, "weight_decay": 0.01, "muon": False}
+    assert call.items() >= expected.items()
+    assert call["batches"].step_rows == 16
+    assert call["batches"].mask == "action"
+
+
+def test_a_flag_overrules_the_papers_settings(program, no_table, fitted, ckpt, tmp_path):
+    program(train, f"--ckpt={ckpt}", "--lr", 0.5, "--num_eval", 2, "--out", tmp_path / "out")
+    assert fitted.calls[0].items() >= {"steps": 46875, "lr": 0.5, "muon": False}.items()
+
+
+def test_a_model_from_scratch_has_settings_of_its_own(program, no_table, fitted, tmp_path):
+    program(train, "--num_eval", 2, "--out", tmp_path / "out")
+    [call] = fitted.calls
+    expected = {"steps": 6000, "lr": 3e-3, "warmup": 100, "weight_decay": 0.1, "muon": True}
+    assert call.items() >= expected.items()
+    assert call["batches"].step_rows == 64
+    assert call["batches"].mask == "choice"
+
+
+def test_the_record_tells_the_size_of_the_model_not_of_the_flags(program, no_table, ckpt, tmp_path):
+    """--layers and --hidden_size are of a model from scratch."""
+    args = ("--ckpt", ckpt, *TRAIN, "--layers", 3, "--hidden_size", 64)
+    program(train, *args, "--out", tmp_path / "out")
+    settings = record_of(tmp_path / "out")["settings"]
+    assert (settings["layers"], settings["hidden_size"]) == (1, 32)
+
+
+def test_wandb_is_asked_for_only_where_it_is_wanted(complaint, monkeypatch, fitted, tmp_path):
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    line = complaint(train, "--wandb", "--out", tmp_path / "out")
+    assert line == "error: --wandb needs a package that is not installed: pip install wandb"
+    assert fitted.calls == []
+
+
+def test_training_says_that_it_cannot_write_before_it_starts(complaint, fitted, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert "cannot write" in complaint(train, *TRAIN, "--out", tmp_path / "file")
+    assert fitted.calls == []
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# ---- From data to improvement --------------------------------------------------------------------
+
+
+@pytest.fixture
+def dataset(program, tmp_path) -> Path:
+    folder = tmp_path / "data"
+    program(data, "--num", 100, "--num_val", 8, "--sizes", 2, 3, "--out", folder)
+    return folder
+
+
+def test_training_on_a_folder_of_data(program, no_table, dataset, tmp_path):
+    out = tmp_path / "out"
+    program(train, *TRAIN, "--data", dataset, "--out", out)
+    record = record_of(out)
+    assert record.pop("settings")["data"] == str(dataset)
+    assert record == data.new_record(0, [2, 3])
+    program(train, *TINY, "--resume", "--out", out, "--steps", 7)
+    assert record_of(out)["settings"]["data"] == str(dataset)
+    assert log_of(out)[-1]["step"] == 7
+
+
+def test_training_on_a_file_of_rows(program, dataset, tmp_path):
+    """It has no validation problems, so that none are measured."""
+    out = tmp_path / "out"
+    file = dataset / "train.jsonl"
+    program(train, *TRAIN, "--data", file, "--out", out)
+    assert record_of(out)["source"] == str(file)
+    program(train, *TINY, "--resume", "--out", out, "--steps", 7)
+    assert record_of(out)["source"] == str(file)
+    assert log_of(out)[-1].keys() == {"step", "rows", "loss", "rows_per_s"}
+
+
+@pytest.fixture
+def searched(monkeypatch) -> list[list[dict]]:
+    """The problems of each round of improve.py, all of which are taken for solved: so small a model
+    solves none."""
+    rounds = []
+
+    def solved_rows(rows, answers):
+        rounds.append(rows)
+        return rows
+
+    monkeypatch.setattr(improve, "solved_rows", solved_rows)
+    return rounds
+
+
+IMPROVE = "--num 12 --n 2 --num_eval 2 --batch_size 4".split()
+
+
+def test_improvement_logs_and_saves(program, searched, ckpt, tmp_path):
+    out = tmp_path / "better"
+    printed = program(improve, *IMPROVE, "--ckpt", ckpt, "--out", out, "--rounds", 2)
+    for title in ("before", "round 1", "round 2"):
+        assert title in printed
+    log = log_of(out)
+    assert len(log) == 3
+    for line in log:
+        for split in ("val", "val_new"):
+            assert {f"{split}_greedy", f"{split}_self_backtrack"} <= line.keys()
+    weights = (out / "model.safetensors").read_bytes()
+    assert weights != (ckpt / "model.safetensors").read_bytes()
+    assert not (out / "resume.pt").exists()
+
+
+def test_improvement_searches_fresh_rows_in_every_round(program, searched, ckpt, tmp_path):
+    """Those of a stream that training never drew, one after the other."""
+    program(improve, *IMPROVE, "--ckpt", ckpt, "--out", tmp_path / "better", "--rounds", 2)
+    stream = list(data.generate(data.new_record(1_000_000, [3]), "train", 24))
+    assert searched == [stream[:12], stream[12:]]
+    assert record_of(tmp_path / "better")["seed"] == 1_000_000
+
+
+def test_improvement_that_goes_on_searches_other_rows(program, searched, ckpt, tmp_path):
+    for source, target in (("ckpt", "better"), ("better", "best")):
+        args = ("--ckpt", tmp_path / source, "--out", tmp_path / target, "--rounds", 1)
+        program(improve, *IMPROVE, *args)
+    problems = [[row["nums"] for row in rows] for rows in searched]
+    assert not any(nums in problems[0] for nums in problems[1])
+
+
+def test_improvement_of_a_checkpoint_of_a_dataset(program, no_table, searched, dataset, tmp_path):
+    """It searches the dataset's training rows."""
+    out = tmp_path / "out"
+    record = {"source": str(dataset)}
+    program(train, *TRAIN, "--data", dataset, "--out", out)
+    (out / "record.json").write_text(json.dumps(record))
+    program(improve, *IMPROVE, "--ckpt", out, "--out", tmp_path / "better", "--rounds", 1)
+    assert searched == [data.read_rows(dataset / "train.jsonl")[:12]]
+
+
+@pytest.mark.parametrize("optimizer,lr", [("muon", 2e-3), ("adamw", 1e-5)])
+def test_improvement_trains_as_its_checkpoint_was_trained(
+    program, fitted, searched, ckpt, tmp_path, optimizer, lr
+):
+    record = record_of(ckpt)
+    record["settings"] |= {"optimizer": optimizer, "mask": "none"}
+    (ckpt / "record.json").write_text(json.dumps(record))
+    program(improve, *IMPROVE, "--ckpt", ckpt, "--out", tmp_path / "better", "--rounds", 1)
+    [call] = fitted.calls
+    assert call.items() >= {"lr": lr, "muon": optimizer == "muon"}.items()
+    assert call["batches"].mask == "none"
+    kept = len(call["batches"].rows)
+    assert call["steps"] == -(-kept * 3 // 4)  # three epochs of batches of four
+
+
+def test_improvement_that_solves_nothing_says_so(complaint, ckpt, tmp_path):
+    args = ("--ckpt", ckpt, "--out", tmp_path / "better", *IMPROVE)
+    assert "solved nothing" in complaint(improve, *args)
+    assert not (tmp_path / "better" / "model.safetensors").exists()
+
+
+# ---- search.py -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decoder", search.DECODERS)
-def test_search_writes_a_line_a_problem(ckpt, tmp_path, capsys, monkeypatch, decoder):
+def test_search_writes_a_line_a_problem(program, trained, tmp_path, decoder):
     out = tmp_path / "rows.jsonl"
-    code, printed, err = run(capsys, monkeypatch, search, "--ckpt", ckpt, "--data", "val_new", "--num", 5, "--offset", 2,
-                             "--decoder", decoder, "--n", 3, "--max_new_tokens", 12, "--out", out)
-    assert code == 0 and f"{decoder}, val_new" in printed, err
+    args = f"--data val_new --num 5 --offset 2 --decoder {decoder} --n 3 --max_new_tokens 12"
+    printed = program(search, "--ckpt", trained, *args.split(), "--out", out)
+    assert f"{decoder}, val_new" in printed
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(rows) == 5
-    assert {"nums", "target", "response", "score", "correct", "reason", "verified", "tokens"} <= rows[0].keys()
-    assert {row["target"] for row in rows} <= set(data.HELD_OUT)
-    expected = list(data.generate(data.new_record(0, [3]), "val_new", 7))[2:]
-    assert [row["nums"] for row in rows] == [row["nums"] for row in expected]
+    for row in rows:
+        assert {"response", "score", "correct", "reason", "verified", "tokens"} <= row.keys()
+    problems = list(data.generate(data.new_record(0, [3]), "val_new", 7))[2:]
+    expected = [(problem["nums"], problem["target"]) for problem in problems]
+    assert [(row["nums"], row["target"]) for row in rows] == expected
 
 
-def test_search_draws_a_tree_within_100_columns(ckpt, capsys, monkeypatch):
-    code, printed, _ = run(capsys, monkeypatch, search, "--ckpt", ckpt, "--numbers", 3, 5, 7, "--target", 22, "--n", 4)
-    assert code == 0 and printed.startswith("numbers [3, 5, 7]  target 22") and "\033" not in printed
+def test_search_takes_problems_of_a_file_and_of_a_dataset(program, trained, dataset, tmp_path):
+    file = tmp_path / "problems.jsonl"
+    file.write_text('{"nums": [3, 4], "target": 7}\n{"nums": [5, 4], "target": 20}\n')
+    for source, expected in ((file, [[3, 4], [5, 4]]), (f"{dataset}:val", None)):
+        out = tmp_path / "rows.jsonl"
+        program(search, "--ckpt", trained, "--data", source, "--n", 2, "--num", 8, "--out", out)
+        if expected is None:
+            expected = [row["nums"] for row in data.read_rows(dataset / "val.jsonl")]
+        assert [json.loads(line)["nums"] for line in out.read_text().splitlines()] == expected
 
 
-def test_search_without_arguments_shows_a_tree_and_a_table():
-    printed = subprocess.run([sys.executable, ROOT / "search.py", "--num", "4"], check=True, capture_output=True, text=True,
-                             cwd="/", env={**os.environ, "NO_COLOR": "1"}).stdout
-    assert "target" in printed and "<= chosen" in printed and "self_backtrack, val_new" in printed
-    assert max(len(line.rstrip()) for line in printed.splitlines()) <= 100
+def test_search_draws_the_tree_of_a_problem(program, trained):
+    args = "--numbers 3 5 7 --target 22 --n 4".split()
+    printed = program(search, "--ckpt", trained, *args)
+    assert printed.startswith("numbers [3, 5, 7]  target 22")
+    assert "\033" not in printed  # no colours where no terminal is
 
 
-@pytest.mark.parametrize("args,complaint", [
-    ("--n 0", "--n: 0 is not at least 1"), ("--b -1", "--b: -1 is not at least 0"),
-    ("--n x", "--n: invalid whole number value: 'x'"), ("--decoder x", "invalid choice: 'x'"),
+def test_search_without_arguments_shows_a_tree_and_a_table_in_100_columns():
+    """The shipped checkpoint, from another folder."""
+    done = script("search.py", "--num", 4)
+    assert done.returncode == 0, done.stderr
+    assert "target" in done.stdout and "<= chosen" in done.stdout
+    assert "self_backtrack, val_new" in done.stdout
+    assert max(len(line.rstrip()) for line in done.stdout.splitlines()) <= 100
+
+
+def test_a_reader_who_leaves_causes_no_traceback(trained):
+    args = ["--ckpt", str(trained), "--numbers", "3", "4", "--target", "7", "--n", "1"]
+    program = subprocess.Popen(
+        [sys.executable, ROOT / "search.py", *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    program.stdout.close()
+    assert "Traceback" not in program.stderr.read()
+    assert program.wait() == 1
+
+
+# ---- Bad input -----------------------------------------------------------------------------------
+
+BAD_SEARCHES = [
+    ("--n 0", "--n: 0 is not at least 1"),
+    ("--b -1", "--b: -1 is not at least 0"),
+    ("--n x", "--n: invalid whole number value: 'x'"),
+    ("--decoder x", "invalid choice: 'x'"),
     ("--min_p 2", "at most 1, not 2"),
-    ("--temperature 0", "--temperature: 0 is not at least 0.001"), ("--temperature -1", "not at least 0.001"),
-    ("--temperature nan", "not at least"), ("--temperature inf", "too large"), ("--seed 99999999999999999999", "too large"),
-    ("--numbers 3 0 --target 9", "--numbers: 0 is not at least 1"), ("--numbers 3 -4 --target 9", "-4 is not at least 1"),
+    ("--temperature 0", "--temperature: 0 is not at least 0.001"),
+    ("--temperature -1", "not at least 0.001"),
+    ("--temperature nan", "not at least"),
+    ("--temperature inf", "too large"),
+    ("--cache_gib 0", "--cache_gib: 0 is not above 0"),
+    ("--cache_gib 1e-9", "the cache is too small"),
+    ("--cache_gib 1e-5", "the cache is too small"),
+    ("--seed 99999999999999999999", "too large"),
+    ("--numbers 3 0 --target 9", "--numbers: 0 is not at least 1"),
+    ("--numbers 3 -4 --target 9", "-4 is not at least 1"),
     ("--numbers 3 4 --target 9.5", "--target: invalid whole number value: '9.5'"),
-    ("--numbers 3 4", "--numbers and --target"), ("--data nosuchsplit", "nosuchsplit is none of them"),
-    ("--ckpt no/such", "no model at no/such"), ("--ckpt /no/such/folder", "no model at /no/such/folder"),
-    ("--data val --out /proc/no/rows.jsonl --num 1 --n 1", "cannot write"),
-    ("--data val --out {tmp}", "--out wants a file"), ("--out {tmp}/x", "--out wants a file"),
+    ("--numbers 3 4", "--numbers and --target"),
+    ("--target 9", "--numbers and --target"),
+    ("--numbers 3 4 --target 7 --data val", "--numbers and --target"),
+    ("--data nosuchsplit", "nosuchsplit is none of them"),
+    ("--ckpt no/such", "no model at no/such"),
+    ("--ckpt /no/such/folder", "no model at /no/such/folder"),
     ("--ckpt {tmp}/empty", "cannot be read"),
+    ("--data val --out /proc/no/rows.jsonl --num 1 --n 1", "cannot write"),
+    ("--data val --out {tmp}", "--out wants a file"),
+    ("--out {tmp}/x", "--out wants a file"),
     ("--data {tmp}/rows.jsonl", "rows.jsonl, line 2 cannot be read"),
     ("--data {tmp}/column.jsonl", "row 1 lacks the column target"),
-    ("--data {tmp}/none.jsonl", "row 1 lacks the column nums"), ("--data {tmp}/list.jsonl", "row 1 lacks the column nums"),
+    ("--data {tmp}/none.jsonl", "row 1 lacks the column nums"),
+    ("--data {tmp}/list.jsonl", "row 1 lacks the column nums"),
     ("--data {tmp}/zero.jsonl", "nums must be positive whole numbers"),
-    ("--data {tmp}/half.jsonl", "target must be a whole number")])
-def test_bad_input_gets_one_line(ckpt, tmp_path, capsys, monkeypatch, args, complaint):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    ("--data {tmp}/half.jsonl", "target must be a whole number"),
+    ("--data {tmp}/good.jsonl --offset 1", "has no row number 1"),
+]
+FILES = {
+    "rows": '{"nums": [3], "target": 3}\n{"nums": [3], "tar',
+    "column": '{"nums": [3, 4]}',
+    "none": "",
+    "list": "[]",
+    "zero": '{"nums": [3, 0], "target": 3}',
+    "half": '{"nums": [3, 1], "target": 3.5}',
+    "good": '{"nums": [3, 4], "target": 7}',
+}
+
+
+@pytest.fixture
+def bad_files(tmp_path) -> Path:
     (tmp_path / "empty").mkdir()
-    for name, text in (("none", ""), ("list", "[]"), ("rows", '{"nums": [3], "target": 3}\n{"nums": [3], "tar'),
-                       ("column", '{"nums": [3, 4]}'), ("zero", '{"nums": [3, 0], "target": 3}'),
-                       ("half", '{"nums": [3, 1], "target": 3.5}')):
+    for name, text in FILES.items():
         (tmp_path / f"{name}.jsonl").write_text(text)
-    args = args.format(tmp=tmp_path).split()
-    code, _, err = run(capsys, monkeypatch, search, *([] if "--ckpt" in args else ["--ckpt", ckpt]), *args)
-    lines = [line for line in err.splitlines() if line.strip() and "problems/s" not in line]
-    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and complaint in err, err
+    return tmp_path
 
 
-@pytest.mark.parametrize("damage,complaint", [
-    (lambda f: (f / "model.safetensors").unlink(), "is missing or damaged"),
-    (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]), "missing or damaged"),
-    (lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('rs": 1', 'rs": 2')), "do not fit"),
-    (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
-    (lambda f: (f / "config.json").write_text("{}"), "is no Llama's"),
-    (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json cannot be read"),
-    (lambda f: (f / "record.json").write_text("[1]"), "record.json cannot be read"),
-    (lambda f: (f / "record.json").unlink(), "no dataset at yangxw/countdown-backtracking"),
-    (lambda f: (f / "record.json").write_text(json.dumps({"source": str(f / "config.json")})), "data was a file")])
-def test_damaged_checkpoints_get_one_line(ckpt, tmp_path, capsys, monkeypatch, damage, complaint):
-    folder = tmp_path / "copy"
-    shutil.copytree(ckpt, folder)
-    damage(folder)
-    code, _, err = run(capsys, monkeypatch, search, "--ckpt", folder, "--data", "val", "--num", 2)
-    assert code == 2 and len(err.strip().splitlines()) == 1 and complaint in err, err
+@pytest.mark.parametrize("args,expected", BAD_SEARCHES)
+def test_bad_input_to_search_gets_one_line(complaint, trained, bad_files, args, expected):
+    args = args.format(tmp=bad_files).split()
+    if "--ckpt" not in args:
+        args += ["--ckpt", trained]
+    assert expected in complaint(search, *args)
 
 
-def test_what_was_saved_survives_a_failure(ckpt, tmp_path, capsys, monkeypatch):
-    """A crash while writing, a file in the folder's place, a resume that cannot be: the old files stay as they were."""
-    folder = tmp_path / "copy"
-    shutil.copytree(ckpt, folder)
-    before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    (tmp_path / "file").write_text("mine")
-    for args, complaint in ((("--out", tmp_path / "file"), "cannot write"),
-                            (("--out", tmp_path / "new", "--resume"), "no model at"),
-                            (("--out", folder, "--data", tmp_path / "file"), "cannot be read")):
-        code, _, err = run(capsys, monkeypatch, train, *TRAIN, *args)
-        assert code == 2 and complaint in err, err
-    monkeypatch.setattr(train, "save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    code, _, err = run(capsys, monkeypatch, train, *TRAIN, "--out", folder)
-    assert code == 2 and "No space left" in err
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before and (tmp_path / "file").read_text() == "mine"
+BAD_TRAININGS = [
+    ("--steps 0", "--steps: 0 is not at least 1"),
+    ("--batch_size x", "--batch_size: invalid whole number value: 'x'"),
+    ("--lr 0", "--lr: 0 is not above 0"),
+    ("--weight_decay -1", "-1 is not at least 0"),
+    ("--hidden_size 31", "31 is not at least 32"),
+    ("--layers 0", "--layers: 0 is not at least 1"),
+    ("--sizes 1", "--sizes: invalid choice: 1"),
+    ("--mistakes x", "--mistakes: invalid choice: 'x'"),
+    ("--mask x", "--mask: invalid choice: 'x'"),
+    ("--optimizer sgd", "--optimizer: invalid choice: 'sgd'"),
+    ("--dtype fp8", "--dtype: invalid choice: 'fp8'"),
+    ("--step 3", "unrecognized arguments: --step 3"),
+    ("--ckpt {tmp}/empty", "cannot be read"),
+    ("--data {tmp}/none.jsonl", "row 1 lacks the column nums"),
+    ("--data {tmp}/good.jsonl", "row 1 lacks the column search_path"),
+    ("--data {tmp}/empty", "holds no JSON with 'train' in its name"),
+    ("--data no/such", "no dataset at no/such"),
+    ("--resume --out {tmp}/new", "no model at"),
+    ("--resume --out {tmp}/empty", "cannot be read"),
+]
 
 
-def test_training_says_that_it_cannot_write_before_it_starts(tmp_path, capsys, monkeypatch):
-    (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr(train, "fit", lambda *_: pytest.fail("it trained first"))
-    assert run(capsys, monkeypatch, train, *TRAIN, "--out", tmp_path / "file")[0] == 2
-    assert run(capsys, monkeypatch, data, "--num", 10, "--out", tmp_path / "file")[0] == 2
-    assert run(capsys, monkeypatch, data, "--num", 10, "--sizes", 6, "--out", tmp_path / "new")[0] == 2
+@pytest.mark.parametrize("args,expected", BAD_TRAININGS)
+def test_bad_input_to_training_gets_one_line(complaint, fitted, bad_files, args, expected):
+    args = args.format(tmp=bad_files).split()
+    if "--out" not in args:
+        args += ["--out", bad_files / "out"]
+    assert expected in complaint(train, *args)
+    assert fitted.calls == []
 
 
-def test_a_checkpoint_is_fine_tuned_as_in_the_paper(ckpt, tmp_path, capsys, monkeypatch):
-    """--ckpt brings the paper's settings, a flag overrules them, improve.py follows; wandb only if asked, one line without."""
-    seen = []
-    monkeypatch.setattr(train, "fit", lambda model, batches, *rest: seen.append((batches.size, *rest[:5])))
-    small = ("--num_eval", 2, "--out", tmp_path / "out")
-    for args in (("--ckpt", ckpt), (f"--ckpt={ckpt}", "--lr", "0.5"), ()):
-        assert run(capsys, monkeypatch, train, *small, *args)[0] == 0
-    assert seen == [(16, 46875, 1e-5, 1, 0.01, False), (16, 46875, 0.5, 1, 0.01, False), (64, 6000, 3e-3, 100, 0.1, True)]
-    monkeypatch.setattr(train, "find_spec", lambda name: None)
-    code, _, err = run(capsys, monkeypatch, train, *small, "--wandb")
-    assert code == 2 and err.strip() == "error: --wandb needs a package that is not installed: pip install wandb"
-    monkeypatch.setattr(improve, "fit", lambda *_, muon, **__: seen.append((_[3], muon)))
-    monkeypatch.setattr(improve, "harvest", lambda rows, answers: rows)
-    for optimizer in ("muon", "adamw"):
-        record = {**data.new_record(0, [3]), "settings": {"optimizer": optimizer}}
-        (Path(shutil.copytree(ckpt, tmp_path / optimizer)) / "record.json").write_text(json.dumps(record))
-        args = ("--num", 2, "--n", 2, "--num_eval", 2, "--rounds", 1, "--out", tmp_path / "better")
-        assert run(capsys, monkeypatch, improve, *args, "--ckpt", tmp_path / optimizer)[0] == 0
-    assert seen[3:] == [(2e-3, True), (1e-5, False)]
+BAD_DATA = [
+    ("--num 0", "--num: 0 is not at least 1"),
+    ("--sizes 6", "--sizes: invalid choice: 6"),
+    ("--seed -1", "-1 is not at least 0"),
+    ("--num 10 --out {tmp}/good.jsonl", "cannot write"),
+]
+
+
+@pytest.mark.parametrize("args,expected", BAD_DATA)
+def test_bad_input_to_data_gets_one_line(complaint, bad_files, args, expected):
+    assert expected in complaint(data, *args.format(tmp=bad_files).split())
+    assert (bad_files / "good.jsonl").read_text() == FILES["good"]
+
+
+BAD_IMPROVEMENTS = [
+    ("--rounds 0", "--rounds: 0 is not at least 1"),
+    ("--lr 0", "--lr: 0 is not above 0"),
+    ("--ckpt no/such", "no model at no/such"),
+    ("--out {tmp}/good.jsonl", "cannot write"),
+]
+
+
+@pytest.mark.parametrize("args,expected", BAD_IMPROVEMENTS)
+def test_bad_input_to_improvement_gets_one_line(complaint, trained, bad_files, args, expected):
+    args = args.format(tmp=bad_files).split()
+    if "--ckpt" not in args:
+        args += ["--ckpt", trained]
+    assert expected in complaint(improve, *args)
+
+
+# ---- Damage --------------------------------------------------------------------------------------
+
+
+def take_away(path: Path) -> None:
+    path.unlink()
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def writing(text: str):
+    def write(path: Path) -> None:
+        path.write_text(text)
+
+    return write
+
+
+def add_a_layer(path: Path) -> None:
+    config = json.loads(path.read_text())
+    config["num_hidden_layers"] += 1
+    path.write_text(json.dumps(config))
+
+
+def name_a_file_as_source(path: Path) -> None:
+    path.write_text(json.dumps({"source": str(path)}))
+
+
+DAMAGES = [
+    ("model.safetensors", take_away, "is missing or damaged"),
+    ("model.safetensors", cut_off, "is missing or damaged"),
+    ("config.json", add_a_layer, "do not fit"),
+    ("config.json", writing("{"), "cannot be read"),
+    ("config.json", writing("{}"), "is no Llama's"),
+    ("tokenizer.json", writing("{}"), "tokenizer.json cannot be read"),
+    ("tokenizer.json", take_away, "tokenizer.json cannot be read"),
+    ("tokenizer_config.json", writing("[1]"), "tokenizer_config.json cannot be read"),
+    ("record.json", writing("[1]"), "record.json cannot be read"),
+    ("record.json", take_away, "no dataset at yangxw/countdown-backtracking"),
+    ("record.json", name_a_file_as_source, "data was a file"),
+]
+
+
+@pytest.mark.parametrize("name,damage,expected", DAMAGES)
+def test_damaged_checkpoints_get_one_line(complaint, ckpt, name, damage, expected):
+    damage(ckpt / name)
+    assert expected in complaint(search, "--ckpt", ckpt, "--data", "val", "--num", 2)
+
+
+def no_space(*args, **settings):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_failure_while_saving_leaves_the_old_files(complaint, monkeypatch, ckpt):
+    before = files_of(ckpt)
+    monkeypatch.setattr(torch, "save", no_space)
+    assert "No space left" in complaint(train, *TRAIN, "--out", ckpt)
+    assert files_of(ckpt) == before
+
+
+def test_a_failure_while_writing_rows_leaves_the_old_files(complaint, monkeypatch, dataset):
+    before = files_of(dataset)
+    monkeypatch.setattr(data, "tqdm", no_space)
+    assert "No space left" in complaint(data, "--num", 10, "--out", dataset)
+    assert files_of(dataset) == before
+
+
+LIMITED = """if True:
+    import resource, sys
+    sys.path.insert(0, {root!r})
+    import train
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+    sys.argv[0] = "train.py"
+    train.cli(train.main)
+"""
+
+
+def test_a_disk_that_is_full_gets_one_line_and_leaves_the_old_files(ckpt):
+    """The weights may still be written, but resume.pt is larger than a file may be."""
+    before = files_of(ckpt)
+    assert len(before["model.safetensors"]) < 60_000 < len(before["resume.pt"])
+    code = LIMITED.format(root=str(ROOT))
+    command = [sys.executable, "-c", code, *TRAIN, "--out", str(ckpt)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "cannot write" in done.stderr.splitlines()[-1]
+    assert files_of(ckpt) == before
+
+
+def test_damaged_rows_cost_no_checkpoint(complaint, ckpt, bad_files):
+    before = files_of(ckpt)
+    args = (*TRAIN, "--out", ckpt, "--data", bad_files / "rows.jsonl")
+    assert "cannot be read" in complaint(train, *args)
+    assert files_of(ckpt) == before
+
+
+def test_a_resume_that_cannot_be_costs_no_checkpoint(complaint, ckpt):
+    cut_off(ckpt / "resume.pt")
+    before = files_of(ckpt)
+    assert "cannot resume from" in complaint(train, "--resume", "--out", ckpt, "--steps", 9)
+    assert files_of(ckpt) == before

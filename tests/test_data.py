@@ -1,12 +1,16 @@
-"""The generator and the solver against brute force with exact fractions; the loss mask against a mask of characters."""
+"""The verifier, the solver and the generator against exact fractions and brute force; the loss mask
+against a mask of characters."""
+
 import json
 import lzma
+import math
 import os
+import random
 import re
 from collections import Counter
 from fractions import Fraction
+from functools import lru_cache
 from multiprocessing import Pool
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,256 +19,688 @@ import transformers
 from oracles import is_right, labelled_characters, solutions
 
 import data
-from data import BACKTRACK, GOAL, HELD_OUT, KINDS, Tokenizer, UserError, generate, new_record, prompt_text, read_rows
+from data import BACKTRACK, GOAL, HELD_OUT, KINDS, MISTAKES, Tokenizer, new_record, prompt_text
+from model import UserError
 
 
-@pytest.mark.parametrize("k,count", [(2, 400), (3, 300), (4, 25)])
-def test_solver_agrees_with_brute_force(k, count):
-    rng = np.random.default_rng(k)
-    nums, target = rng.integers(1, 100, (count, k)), rng.integers(10, 101, count)
-    nums[: count // 2] = rng.integers(1, 12, (count // 2, k))                  # small numbers: many solutions, many zeros
-    expected = [solutions(tuple(n), t) for n, t in zip(nums.tolist(), target.tolist())]
+def rows_of(num: int, sizes: list[int], seed: int = 0, kinds=KINDS, split: str = "train"):
+    return list(data.generate(new_record(seed, sizes, kinds), split, num))
+
+
+# ---- The verifier --------------------------------------------------------------------------------
+
+VERDICTS = [  # numbers, target, response, part of the reason, the step that fails
+    ([2, 39, 45, 10], 62, "45-39=6\n10*6=60\n2+60=62\nGoal Reached!", None, None),
+    ([6, 6], 12, "6+6=12\nGoal Reached!", None, None),
+    ([5, 5, 9], 0, "5-5=0\n0/9=0\nGoal Reached!", None, None),
+    ([7], 7, "Goal Reached!", None, None),
+    ([2, 39, 45, 10], 62, "45-39=6\n10*6=60\n2+60=62\nGoal Reached", "it ends in", None),
+    ([2, 39, 45, 10], 62, "45-39=6\n10*6=60\n2+60=62", "it ends in '2+60=62'", None),
+    ([2, 39, 45, 10], 62, "45-39=6\n<backtrack>", "it ends in '<backtrack>'", None),
+    ([3, 5], 8, "", "it ends in ''", None),
+    ([2, 39, 45, 10], 60, "45-39=6\n10*6=60\nGoal Reached!", "[2, 60] left", None),
+    ([2, 39, 45, 10], 63, "45-39=6\n10*6=60\n2+60=62\nGoal Reached!", "[62] left, not 63", None),
+    (
+        [2, 39, 45, 10],
+        62,
+        "45-39=6\n10*6=61\n2+60=62\nGoal Reached!",
+        "10*6=61: false, it is 60",
+        2,
+    ),
+    ([2, 39, 45, 10], 62, "45-39=6\n39+6=45\n<backtrack>", "39+6=45: there is no 39", 2),
+    ([6, 5], 12, "6+6=12\nGoal Reached!", "there is no 6", 1),
+    ([7, 2], 3, "7/2=3\nGoal Reached!", "the rules allow no such step", 1),
+    ([7, 0], 0, "7/0=0\nGoal Reached!", "the rules allow no such step", 1),
+    ([3, 5], 2, "3-5=2\nGoal Reached!", "the rules allow no such step", 1),
+    ([3, 5], 2, "3-5=-2\nGoal Reached!", "is no action", 1),
+    ([2, 39, 45, 10], 62, "45-39=6\n10*6=60\n2+60=62\nGoal Reached!\n", "is no action", 4),
+    ([3, 5], 8, "3+5=8 \nGoal Reached!", "is no action", 1),
+    ([3, 5], 8, "3+5=8\n\nGoal Reached!", "is no action", 2),
+    ([3, 5], 8, "٣+5=8\nGoal Reached!", "is no action", 1),
+    ([3, 5], 8, "3+5=" + "9" * 5000 + "\nGoal Reached!", "is no action", 1),
+]
+
+
+@pytest.mark.parametrize("nums,target,response,complaint,failed_step", VERDICTS)
+def test_the_verifier_says_which_step_fails_and_why(nums, target, response, complaint, failed_step):
+    verdict = data.verify(nums, target, response)
+    assert verdict.correct == (complaint is None)
+    assert (complaint or "") in verdict.reason
+    assert bool(verdict.reason) != verdict.correct
+    assert verdict.failed_step == failed_step
+
+
+ALPHABET = "0123456789+-*/=\n" * 3 + "G !<"
+
+
+def replace_character(rng, nums: list[int], text: str) -> str:
+    place = rng.randrange(len(text) + 1)
+    return text[:place] + rng.choice(ALPHABET) + text[place + 1 :]
+
+
+def drop_character(rng, nums: list[int], text: str) -> str:
+    place = rng.randrange(len(text) + 1)
+    return text[:place] + text[place + 1 :]
+
+
+def add_character(rng, nums: list[int], text: str) -> str:
+    place = rng.randrange(len(text) + 1)
+    return text[:place] + rng.choice(ALPHABET) + text[place:]
+
+
+def shuffle_actions(rng, nums: list[int], text: str) -> str:
+    *actions, end = text.split("\n")
+    rng.shuffle(actions)
+    return "\n".join([*actions, end][rng.randrange(2) :])
+
+
+def change_a_number(rng, nums: list[int], text: str) -> str:
+    nums[rng.randrange(len(nums))] = rng.choice(nums) + rng.choice((0, 0, 1))
+    return text
+
+
+DAMAGES = [replace_character, drop_character, add_character, shuffle_actions, change_a_number]
+
+
+def test_the_verifier_agrees_with_exact_fractions_on_damaged_answers():
+    """250,000 answers, damaged up to three times or not at all, against oracles.is_right."""
+    rng = random.Random(0)
+    rows = rows_of(1500, [2, 3, 4], seed=3, kinds=[])
+    verdicts = Counter()
+    for _ in range(250_000):
+        row = rng.choice(rows)
+        nums = list(row["nums"])
+        target = row["target"] + rng.choice((0, 0, 0, 0, 0, 1))
+        text = row["search_path"]
+        for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
+            text = rng.choice(DAMAGES)(rng, nums, text)
+        correct = data.verify(nums, target, text).correct
+        assert correct == is_right(nums, target, text), (nums, target, text)
+        verdicts[correct] += 1
+    assert verdicts[True] > 20_000 and verdicts[False] > 100_000
+
+
+def test_the_step_that_fails_is_the_first_one_that_was_damaged():
+    """The damaged action is known: its result is one too many."""
+    rng = random.Random(0)
+    for row in rows_of(500, [4], kinds=[]):
+        actions = row["search_path"].split("\n")
+        step = rng.randrange(3)
+        choice, _, result = actions[step].partition("=")
+        actions[step] = f"{choice}={int(result) + 1}"
+        verdict = data.verify(row["nums"], row["target"], "\n".join(actions))
+        assert verdict.failed_step == step + 1, actions
+
+
+# ---- The solver ----------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=None)
+def legal_actions(left: tuple[int, ...]) -> list[tuple[str, float, tuple[int, ...]]]:
+    """What can be done with the numbers left: each action's text, its own effort and the numbers
+    that are left after it. The effort of the last action's result does not count."""
+    actions = []
+    for first in range(len(left)):
+        for second in range(first + 1, len(left)):
+            others = [left[index] for index in range(len(left)) if index not in (first, second)]
+            a = max(left[first], left[second])
+            b = min(left[first], left[second])
+            results = {"+": a + b, "-": a - b, "*": a * b}
+            if b > 0 and a % b == 0:
+                results["/"] = a // b
+            for operator, result in results.items():
+                effort = 4.0 if operator in "*/" else 0.0
+                if others:
+                    effort += math.log2(result + 2)
+                after = tuple(sorted([*others, result]))
+                actions.append((f"{a}{operator}{b}={result}", effort, after))
+    return actions
+
+
+@lru_cache(maxsize=None)
+def least_effort(left: tuple[int, ...], target: int) -> float:
+    """The effort of the simplest solution, by recursion over all of them; infinite if none is."""
+    if len(left) == 1:
+        return 0.0 if left[0] == target else math.inf
+    efforts = [effort + least_effort(after, target) for _, effort, after in legal_actions(left)]
+    return min(efforts)
+
+
+def some_problems(size: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Solvable and others; half of them of small numbers, with many solutions and many zeros."""
+    rng = np.random.default_rng(size)
+    nums = rng.integers(1, 100, (count, size))
+    nums[: count // 2] = rng.integers(1, 12, (count // 2, size))
+    return nums, rng.integers(10, 101, count)
+
+
+@pytest.mark.parametrize("size,count", [(2, 400), (3, 300), (4, 25)])
+def test_what_is_solvable_agrees_with_brute_force(size, count):
+    """Against oracles.solutions, which goes through exact fractions."""
+    nums, target = some_problems(size, count)
+    expected = [solutions(tuple(row), goal) for row, goal in zip(nums.tolist(), target.tolist())]
     assert 0 < sum(expected) < count
     assert data.solvable(nums, target).tolist() == expected
-    reach = data.reachable(data.programs(nums)[0], target)
-    assert reach[-1].reshape(count, -1).any(-1).tolist() == expected
-    # After a first choice, too: what is left must reach the target by brute force exactly where the solver says so.
-    step = data.programs(nums)[0][0]
-    left = data.remaining(step)
-    for p in range(0, count, 10):
-        for c in range(step.legal.shape[1]):
-            assert reach[0][p, c] == (step.legal[p, c] and solutions(tuple(left[p, c].tolist()), int(target[p])))
+    for efforts in data.plan_efforts(data.programs(nums)[0], target):
+        assert np.isfinite(efforts).reshape(count, -1).any(-1).tolist() == expected
 
 
-def test_program_counts():
-    assert [data.programs(np.array([[5] * k]))[0][-1].result[0].size for k in (2, 3, 4, 5)] == [4, 48, 1152, 46080]
+@pytest.mark.parametrize("size,count", [(2, 400), (3, 300), (4, 25)])
+def test_a_first_choice_is_right_where_brute_force_solves_what_it_leaves(size, count):
+    """Against oracles.solutions of the numbers that are left."""
+    nums, target = some_problems(size, count)
+    steps, _ = data.programs(nums)
+    right = np.isfinite(data.plan_efforts(steps, target)[0])
+    left = data.remaining(steps[0])
+    for problem in range(0, count, 5):
+        for choice in range(right.shape[1]):
+            expected = bool(steps[0].legal[problem, choice])
+            if expected:
+                goal = int(target[problem])
+                expected = solutions(tuple(left[problem, choice].tolist()), goal)
+            assert right[problem, choice] == expected
+
+
+@pytest.mark.parametrize("size,count", [(2, 200), (3, 200), (4, 50)])
+def test_the_effort_of_a_first_choice_is_that_of_the_simplest_solution(size, count):
+    """Against `least_effort`, a recursion over all solutions: so argmin is a simplest one."""
+    nums, target = some_problems(size, count)
+    steps, _ = data.programs(nums)
+    efforts = data.plan_efforts(steps, target)[0]
+    solved = 0
+    for problem in range(count):
+        goal = int(target[problem])
+        expected = {}
+        for action, effort, after in legal_actions(tuple(nums[problem].tolist())):
+            expected[action] = effort + least_effort(after, goal)
+        choices = np.arange(efforts.shape[1])
+        first = steps[0].after((np.full(len(choices), problem),))
+        texts = data.write_actions(data.choose(first, choices))
+        for text, effort in zip(texts, efforts[problem]):
+            assert effort == pytest.approx(expected.get(text.strip(), math.inf), abs=1e-4)
+        solved += math.isfinite(min(expected.values()))
+    assert 0 < solved < count
+
+
+@pytest.mark.parametrize("size,count", [(2, 4), (3, 48), (4, 1152), (5, 46080)])
+def test_there_are_as_many_programs_as_one_can_count(size, count):
+    steps, left = data.programs(np.array([[5] * size]))
+    assert steps[-1].result.size == count
+    assert left.size == count
 
 
 def test_large_numbers_do_not_overflow():
-    nums = np.array([[99] * 5])
-    assert max(int(step.result.max()) for step in data.programs(nums)[0]) == 99 ** 5
+    steps, _ = data.programs(np.array([[99] * 5]))
+    assert max(int(step.result.max()) for step in steps) == 99**5
 
 
-def take(left: list[int], text: str) -> tuple[list[int], bool, bool]:
-    """Apply an action to the numbers left: (numbers left, are both operands there, is the result right)."""
-    op = next(o for o in "+-*/" if o in text)
-    (a, b), c = map(int, text.split("=")[0].split(op)), int(text.split("=")[1])
-    rest = Counter(left)
-    rest.subtract([a, b])
-    there = min(rest.values()) >= 0
-    right = {"+": a + b, "-": a - b, "*": a * b, "/": a / b if b else None}[op] == c
-    return list((+rest + Counter([c])).elements()), there, right
+# ---- The rows ------------------------------------------------------------------------------------
 
 
-def kind_of(row: dict) -> str:
-    """What a training row is, by the exact solver; asserts that it is what section 4.1 says."""
-    nums, target, path = row["nums"], row["target"], row["search_path"]
-    assert all(1 <= x <= 99 for x in nums) and 10 <= target <= 100 and target not in HELD_OUT
-    if not path.endswith(BACKTRACK):
-        assert is_right(nums, target, path) and row["wrong"] == 0, row
-        return "op"
-    *before, wrong = path.removesuffix("\n" + BACKTRACK).split("\n")
-    left = nums
-    for text in before:
-        left, there, right = take(left, text)
-        assert there and right, row
-    if row["wrong"] > 1:
-        _, there, right = take(left, wrong)
-        assert row["wrong"] == len(before) + 1 == len(nums) - 1 and there and not right
-        assert wrong.endswith(f"={target}") and 0.5 < Fraction(*map(int, wrong.split("=")[0].split("/"))) / target < 2, row
-        return "false_goal"
-    assert row["wrong"] == 1
-    assert len(before) < len(nums) - 1 and solutions(tuple(left), target), row          # the beginning of a solution
-    after, there, right = take(left, wrong)
-    if not there:
-        assert right, row
-        return "rule_violation"
-    if not right:
-        return "lie" if len(left) == 2 and wrong.endswith(f"={target}") else "computational"
-    assert not solutions(tuple(after), target), row                                    # the exact solver's proof
-    return "exploratory"
+def take_action(left: list[int], action: str) -> tuple[list[int], bool, bool]:
+    """Exactly: the numbers left after an action, whether both its numbers are there, and whether
+    its result is right and allowed."""
+    a, operator, b, claimed = re.fullmatch(r"(\d+)([-+*/])(\d+)=(\d+)", action).groups()
+    after = list(left)
+    there = True
+    for operand in (int(a), int(b)):
+        if operand in after:
+            after.remove(operand)
+        else:
+            there = False
+    results = {"+": Fraction.__add__, "-": Fraction.__sub__, "*": Fraction.__mul__}
+    results["/"] = Fraction.__truediv__
+    false_division = operator == "/" and int(b) == 0
+    right = not false_division and results[operator](Fraction(a), Fraction(b)) == int(claimed)
+    return [*after, int(claimed)], there, right
 
 
-@pytest.mark.parametrize("sizes", [[3], [4], [3, 4]])
-def test_rows_are_solutions_and_proved_mistakes(sizes):
-    rows = list(generate(new_record(1, sizes), "train", 2500 if sizes == [3] else 400))
-    kinds = Counter(kind_of(row) for row in rows)
-    assert min(kinds[kind] for kind in ("lie", *KINDS)) > len(rows) / 100, kinds
-    assert 0.4 < kinds["op"] / len(rows) < 0.65
+def follow(left: list[int], actions: list[str]) -> list[int]:
+    """The numbers left after actions, all of which must be right."""
+    for action in actions:
+        left, there, right = take_action(left, action)
+        assert there and right, action
+    return left
 
 
-def key(row):
+def prove_the_way(nums: list[int], target: int, actions: list[str], detours: list[int]) -> None:
+    """Each action is a simplest one, but those at `detours`: some other is at least as simple."""
+    left = tuple(nums)
+    for depth, action in enumerate(actions):
+        efforts = []
+        own_effort = math.inf
+        for text, effort, after in legal_actions(left):
+            efforts.append(effort + least_effort(after, target))
+            if text == action:
+                own_effort = efforts[-1]
+        simplest = min(efforts) + 1e-4
+        assert math.isfinite(own_effort)
+        if depth in detours:
+            assert own_effort > simplest or sum(effort < simplest for effort in efforts) > 1
+        else:
+            assert own_effort < simplest
+        left = tuple(follow(list(left), [action]))
+
+
+def prove_exploratory(left: list[int], target: int, wrong: str) -> None:
+    after, there, right = take_action(left, wrong)
+    assert there and right
+    assert not solutions(tuple(after), target)
+
+
+def prove_computational(left: list[int], target: int, wrong: str) -> None:
+    _, there, right = take_action(left, wrong)
+    assert there and not right
+
+
+def prove_rule_violation(left: list[int], target: int, wrong: str) -> None:
+    _, there, right = take_action(left, wrong)
+    assert right and not there
+
+
+PROOFS = {
+    "exploratory": prove_exploratory,
+    "computational": prove_computational,
+    "rule_violation": prove_rule_violation,
+}
+
+
+def prove_false_goal(row: dict, actions: list[str]) -> None:
+    """A whole path, right up to a last division that is not exact, but not far from the target."""
+    *before, last = actions
+    assert len(actions) == len(row["nums"]) - 1
+    assert row["no_loss"] == list(range(len(actions)))
+    _, there, right = take_action(follow(row["nums"], before), last)
+    assert there and not right
+    a, b, claimed = re.fullmatch(r"(\d+)/(\d+)=(\d+)", last).groups()
+    assert int(claimed) == row["target"]
+    assert 0.5 < Fraction(int(a), int(b)) / row["target"] < 2
+
+
+def prove(row: dict) -> None:
+    """Assert that a row is what its kind says (section 4.1), by exact fractions and brute force."""
+    nums, target = row["nums"], row["target"]
+    *actions, end = row["search_path"].split("\n")
+    if row["kind"] in ("solution", "detour"):
+        assert end == GOAL and is_right(nums, target, row["search_path"])
+        assert len(row["no_loss"]) == (row["kind"] == "detour")
+        prove_the_way(nums, target, actions, row["no_loss"])
+        return
+    assert end == BACKTRACK
+    if row["kind"] == "false_goal":
+        prove_false_goal(row, actions)
+        return
+    *way, wrong = actions
+    *detours, last = row["no_loss"]
+    assert last == len(way) < len(nums) - 1
+    assert len(detours) <= 1
+    prove_the_way(nums, target, way, detours)
+    left = follow(nums, way)
+    assert solutions(tuple(left), target)  # it was the beginning of a solution
+    PROOFS[row["kind"]](left, target, wrong)
+
+
+@pytest.mark.parametrize(
+    "sizes,num", [([2], 1000), ([3], 2500), ([4], 400), ([5], 12), ([3, 4], 400)]
+)
+def test_every_row_is_proved_to_be_of_its_kind(sizes, num):
+    """Against exact fractions and brute force, see `prove`."""
+    rows = rows_of(num, sizes, seed=1)
+    for row in rows:
+        assert len(row["nums"]) in sizes
+        assert all(1 <= number <= 99 for number in row["nums"])
+        assert 10 <= row["target"] <= 100
+        assert row["target"] not in HELD_OUT
+        prove(row)
+
+
+def text_of_the_simplest(row: dict) -> str:
+    """The response that `plan_efforts` calls the simplest."""
+    steps, _ = data.programs(np.array([row["nums"]]))
+    efforts = data.plan_efforts(steps, np.array([row["target"]]))
+    history = (np.zeros(1, int),)
+    text = ""
+    for step, effort in zip(steps, efforts):
+        choice = effort[history].argmin(-1)
+        text += data.write_actions(data.choose(step.after(history), choice))[0]
+        history = (*history, choice)
+    return text + GOAL
+
+
+def test_solutions_are_canonical_and_detours_are_not():
+    """Against argmin of `plan_efforts`. Where a number comes twice, a detour may read the same."""
+    differ = Counter()
+    for row in rows_of(1500, [4]):
+        if row["kind"] == "solution":
+            assert row["search_path"] == text_of_the_simplest(row)
+        if row["kind"] == "detour":
+            differ[row["search_path"] != text_of_the_simplest(row)] += 1
+    assert differ[True] > 50 * differ[False]
+
+
+def test_detours_are_at_every_depth_but_few_at_the_last():
+    depths = Counter(row["no_loss"][0] for row in rows_of(5000, [4]) if row["kind"] == "detour")
+    assert depths.keys() == {0, 1, 2}
+    assert depths[0] > depths[1] > 10 * depths[2]
+
+
+def test_rows_that_step_back_may_begin_with_a_detour():
+    rows = [row for row in rows_of(2000, [4]) if row["kind"] in PROOFS]
+    begin_with_one = [row for row in rows if len(row["no_loss"]) == 2]
+    assert 0.03 < len(begin_with_one) / len(rows) < 0.1
+    assert {row["kind"] for row in begin_with_one} == PROOFS.keys()
+
+
+def test_kinds_come_in_the_shares_of_mistakes():
+    """Within four standard deviations of a sample of this size."""
+    rows = rows_of(5000, [4])
+    kinds = Counter(row["kind"] for row in rows if row["kind"] in KINDS)
+    total = kinds.total()
+    assert abs(total / len(rows) - data.BACK) < 4 * math.sqrt(0.25 / len(rows))
+    for mistake, share in MISTAKES.items():
+        deviation = math.sqrt(share * (1 - share) / total)
+        assert abs(kinds[mistake.__name__] / total - share) < 4 * deviation, mistake
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_that_is_left_out_leaves_half_of_the_rows_to_the_others(kind):
+    others = [other for other in KINDS if other != kind]
+    kinds = Counter(row["kind"] for row in rows_of(1024, [4], kinds=others))
+    assert kinds.keys() == {"solution", "detour", *others}
+    assert abs(sum(kinds[other] for other in others) / 1024 - 0.5) < 0.06
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_alone_takes_half_of_the_rows(kind):
+    kinds = Counter(row["kind"] for row in rows_of(1024, [4], kinds=[kind]))
+    assert kinds.keys() == {"solution", "detour", kind}
+    assert abs(kinds[kind] / 1024 - 0.5) < 0.06
+
+
+def test_without_any_kind_all_rows_are_solutions():
+    rows = rows_of(512, [4], kinds=[])
+    assert {row["kind"] for row in rows} == {"solution", "detour"}
+    assert all(row["search_path"].endswith(GOAL) for row in rows)
+
+
+def test_kinds_do_not_change_the_problems():
+    problems = [(row["nums"], row["target"]) for row in rows_of(512, [4])]
+    for kinds in ([], ["exploratory"], ["computational", "false_goal"]):
+        rows = rows_of(512, [4], kinds=kinds)
+        assert [(row["nums"], row["target"]) for row in rows] == problems
+
+
+def test_a_record_that_names_no_kinds_means_all():
+    record = new_record(0, [4])
+    del record["mistakes"]
+    assert list(data.generate(record, "train", 512)) == rows_of(512, [4])
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+def test_however_few_problems_there_are_each_gets_a_row(size):
+    rng = np.random.default_rng(0)
+    nums, target = data.draw_problems(rng, "train", size, 3)
+    rows = []
+    for index in range(30):
+        rows += data.make_rows(rng, nums[index % 3 :], target[index % 3 :])
+    assert len(rows) == 60
+    assert {row["search_path"].endswith(BACKTRACK) for row in rows} == {True, False}
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+def test_no_problems_no_rows(size):
+    nums = np.empty((0, size), int)
+    assert data.make_rows(np.random.default_rng(0), nums, np.empty(0, int)) == []
+
+
+@pytest.mark.parametrize("size,num", [(2, 4096), (3, 512), (5, 256)])
+def test_paths_that_end_in_a_false_goal_are_proved_for_every_size(size, num):
+    rows = rows_of(num, [size], kinds=["false_goal"])
+    false_goals = [row for row in rows if row["kind"] == "false_goal"]
+    assert false_goals
+    for row in false_goals:
+        prove(row)
+
+
+# ---- Splits and streams --------------------------------------------------------------------------
+
+
+def problem_of(row: dict) -> tuple:
     return tuple(sorted(row["nums"])), row["target"]
 
 
 def test_splits_share_no_problem():
-    train = {key(row) for seed in (0, 1) for row in generate(new_record(seed, [3]), "train", 6000)}
-    val, new = ([*generate(new_record(7, [3]), split, 1000)] for split in ("val", "val_new"))
-    assert not train & {key(row) for row in val + new}
-    assert {row["target"] for row in new} == set(HELD_OUT)
-    assert {row["target"] for row in val}.isdisjoint(HELD_OUT) and len(HELD_OUT) == 9
-    shuffled = data.in_validation(np.array([row["nums"][::-1] for row in val]),
-                                  np.array([row["target"] for row in val]))
-    assert shuffled.all()                                             # the order of the numbers changes nothing
+    train = {problem_of(row) for seed in (0, 1) for row in rows_of(6000, [3], seed)}
+    val = {problem_of(row) for row in rows_of(1000, [3], 7, split="val")}
+    val_new = {problem_of(row) for row in rows_of(1000, [3], 7, split="val_new")}
+    assert not train & val
+    assert not train & val_new
+
+
+def test_the_targets_that_were_held_out_are_the_new_ones_alone():
+    assert len(HELD_OUT) == 9
+    assert {row["target"] for row in rows_of(1000, [3], split="val_new")} == set(HELD_OUT)
+    for split in ("train", "val"):
+        assert {row["target"] for row in rows_of(1000, [3], split=split)}.isdisjoint(HELD_OUT)
+
+
+def test_the_order_of_the_numbers_does_not_decide_on_the_split():
+    rows = rows_of(500, [3], split="val")
+    backwards = np.array([row["nums"][::-1] for row in rows])
+    assert data.in_validation(backwards, np.array([row["target"] for row in rows])).all()
 
 
 def test_rows_depend_on_the_seed_alone():
+    rows = rows_of(1500, [3, 4])
+    assert Counter(len(row["nums"]) for row in rows).keys() == {3, 4}
+    assert rows_of(1500, [3, 4], seed=1) != rows
+    assert list(data.generate(new_record(0, [3, 4]), "train", 700, offset=300)) == rows[300:1000]
+
+
+def test_rows_made_in_parallel_are_the_same():
+    record = new_record(0, [3, 4])
     with Pool(2) as pool:
-        first, again, other = (list(generate(new_record(seed, [3, 4]), "train", 1500, over=over))
-                               for seed, over in ((0, map), (0, pool.imap), (1, map)))
-    assert first == again and first != other
-    assert list(generate(new_record(0, [3, 4]), "train", 700, offset=300)) == first[300:1000]
-    for split in ("val", "val_new"):                                  # so that runs of other seeds are measured on the same
-        assert list(generate(new_record(0, [3]), split, 50)) == list(generate(new_record(9, [3]), split, 50))
-    assert Counter(len(row["nums"]) for row in first).keys() == {3, 4}
+        rows = list(data.generate(record, "train", 1500, over=pool.imap))
+    assert rows == rows_of(1500, [3, 4])
 
 
-def test_simplest_solution_is_a_cheapest_one():
-    """Of all solutions found by brute force over the arrays, none is cheaper by the docstring's measure."""
-    nums, target = data.draw_problems(np.random.default_rng(0), "train", 3, 300)
-    steps, _ = data.programs(nums)
-    path = data.simplest(steps, data.reachable(steps, target)[-1])
-
-    def cost(p, c1, c2):
-        return sum(np.log2(r + 2) + (4 if c % 4 > 1 else 0) for r, c in
-                   ((steps[0].result[p, c1], c1), (steps[1].result[p, c1, c2], c2)))
-    for p in range(len(nums)):
-        all_costs = [cost(p, c1, c2) for c1 in range(12) for c2 in range(4)
-                     if steps[1].legal[p, c1, c2] and steps[1].result[p, c1, c2] == target[p]]
-        assert cost(p, path[0][p], path[1][p]) == min(all_costs)
+@pytest.mark.parametrize("split", ["val", "val_new"])
+def test_validation_problems_do_not_depend_on_the_seed(split):
+    assert rows_of(50, [3], 0, split=split) == rows_of(50, [3], 9, split=split)
 
 
-def check_mask(tok: Tokenizer, rows: list[dict]):
-    for row, (ids, labels) in zip(rows, tok.rows(rows)):
+# ---- Tokens and the loss mask --------------------------------------------------------------------
+
+WITHOUT_NO_LOSS = [  # as the reference's rows
+    "45-39=6\n10*6=60\n2+60=62\nGoal Reached!",
+    "45-39=6\n39+6=45\n<backtrack>",
+    "45-39=7\n<backtrack>",
+    "39+6=45<backtrack>",
+    "<backtrack>",
+    "45-39=6\n10*6=60\n1+1273=1274\n<backtrack>",
+]
+ROWS = [{"nums": [2, 39, 45, 10], "target": 62, "search_path": path} for path in WITHOUT_NO_LOSS]
+ALL_KINDS = ("solution", "detour", *KINDS)
+MASK_ROWS = [*ROWS, *rows_of(500, [3, 4])]
+
+
+@pytest.fixture(scope="module")
+def llama3() -> Tokenizer:
+    """Llama 3's own tokenizer, with `<backtrack>`."""
+    if "LLAMA3_TOKENIZER" not in os.environ:
+        pytest.skip("LLAMA3_TOKENIZER names no tokenizer.json(.xz)")
+    path = os.environ["LLAMA3_TOKENIZER"]
+    opener = lzma.open if path.endswith("xz") else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        backend = tokenizers.Tokenizer.from_str(file.read())
+    backend.add_special_tokens([tokenizers.AddedToken(BACKTRACK, special=True, normalized=False)])
+    return Tokenizer(backend)
+
+
+@pytest.fixture(params=["digits", "llama3"])
+def tokenizer(request) -> Tokenizer:
+    if request.param == "digits":
+        return Tokenizer.digits()
+    return request.getfixturevalue("llama3")
+
+
+def no_loss_of(row: dict) -> list[int]:
+    """Which actions carry no loss; where the row does not say, the one before `<backtrack>`."""
+    if "no_loss" in row:
+        return row["no_loss"]
+    actions, goes_back, _ = row["search_path"].partition(BACKTRACK)
+    return [len(actions.splitlines()) - 1] if goes_back else []
+
+
+def test_rows_of_all_kinds_are_masked_here():
+    assert {row.get("kind") for row in MASK_ROWS} == {None, *ALL_KINDS}
+
+
+def test_the_papers_mask_hides_what_a_mask_of_characters_hides(tokenizer):
+    """Against oracles.labelled_characters: a token is learned where all its characters are."""
+    for row, (ids, labels) in zip(MASK_ROWS, tokenizer.rows(MASK_ROWS, "action")):
         prompt = prompt_text(row["nums"], row["target"])
-        mask = labelled_characters(prompt, row["search_path"], row.get("wrong", 1))
-        encoding = tok.tok.encode(prompt + row["search_path"])
-        assert ids == encoding.ids + [tok.eos] and labels[-1] == tok.eos
-        for i, label, (start, end) in zip(ids, labels, encoding.offsets):
-            assert label in (i, -100)
-            assert (label == i) == (end > start and all(mask[start:end]))
-        if row["search_path"].endswith(BACKTRACK):
-            assert labels[-2:] == [tok.backtrack, tok.eos]
-            actions = row["search_path"].removesuffix(BACKTRACK).rstrip("\n").split("\n")
-            before = "\n".join(actions[:-row.get("wrong", 1)])
-            kept = [i for i, label in zip(ids, labels) if label != -100][:-2]
-            assert tok.decode(kept).rstrip("\n") == before                # the prefix is learned, the wrong action is not
-        assert ids[:len(tok.prompts([row])[0])] == tok.prompts([row])[0]       # a prompt alone is encoded as within a row
+        mask = labelled_characters(prompt, row["search_path"], no_loss_of(row))
+        encoding = tokenizer.backend.encode(prompt + row["search_path"])
+        assert ids == [*encoding.ids, tokenizer.eos]
+        assert labels[-1] == tokenizer.eos
+        for token, label, (start, end) in zip(ids, labels, encoding.offsets):
+            learned = end > start and all(mask[start:end])
+            assert label == (token if learned else -100)
 
 
-ROWS = [{"nums": [2, 39, 45, 10], "target": 62, "search_path": text} for text in
-        ("45-39=6\n10*6=60\n2+60=62\nGoal Reached!", "45-39=6\n39+6=45\n<backtrack>", "45-39=7\n<backtrack>",
-         "39+6=45<backtrack>", "<backtrack>", "45-39=6\n10*6=60\n1+1273=1274\n<backtrack>")]
+def test_the_papers_mask_keeps_the_end_and_what_came_before_the_first_hidden_action(tokenizer):
+    """Against the lines of the response."""
+    for row, (_, labels) in zip(MASK_ROWS, tokenizer.rows(MASK_ROWS)):
+        if not row["search_path"].endswith(BACKTRACK):
+            continue
+        assert labels[-2:] == [tokenizer.backtrack, tokenizer.eos]
+        actions = row["search_path"].removesuffix(BACKTRACK).splitlines(keepends=True)
+        kept = [action for at, action in enumerate(actions) if at not in no_loss_of(row)]
+        learned = [label for label in labels if label != -100]
+        assert tokenizer.decode(learned[:-2]) == "".join(kept)
 
 
-def test_mask_of_the_digit_tokenizer():
-    check_mask(Tokenizer.digits(), rows := ROWS + list(generate(new_record(0, [3, 4]), "train", 500)))
-    check_choice_mask(Tokenizer.digits(), rows)
-
-
-def test_without_a_mask_every_token_of_the_response_is_learned():
-    tok = Tokenizer.digits()
-    for row, (ids, labels) in zip(ROWS, tok.rows(ROWS, "none")):
-        prompt = tok.prompts([row])[0]
-        assert labels == [-100] * len(prompt) + ids[len(prompt):]
-
-
-def test_a_kind_of_mistake_can_be_left_out():
-    """Its rows become D_op; the problems stay as they were. Without any kind all rows are D_op."""
-    def rows(*kinds):
-        return list(generate(new_record(0, [4], kinds), "train", 512))
-    every = rows(*KINDS)
-    assert every == list(generate({k: v for k, v in new_record(0, [4]).items() if k != "mistakes"}, "train", 512))
-    assert all(row["search_path"].endswith(GOAL) for row in rows())
-    for kind in KINDS:
-        less = rows(*(other for other in KINDS if other != kind))
-        assert [(r["nums"], r["target"]) for r in less] == [(r["nums"], r["target"]) for r in every]
-        kinds = {"computational" if (name := kind_of(row)) == "lie" else name for row in less}
-        assert kinds == {"op", *KINDS} - {kind}
-
-
-@pytest.mark.parametrize("k", [2, 3, 4, 5])
-def test_rows_of_a_few_problems(k):
-    """However few problems there are of a kind, none included."""
-    rng = np.random.default_rng(0)
-    nums, target = data.draw_problems(rng, "train", k, 3)
-    made = [row for i in range(100) for row in data.make_rows(rng, nums[i % 3:], target[i % 3:])]
-    assert {row["search_path"].endswith(BACKTRACK) for row in made} == {True, False} and len(made) == 201
-    assert data.make_rows(rng, nums[:0], target[:0]) == []
-
-
-@pytest.mark.parametrize("k", [2, 3, 5])
-def test_paths_that_end_in_a_false_goal_for_every_size(k):
-    rows = [row for row in generate(new_record(0, [k], ["false_goal"]), "train", 512) if row["search_path"].endswith(BACKTRACK)]
-    assert 0 < len(rows) < 80 and {row["wrong"] for row in rows} == {k - 1}
-    assert {kind_of(row) for row in rows} == {"lie" if k == 2 else "false_goal"}
-
-
-def check_choice_mask(tok: Tokenizer, rows: list[dict]):
-    """Beyond the paper's mask, the right results of wrong actions are learned, and nothing else."""
+def test_the_choice_mask_learns_right_results_as_well_and_nothing_else(tokenizer):
+    """Against the results of the hidden actions, computed in exact fractions."""
     learned = 0
-    for row, (ids, paper), (again, labels) in zip(rows, tok.rows(rows), tok.rows(rows, "choice")):
-        assert again == ids and all(x in (y, -100) for x, y in zip(paper, labels))
-        more, expected = tok.decode([y for x, y in zip(paper, labels) if x != y]), ""
-        for action in row["search_path"].split("\n")[-1 - row.get("wrong", 1):-1] if BACKTRACK in row["search_path"] else ():
-            step, _, result = action.partition("=")
-            left, op, right = re.split("([-+*/])", step)
-            value = {"+": Fraction.__add__, "-": Fraction.__sub__, "*": Fraction.__mul__,
-                     "/": Fraction.__truediv__}[op](Fraction(left), Fraction(right))
-            expected += f"{result}\n" if value == int(result) else ""
-        assert more == expected
+    paper_rows = tokenizer.rows(MASK_ROWS, "action")
+    for row, (ids, paper), (same_ids, labels) in zip(
+        MASK_ROWS, paper_rows, tokenizer.rows(MASK_ROWS, "choice")
+    ):
+        assert ids == same_ids
+        more = []
+        for paper_label, label in zip(paper, labels):
+            assert paper_label in (label, -100)
+            if paper_label != label:
+                more.append(label)
+        actions = row["search_path"].partition(BACKTRACK)[0].splitlines(keepends=True)
+        expected = ""
+        for depth in no_loss_of(row):
+            if actions and take_action([], actions[depth].strip())[2]:
+                expected += actions[depth].partition("=")[2]
+        assert tokenizer.decode(more) == expected
         learned += bool(more)
     assert learned > 50
 
 
-@pytest.mark.skipif("LLAMA3_TOKENIZER" not in os.environ, reason="LLAMA3_TOKENIZER names no tokenizer.json(.xz)")
-def test_mask_of_the_llama3_tokenizer():
-    path = os.environ["LLAMA3_TOKENIZER"]
-    with (lzma.open if path.endswith("xz") else open)(path, "rt", encoding="utf-8") as file:
-        tok = tokenizers.Tokenizer.from_str(file.read())
-    tok.add_special_tokens([tokenizers.AddedToken(BACKTRACK, special=True, normalized=False)])
-    tok = Tokenizer(tok)
-    assert tok.backtrack == 128256
-    check_mask(tok, rows := ROWS + list(generate(new_record(0, [3, 4]), "train", 300)))
-    check_choice_mask(tok, rows)
-    assert tok.ends_line[tok.tok.token_to_id("Ċ")] and not tok.ends_line[tok.eos]
+def test_without_a_mask_every_token_of_the_response_is_learned(tokenizer):
+    for row, (ids, labels) in zip(MASK_ROWS, tokenizer.rows(MASK_ROWS, "none")):
+        [prompt] = tokenizer.prompts([row])
+        assert labels == [-100] * len(prompt) + ids[len(prompt) :]
+
+
+def test_a_prompt_alone_is_encoded_as_within_a_row(tokenizer):
+    for row, (ids, _) in zip(MASK_ROWS, tokenizer.rows(MASK_ROWS)):
+        [prompt] = tokenizer.prompts([row])
+        assert ids[: len(prompt)] == prompt
+
+
+def test_where_lines_end(tokenizer):
+    newline = tokenizer.backend.encode("\n").ids[-1]
+    assert newline in tokenizer.line_ends
+    assert tokenizer.eos not in tokenizer.line_ends
+    assert tokenizer.backtrack not in tokenizer.line_ends
+
+
+def test_backtrack_is_the_first_new_token_of_llama3(llama3):
+    assert llama3.backtrack == 128256
+    assert llama3.vocab_size == 128257
 
 
 def test_transformers_reads_our_tokenizer(tmp_path):
+    """Against transformers' AutoTokenizer."""
     ours = Tokenizer.digits()
     ours.save_pretrained(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert theirs.eos_token_id == ours.eos and len(theirs) == ours.vocab_size
+    assert theirs.eos_token_id == ours.eos
+    assert len(theirs) == ours.vocab_size
     for row, (ids, _) in zip(ROWS, ours.rows(ROWS)):
         text = prompt_text(row["nums"], row["target"]) + row["search_path"]
-        assert theirs(text)["input_ids"] == ids[:-1] and theirs.decode(ids[:-1]) == text
+        assert theirs(text)["input_ids"] == ids[:-1]
+        assert theirs.decode(ids[:-1]) == text
         assert ours.decode(ids) == text
+
+
+def test_a_saved_tokenizer_opens_as_it_was(tmp_path):
+    ours = Tokenizer.digits()
+    ours.save_pretrained(tmp_path)
     again = Tokenizer.from_pretrained(tmp_path)
-    assert (again.eos, again.backtrack, again.rows(ROWS)) == (ours.eos, ours.backtrack, ours.rows(ROWS))
+    assert (again.eos, again.backtrack) == (ours.eos, ours.backtrack)
+    assert again.rows(ROWS) == ours.rows(ROWS)
 
 
-def test_files_of_rows_are_read_in_every_form(tmp_path):
-    lines, array = tmp_path / "a.jsonl", tmp_path / "a.json"
-    lines.write_text("\n".join(map(json.dumps, ROWS)) + "\n\n")
-    array.write_text(json.dumps(ROWS, indent=1))
-    assert read_rows(lines) == read_rows(array) == ROWS
+# ---- Files of rows -------------------------------------------------------------------------------
+
+
+def test_lines_and_arrays_of_rows_are_read(tmp_path):
+    lines = tmp_path / "rows.jsonl"
+    array = tmp_path / "rows.json"
+    lines.write_text("\n".join(json.dumps(row) for row in MASK_ROWS) + "\n\n")
+    array.write_text(json.dumps(MASK_ROWS, indent=1))
+    assert data.read_rows(lines) == MASK_ROWS
+    assert data.read_rows(array) == MASK_ROWS
+
+
+def test_splits_of_the_references_files_are_read(tmp_path):
+    """Train, and the two halves of val; of several files the one that backtracks."""
     (tmp_path / "train_backtrack.json").write_text(json.dumps(ROWS[:2]))
+    (tmp_path / "train.json").write_text(json.dumps(ROWS[:1]))
     (tmp_path / "val_backtrack.json").write_text(json.dumps(ROWS))
-    assert [data.read_split(str(tmp_path), split) for split in data.SPLITS] == [ROWS[:2], ROWS[:3], ROWS[3:]]
+    splits = [data.read_split(str(tmp_path), split) for split in data.SPLITS]
+    assert splits == [ROWS[:2], ROWS[:3], ROWS[3:]]
 
 
-@pytest.mark.parametrize("line,complaint", [
-    ('{"nums": [1, 2], "target": 3', "line 2"), ('{"nums": [1, 2], "search_path": ""}', "row 2 lacks the column target"),
-    ('{"nums": [1, -2], "target": 3, "search_path": ""}', "nums must be positive"),
+GOOD = '"nums": [1, 2], "target": 3, "search_path": ""'
+ODD_ROWS = [
+    ('{"nums": [1, 2], "target": 3', "line 2 cannot be read"),
+    ("[]", "row 2 lacks the column nums"),
+    ('{"nums": [1, 2], "search_path": ""}', "row 2 lacks the column target"),
+    ('{"nums": [1, -2], "target": 3, "search_path": ""}', "row 2: nums must be positive"),
     ('{"nums": [], "target": 3, "search_path": ""}', "nums must be positive"),
     ('{"nums": [1, 0], "target": 3, "search_path": ""}', "nums must be positive"),
     ('{"nums": [1, true], "target": 3, "search_path": ""}', "nums must be positive"),
+    ('{"nums": 12, "target": 3, "search_path": ""}', "nums must be positive"),
     ('{"nums": [1, 2], "target": 3.5, "search_path": ""}', "target must be a whole number"),
     ('{"nums": [1, 2], "target": 3, "search_path": null}', "search_path must be text"),
-    ('{"nums": [1, 2], "target": 3, "search_path": "", "wrong": "1"}', "wrong must be a whole number"),
-    ("[]", "lacks the column nums")])
+    ("{" + GOOD + ', "no_loss": 1}', "no_loss must be numbers of actions"),
+    ("{" + GOOD + ', "no_loss": ["1"]}', "no_loss must be numbers of actions"),
+    ("{" + GOOD + ', "no_loss": [0, -1]}', "no_loss must be numbers of actions"),
+    ("{" + GOOD + ', "no_loss": [true]}', "no_loss must be numbers of actions"),
+]
+
+
+@pytest.mark.parametrize("line,complaint", ODD_ROWS)
 def test_odd_rows_are_named(tmp_path, line, complaint):
-    file = Path(tmp_path / "rows.jsonl")
-    file.write_text(json.dumps(ROWS[0]) + "\n" + line + "\n")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n" + line + "\n")
     with pytest.raises(UserError, match=complaint):
-        read_rows(file)
+        data.read_rows(path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "\n\n"])
+def test_a_file_without_rows_is_complained_of(tmp_path, text):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match="row 1 lacks the column nums"):
+        data.read_rows(path)

@@ -1,4 +1,6 @@
-"""Checkpoints and datasets by name, from a stand-in Hub on localhost through the real client; and the growing vocabulary."""
+"""Checkpoints and datasets by name, from a stand-in Hub on localhost through the real client; and
+the vocabulary that grows by `<backtrack>`."""
+
 import http.server
 import json
 import os
@@ -9,136 +11,287 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data import BACKTRACK, Tokenizer
-from model import Llama, LlamaConfig
+from data import BACKTRACK, Tokenizer, load_record, load_rows, read_split
+from model import Llama, LlamaConfig, UserError
 
 ROOT = Path(__file__).parent.parent
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-ROWS = [{"nums": [2, i], "target": 2 + i, "search_path": f"{i}+2={2 + i}\nGoal Reached!"} for i in range(10, 18)]
-
-
-@pytest.fixture
-def hub(tmp_path):
-    """Serves tmp_path/hub/{models,datasets}/OWNER/NAME as the Hub does; OWNER `locked` is gated. Yields (address, requests)."""
-    asked = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            kind, *parts = self.path.strip("/").removeprefix("api/").split("?")[0].split("/")
-            if kind not in ("models", "datasets"):
-                kind, parts = "models", [kind, *parts]
-            folder = tmp_path / "hub" / kind / parts[0] / parts[1]
-            if parts[0] == "locked":
-                return self.answer(403, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
-            if not folder.is_dir():
-                return self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
-            if self.path.startswith("/api/"):
-                files = [{"rfilename": str(f.relative_to(folder))} for f in folder.rglob("*") if f.is_file()]
-                tree = [{"type": "file", "path": f["rfilename"], "oid": "0" * 40, "size": 1} for f in files]
-                whole = {"id": "/".join(parts[:2]), "sha": COMMIT, "siblings": files, "tags": [], "private": False}
-                return self.answer(200, json.dumps(tree if "/tree/" in self.path else whole).encode())
-            file = folder / "/".join(parts[4:])
-            self.answer(200, file.read_bytes(), {"ETag": f'"{abs(hash(str(file))):040x}"', "X-Repo-Commit": COMMIT})
-
-        do_HEAD = do_GET
-
-        def answer(self, code: int, body: bytes, headers=()):
-            self.send_response(code)
-            for name, value in {"Content-Length": len(body), **dict(headers)}.items():
-                self.send_header(name, str(value))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
-    server.shutdown()
-
-
-def python(tmp_path, address: str, code: str, **more) -> subprocess.CompletedProcess:
-    env = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0", **more}
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
 def small(tied: bool, vocab_size: int) -> Llama:
     torch.manual_seed(1)
-    return Llama(LlamaConfig(vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=16,
-                             num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=tied, eos_token_id=1))
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        tie_word_embeddings=tied,
+        eos_token_id=1,
+    )
+    return Llama(config)
 
 
-def test_names_on_the_hub(tmp_path, hub):
-    """A checkpoint and a dataset by name, then again without a network; only the files needed; one line for each failure."""
-    model, dataset, parquet = (tmp_path / "hub" / name for name in
-                               ("models/me/small", "datasets/me/rows", "datasets/me/parquet"))
-    tok = Tokenizer.digits()
-    small(True, tok.vocab_size).save_pretrained(model)
-    tok.save_pretrained(model)
-    (model / "original").mkdir()
-    for name in ("pytorch_model.bin", "original/consolidated.00.pth", "original/params.json", "resume.safetensors"):
-        (model / name).write_text("not needed")
-    dataset.mkdir(parents=True)
-    (dataset / "train_backtrack.json").write_text(json.dumps(ROWS))
-    (dataset / "val_backtrack.json").write_text(json.dumps(ROWS[:6]))
-    parquet.mkdir(parents=True)
-    (parquet / "train-0001.parquet").write_bytes(b"PAR1")
-    code = """if True:
-        from data import Tokenizer, load_record, load_rows, read_split
-        from model import Llama, UserError
-        print(Llama.from_pretrained("me/small").config.vocab_size, Tokenizer.from_pretrained("me/small").backtrack)
-        print([len(read_split("me/rows", split)) for split in ("train", "val", "val_new")], load_record("me/small")["source"])
-        print([row["target"] for row in load_rows("me/rows:val_new", load_record("me/small"), 2, 1)])
-        for name, work in {"me/nothing": Llama.from_pretrained, "locked/llama": Llama.from_pretrained,
-                           "me/parquet": lambda name: read_split(name, "train"), "no name": Llama.from_pretrained}.items():
-            try:
-                work(name)
-            except UserError as error:
-                print(name, "->", " ".join(str(error).split()))
-    """
-    done = python(tmp_path, hub[0], code)
-    lines = done.stdout.splitlines()
-    assert lines[0] == f"{tok.vocab_size} {tok.backtrack}", done.stderr
-    assert lines[1:3] == ["[8, 3, 3] yangxw/countdown-backtracking", "[16, 17]"]
-    assert [line.split(" -> ")[0] for line in lines[3:]] == ["me/nothing", "locked/llama", "me/parquet", "no name"]
-    assert "no model at me/nothing" in lines[3] and "hf auth login" in lines[4] and "parquet is not read" in lines[5]
-    fetched = {path.rpartition("/")[2] for path in hub[1] if "/resolve/" in path and "/small/" in path}
-    assert fetched == {"config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"}
-    seen = len(hub[1])
-    again = python(tmp_path, hub[0], code, HF_HUB_OFFLINE="1")
-    assert again.stdout.splitlines()[:3] == lines[:3] and len(hub[1]) == seen
+# ---- The stand-in --------------------------------------------------------------------------------
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+GATED = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"}
+NOT_FOUND = {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers as the Hub does, from the folder server.folder/{models,datasets}/OWNER/NAME; what
+    belongs to OWNER `locked` is gated. server.asked collects the paths asked for."""
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        kind, *parts = self.path.strip("/").removeprefix("api/").split("?")[0].split("/")
+        if kind not in ("models", "datasets"):  # a model's file: /OWNER/NAME/resolve/...
+            parts = [kind, *parts]
+            kind = "models"
+        owner, name, *rest = parts
+        folder = self.server.folder / kind / owner / name
+        if owner == "locked":
+            self.answer(403, b"{}", GATED)
+        elif not folder.is_dir():
+            self.answer(401, b"{}", NOT_FOUND)
+        elif self.path.startswith("/api/"):
+            self.answer(200, self.description(f"{owner}/{name}", folder), {})
+        else:
+            path = folder / "/".join(rest[2:])  # after resolve/REVISION
+            headers = {"ETag": f'"{abs(hash(str(path))):040x}"', "X-Repo-Commit": COMMIT}
+            self.answer(200, path.read_bytes(), headers)
+
+    do_HEAD = do_GET
+
+    def description(self, name: str, folder: Path) -> bytes:
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        names = [str(path.relative_to(folder)) for path in files]
+        if "/tree/" in self.path:
+            tree = [{"type": "file", "path": path, "oid": "0" * 40, "size": 1} for path in names]
+            return json.dumps(tree).encode()
+        siblings = [{"rfilename": path} for path in names]
+        repository = {"id": name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
+        return json.dumps(repository).encode()
+
+    def answer(self, code: int, body: bytes, headers: dict) -> None:
+        self.send_response(code)
+        for name, value in {"Content-Length": len(body), **headers}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """The server: its folder, the paths it was asked for, and its address."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.folder = tmp_path_factory.mktemp("hub")
+    server.asked = []
+    server.address = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+# ---- Names on the Hub ----------------------------------------------------------------------------
+
+ROWS = []
+for number in range(10, 18):
+    path = f"{number}+2={number + 2}\nGoal Reached!"
+    ROWS.append({"nums": [2, number], "target": number + 2, "search_path": path})
+NEEDED = {"config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"}
+
+
+def write_model(folder: Path) -> None:
+    tokenizer = Tokenizer.digits()
+    small(True, tokenizer.vocab_size).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "original").mkdir()
+    for name in ("pytorch_model.bin", "original/consolidated.00.pth", "original/params.json"):
+        (folder / name).write_text("not needed")
+    (folder / "resume.pt").write_text("not needed")
+
+
+def write_datasets(folder: Path) -> None:
+    (folder / "rows").mkdir(parents=True)
+    (folder / "rows" / "train_backtrack.json").write_text(json.dumps(ROWS))
+    (folder / "rows" / "val_backtrack.json").write_text(json.dumps(ROWS[:6]))
+    (folder / "parquet").mkdir()
+    (folder / "parquet" / "train-0001.parquet").write_bytes(b"PAR1")
+
+
+def complaint_about(work, *args) -> str:
+    """The message of the UserError that it ends with."""
+    try:
+        work(*args)
+    except UserError as error:
+        return str(error)
+    return "no complaint"
+
+
+def look_up() -> dict:
+    """What the names of a model and a dataset lead to, and what is said of names that are bad."""
+    record = load_record("me/small")
+    return {
+        "vocab_size": Llama.from_pretrained("me/small").config.vocab_size,
+        "backtrack": Tokenizer.from_pretrained("me/small").backtrack,
+        "source": record["source"],
+        "rows": {split: read_split("me/rows", split) for split in ("train", "val", "val_new")},
+        "some rows": load_rows("me/rows:val_new", record, 2, 1),
+        "nothing": complaint_about(Llama.from_pretrained, "me/nothing"),
+        "no name": complaint_about(Llama.from_pretrained, "no name"),
+        "gated": complaint_about(Llama.from_pretrained, "locked/llama"),
+        "parquet": complaint_about(read_split, "me/parquet", "train"),
+    }
+
+
+def looked_up(hub, offline: str) -> dict:
+    """`look_up` by another process: the client reads its environment only once."""
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.address,
+        "HF_HOME": str(hub.folder / "cache"),
+        "HF_HUB_OFFLINE": offline,
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def online(hub) -> dict:
+    write_model(hub.folder / "models" / "me" / "small")
+    write_datasets(hub.folder / "datasets" / "me")
+    return looked_up(hub, offline="0")
+
+
+def test_a_model_opens_by_its_name(online):
+    tokenizer = Tokenizer.digits()
+    assert online["vocab_size"] == tokenizer.vocab_size
+    assert online["backtrack"] == tokenizer.backtrack
+
+
+def test_a_model_without_a_record_counts_as_made_of_the_references_data(online):
+    assert online["source"] == "yangxw/countdown-backtracking"
+
+
+def test_a_dataset_is_read_by_its_name(online):
+    assert online["rows"] == {"train": ROWS, "val": ROWS[:3], "val_new": ROWS[3:6]}
+    assert online["some rows"] == ROWS[4:6]
+
+
+def test_names_that_lead_nowhere_are_named(online):
+    assert "no model at me/nothing" in online["nothing"]
+    assert "no model at no name" in online["no name"]
+    assert "parquet is not read" in online["parquet"]
+
+
+def test_who_has_no_access_is_told_how_to_get_it(online):
+    assert "locked/llama is gated" in online["gated"]
+    assert "hf auth login" in online["gated"]
+
+
+def test_only_the_files_that_are_needed_are_fetched(online, hub):
+    fetched = set()
+    for path in hub.asked:
+        if "/resolve/" in path and "/small/" in path:
+            fetched.add(path.rpartition("/")[2])
+    assert fetched == NEEDED
+
+
+def test_what_was_fetched_once_opens_without_a_network(online, hub):
+    hub.asked.clear()
+    offline = looked_up(hub, offline="1")
+    assert hub.asked == []
+    for what in ("vocab_size", "backtrack", "source", "rows", "some rows"):
+        assert offline[what] == online[what]
+
+
+# ---- A vocabulary that grows ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_backtrack(tmp_path) -> Path:
+    """A folder with the digits' tokenizer, but for `<backtrack>`; the last token has its id."""
+    raw = json.loads(Tokenizer.digits().backend.to_str())
+    vocabulary = raw["model"]["vocab"]
+    number = vocabulary.pop(BACKTRACK)
+    last = max(vocabulary, key=vocabulary.get)
+    vocabulary[last] = number
+    raw["added_tokens"] = [token for token in raw["added_tokens"] if token["content"] != BACKTRACK]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    return tmp_path
+
+
+SIZE = Tokenizer.digits().vocab_size  # with `<backtrack>`
+
+
+def test_a_tokenizer_without_backtrack_is_named(without_backtrack):
+    with pytest.raises(UserError, match="lacks <backtrack>"):
+        Tokenizer.from_pretrained(without_backtrack)
+
+
+def test_a_tokenizer_grows_by_backtrack(without_backtrack):
+    tokenizer = Tokenizer.from_pretrained(without_backtrack, add_backtrack=True)
+    assert (tokenizer.backtrack, tokenizer.vocab_size) == (SIZE - 1, SIZE)
+
+
+def test_a_tokenizer_that_knows_backtrack_keeps_its_number(tmp_path):
+    Tokenizer.digits().save_pretrained(tmp_path)
+    tokenizer = Tokenizer.from_pretrained(tmp_path, add_backtrack=True)
+    assert tokenizer.backtrack == Tokenizer.digits().backtrack
+    assert tokenizer.vocab_size == SIZE
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_vocabulary_grows_by_the_mean(tmp_path, tied):
-    """A checkpoint whose tokenizer lacks `<backtrack>`: after growing, transformers reads the same from what we save."""
-    full = json.loads(Tokenizer.digits().tok.to_str())
-    last = len(full["model"]["vocab"]) - 1
-    swap = {BACKTRACK: last, next(text for text, i in full["model"]["vocab"].items() if i == last): 2}
-    assert full["model"]["vocab"][BACKTRACK] == 2
-    full["model"]["vocab"] = {t: swap.get(t, i) for t, i in full["model"]["vocab"].items() if t != BACKTRACK}
-    full["added_tokens"] = [token for token in full["added_tokens"] if token["content"] != BACKTRACK]
-    before = small(tied, last)
+def test_embedding_and_head_grow_by_their_mean(tmp_path, tied):
+    before = small(tied, SIZE - 1)
     before.save_pretrained(tmp_path, torch.float32)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(full))
-    (tmp_path / "tokenizer_config.json").write_text("{}")
-    tok = Tokenizer.from_pretrained(tmp_path, grow=True)
-    assert (tok.backtrack, tok.vocab_size) == (last, last + 1)
-    grown = Llama.from_pretrained(tmp_path, vocab_size=tok.vocab_size)
-    for old, new in ((before.model.embed_tokens, grown.model.embed_tokens), (before.lm_head, grown.lm_head)):
-        assert torch.equal(new.weight[:-1], old.weight)
-        torch.testing.assert_close(new.weight[-1], old.weight.mean(0))
+    grown = Llama.from_pretrained(tmp_path, vocab_size=SIZE)
+    assert grown.config.vocab_size == SIZE
+    for old, new in (
+        (before.model.embed_tokens.weight, grown.model.embed_tokens.weight),
+        (before.lm_head.weight, grown.lm_head.weight),
+    ):
+        assert torch.equal(new[:-1], old)
+        torch.testing.assert_close(new[-1], old.mean(0))
     assert (grown.lm_head.weight is grown.model.embed_tokens.weight) == tied
-    grown.save_pretrained(tmp_path / "new", torch.float32)
-    tok.save_pretrained(tmp_path / "new")
-    theirs, their_tok = (kind.from_pretrained(tmp_path / "new") for kind in (AutoModelForCausalLM, AutoTokenizer))
-    assert theirs.config.vocab_size == len(their_tok) == last + 1 and their_tok.convert_tokens_to_ids(BACKTRACK) == last
-    ids = torch.tensor([their_tok(f"1+2=4\n{BACKTRACK}")["input_ids"]])
-    torch.testing.assert_close(grown(ids), theirs(ids).logits, atol=1e-4, rtol=0)
-    assert ids[0, -1] == last
-    assert Llama.from_pretrained(tmp_path / "new", vocab_size=5).config.vocab_size == last + 1      # it never shrinks
+
+
+def test_a_vocabulary_never_shrinks(tmp_path):
+    small(True, SIZE).save_pretrained(tmp_path)
+    assert Llama.from_pretrained(tmp_path, vocab_size=5).config.vocab_size == SIZE
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_opens_what_has_grown(without_backtrack, tmp_path, tied):
+    """Against transformers' model and tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    small(tied, SIZE - 1).save_pretrained(without_backtrack, torch.float32)
+    tokenizer = Tokenizer.from_pretrained(without_backtrack, add_backtrack=True)
+    grown = Llama.from_pretrained(without_backtrack, vocab_size=SIZE)
+    grown.save_pretrained(tmp_path / "grown", torch.float32)
+    tokenizer.save_pretrained(tmp_path / "grown")
+
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "grown")
+    their_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "grown")
+    assert theirs.config.vocab_size == len(their_tokenizer) == SIZE
+    input_ids = torch.tensor([their_tokenizer(f"1+2=4\n{BACKTRACK}")["input_ids"]])
+    assert input_ids[0, -1] == tokenizer.backtrack
+    expected = theirs(input_ids).logits
+    torch.testing.assert_close(grown(input_ids), expected, atol=1e-4, rtol=0)
+
+
+if __name__ == "__main__":
+    print(json.dumps(look_up()))

@@ -1,45 +1,151 @@
 """What a round of self-improvement learns from."""
+
 import pytest
 
+import improve
 from data import BACKTRACK, GOAL, Tokenizer
-from improve import harvest, own_mistakes
-from search import Sample, judge
+from model import UserError
+from search import Path, Settings, judge
 
-TOK = Tokenizer.digits()
+TOKENIZER = Tokenizer.digits()
 RIGHT = f"45-39=6\n10*6=60\n2+60=62\n{GOAL}"
+RIGHT_TOO = f"39+45=84\n84-2=82\n82-10=72\n{GOAL}"  # for the target 72
+LIE = f"45+39=84\n84-10=74\n74-2=62\n{GOAL}"
+
+
+def problem(path: str = "45-39=7\n" + BACKTRACK, target: int = 62) -> dict:
+    return {"nums": [2, 39, 45, 10], "target": target, "search_path": path}
 
 
 def answer_to(row: dict, *responses: str) -> dict:
-    """judge's row of a search that found these; the first has the best score."""
+    """judge's row of a search that found these responses; the first has the best score."""
     samples = []
-    for i, text in enumerate(responses):
-        tokens = (*TOK.tok.encode(text).ids, TOK.eos)
-        samples.append(Sample(tokens, (), 0, 0, GOAL, -i))
-    return judge(TOK, row, samples, "self_backtrack")
+    for rank, text in enumerate(responses):
+        tokens = (*TOKENIZER.backend.encode(text).ids, TOKENIZER.eos)
+        logps = (-0.1 * (rank + 1),) * len(tokens)
+        samples.append(Path(tokens=tokens, logps=logps))
+    return judge(TOKENIZER, row, samples, Settings())
 
 
-def problem(path: str) -> dict:
-    return {"nums": [2, 39, 45, 10], "target": 62, "search_path": path}
+def learned_tokens(row: dict) -> list[int]:
+    [(_, labels)] = TOKENIZER.rows([row])
+    return [label for label in labels if label != -100]
 
 
-@pytest.mark.parametrize("response,kept", [
-    (f"45+39=84\n84-10=74\n74-2=62\n{GOAL}", "45+39=84\n84-10=74\n74-2=62\n"),
-    (f"45+39=85\n84-10=74\n74-2=62\n{GOAL}", "45+39=85\n"), (f"45-39=6\n39+6=45\n45+10=55\n{GOAL}", "45-39=6\n39+6=45\n"),
-    (f"45-39=6\n10*6=60\n{GOAL}", None), (RIGHT, None)])
+# ---- Its own mistakes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "response,kept",
+    [
+        (LIE, "45+39=84\n84-10=74\n74-2=62\n"),
+        (f"45+39=85\n84-10=74\n74-2=62\n{GOAL}", "45+39=85\n"),
+        (f"45-39=6\n39+6=45\n45+10=55\n{GOAL}", "45-39=6\n39+6=45\n"),
+    ],
+)
 def test_own_mistakes_end_after_the_first_false_action(response, kept):
-    rows = [problem("45-39=7\n" + BACKTRACK)]
-    found = own_mistakes(rows, [answer_to(rows[0], response)])
-    assert [row["search_path"] for row in found] == ([] if kept is None else [kept + BACKTRACK])
-    assert all(row["wrong"] == kept.count("\n") and row["nums"] == rows[0]["nums"] for row in found)
-    for _, labels in TOK.rows(found):
-        assert [i for i in labels if i != -100] == [TOK.backtrack, TOK.eos]                # nothing of it is to be imitated
+    row = problem()
+    [mistake] = improve.own_mistakes([row], [answer_to(row, response)])
+    assert mistake["search_path"] == kept + BACKTRACK
+    assert (mistake["nums"], mistake["target"]) == (row["nums"], row["target"])
 
 
-def test_a_round_learns_from_answers_mistakes_and_some_of_d_back():
-    lie = f"45+39=84\n84-10=74\n74-2=62\n{GOAL}"
-    back = problem("45-39=7\n" + BACKTRACK)
-    rows = [back] * 40
-    answers = [answer_to(back, *found) for found in [(RIGHT,)] * 20 + [(lie, RIGHT)] * 10 + [()] * 10]
-    kept = [row["search_path"] for row in harvest(rows, answers)]
-    assert kept == [RIGHT] * 30 + [lie.removesuffix(GOAL) + BACKTRACK] * 10 + [back["search_path"]] * 3
-    assert harvest(rows[30:], answers[30:]) == []
+@pytest.mark.parametrize("responses", [(), (RIGHT,), (f"45-39=6\n10*6=60\n{GOAL}",), (RIGHT, LIE)])
+def test_an_answer_without_a_false_action_is_no_mistake(responses):
+    """None was chosen, it is right, or it stops too early."""
+    row = problem()
+    assert improve.own_mistakes([row], [answer_to(row, *responses)]) == []
+
+
+def test_nothing_of_a_mistake_is_imitated_but_stepping_back():
+    row = problem()
+    [mistake] = improve.own_mistakes([row], [answer_to(row, LIE)])
+    assert mistake["no_loss"] == [0, 1, 2]
+    assert learned_tokens(mistake) == [TOKENIZER.backtrack, TOKENIZER.eos]
+
+
+# ---- Its solutions -------------------------------------------------------------------------------
+
+
+def test_the_best_answer_that_verifies_is_learned_even_where_a_lie_was_chosen():
+    row = problem()
+    other_order = f"45-39=6\n6*10=60\n60+2=62\n{GOAL}"
+    answers = [answer_to(row, LIE, RIGHT, other_order)]
+    [solved] = improve.solved_rows([row], answers)
+    assert solved["search_path"] == RIGHT
+    assert (solved["nums"], solved["target"]) == (row["nums"], row["target"])
+
+
+def test_all_of_a_solution_is_imitated():
+    row = problem()
+    [solved] = improve.solved_rows([row], [answer_to(row, RIGHT)])
+    assert solved["no_loss"] == []
+    assert learned_tokens(solved) == [*TOKENIZER.backend.encode(RIGHT).ids, TOKENIZER.eos]
+
+
+def test_each_answer_goes_with_its_own_problem():
+    rows = [problem(target=72), problem(), problem(target=72)]
+    answers = [answer_to(rows[0]), answer_to(rows[1], RIGHT), answer_to(rows[2], RIGHT_TOO)]
+    solved = improve.solved_rows(rows, answers)
+    assert [row["target"] for row in solved] == [62, 72]
+    assert [row["search_path"] for row in solved] == [RIGHT, RIGHT_TOO]
+
+
+# ---- A round -------------------------------------------------------------------------------------
+
+
+def one_round(monkeypatch, rows: list[dict], answers: list[dict]) -> tuple[int, list[str]]:
+    """What a round returns and learns, if its search finds these answers."""
+    learned = []
+    monkeypatch.setattr(improve, "evaluate", lambda model, tokenizer, problems, settings: answers)
+    count = improve.improve(None, TOKENIZER, rows, Settings(), learned.extend)
+    return count, [row["search_path"] for row in learned]
+
+
+def test_a_round_learns_from_answers_mistakes_and_a_tenth_of_d_back(monkeypatch):
+    rows = [problem()] * 40
+    answers = [answer_to(rows[0], RIGHT)] * 20
+    answers += [answer_to(rows[0], LIE, RIGHT)] * 10
+    answers += [answer_to(rows[0])] * 10
+    count, learned = one_round(monkeypatch, rows, answers)
+    assert count == 30
+    mistake = LIE.removesuffix(GOAL) + BACKTRACK
+    assert learned == [RIGHT] * 30 + [mistake] * 10 + [rows[0]["search_path"]] * 3
+
+
+def test_a_round_learns_from_no_more_mistakes_than_solutions(monkeypatch):
+    rows = [problem()] * 12
+    answers = [answer_to(rows[0], RIGHT)] * 2 + [answer_to(rows[0], LIE)] * 10
+    count, learned = one_round(monkeypatch, rows, answers)
+    assert count == 2
+    assert learned == [RIGHT] * 2 + [LIE.removesuffix(GOAL) + BACKTRACK] * 2
+
+
+def test_a_round_takes_no_solution_that_it_did_not_find(monkeypatch):
+    """Of the training rows only D_back: else it would be taught, not improve itself."""
+    rows = [problem(RIGHT)] * 20
+    count, learned = one_round(monkeypatch, rows, [answer_to(rows[0], RIGHT)] * 20)
+    assert count == 20
+    assert learned == [RIGHT] * 20
+
+
+def test_a_round_searches_the_problems_by_the_settings(monkeypatch):
+    """It is `evaluate` that searches, see test_search.py."""
+    seen = []
+
+    def evaluate(*given):
+        seen.append(given)
+        return [answer_to(rows[0], RIGHT)]
+
+    rows = [problem()]
+    settings = Settings(n=3, seed=7)
+    monkeypatch.setattr(improve, "evaluate", evaluate)
+    improve.improve("the model", TOKENIZER, rows, settings, lambda kept: None)
+    assert seen == [("the model", TOKENIZER, rows, settings)]
+
+
+def test_a_round_that_solves_nothing_says_so_and_learns_nothing(monkeypatch):
+    rows = [problem()] * 3
+    answers = [answer_to(rows[0], LIE), answer_to(rows[0]), answer_to(rows[0], LIE)]
+    with pytest.raises(UserError, match="solved nothing"):
+        one_round(monkeypatch, rows, answers)

@@ -1,17 +1,32 @@
 """The model against transformers, and its cache against recomputation without one."""
+
 import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers import LlamaConfig as HFConfig
 
-from model import KVCache, Llama, LlamaConfig, UserError
+from model import INDEX, CachedRows, KVCache, Llama, LlamaConfig, UserError, attend
 
-SCALING = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-           "original_max_position_embeddings": 32}
-SMALL = dict(vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=8,
-             num_key_value_heads=2, head_dim=16, initializer_range=0.2)
+SCALING = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "initializer_range": 0.2,
+}
 
 
 def small(**changes) -> Llama:
@@ -19,126 +34,333 @@ def small(**changes) -> Llama:
     return Llama(LlamaConfig(**{**SMALL, **changes})).eval()
 
 
+def random_tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(0, SMALL["vocab_size"], shape)
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+# ---- What the model computes ---------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("scaling", [None, SCALING])
 def test_transformers_opens_what_we_save_and_agrees(tmp_path, tied, scaling):
+    """Logits and loss against LlamaForCausalLM's."""
     ours = small(tie_word_embeddings=tied, rope_scaling=scaling)
     ours.save_pretrained(tmp_path, torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    ids = torch.randint(0, 96, (3, 64))
-    torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=0)
+    ids = random_tokens(3, 64)
+    close(ours(ids), theirs(ids).logits)
     labels = torch.where(torch.rand(ids.shape) < 0.4, ids, -100)
     count = (labels[:, 1:] != -100).sum()
     torch.testing.assert_close(ours(ids, labels=labels) / count, theirs(ids, labels=labels).loss)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("shard", ["1MB", "40KB"])
-def test_we_open_what_transformers_saves(tmp_path, tied, shard):
+@pytest.mark.parametrize("causal", [True, False])
+def test_grouped_query_attention_by_hand_equals_pytorchs(causal):
+    """`attend` on a CPU against scaled_dot_product_attention, under a mask or causally."""
+    generator = torch.Generator().manual_seed(0)
+    B, H, K, T, S, D = 3, 6, 2, 5, 9, 4
+    if causal:
+        S = T
+    q = torch.randn(B, H, T, D, generator=generator, dtype=torch.float64)
+    k = torch.randn(B, K, S, D, generator=generator, dtype=torch.float64)
+    v = torch.randn(B, K, S, D, generator=generator, dtype=torch.float64)
+    mask = torch.rand(B, T, S, generator=generator) < 0.5
+    mask[:, :, 0] = True  # no token sees nothing
+    if causal:
+        expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        torch.testing.assert_close(attend(q, k, v, None), expected)
+    else:
+        expected = F.scaled_dot_product_attention(q, k, v, mask[:, None], enable_gqa=True)
+        torch.testing.assert_close(attend(q, k, v, mask), expected)
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------
+
+
+def save_by_transformers(folder, tied: bool, shard_size: str) -> LlamaForCausalLM:
     torch.manual_seed(1)
-    config = HFConfig(**SMALL, tie_word_embeddings=tied, rope_parameters={"rope_theta": 500000.0, **SCALING})
+    rope = {"rope_theta": 500000.0, **SCALING}
+    config = HFConfig(**SMALL, tie_word_embeddings=tied, rope_parameters=rope)
     theirs = LlamaForCausalLM(config).eval()
-    theirs.save_pretrained(tmp_path, max_shard_size=shard)
-    assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "40KB")
-    ours = Llama.from_pretrained(tmp_path)
-    ids = torch.randint(0, 96, (2, 50))
-    torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=0)
-    ours.save_pretrained(tmp_path, torch.float32)                      # over it: no index of older shards may stay
-    assert torch.equal(Llama.from_pretrained(tmp_path).model.norm.weight, ours.model.norm.weight)
-    assert not (tmp_path / "model.safetensors.index.json").exists()
-    ours.save_pretrained(tmp_path / "again", torch.float32)
+    theirs.save_pretrained(folder, max_shard_size=shard_size)
+    assert (folder / INDEX).exists() == (shard_size == "40KB")
+    return theirs
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shard_size", ["1MB", "40KB"])
+def test_we_open_what_transformers_saves(tmp_path, tied, shard_size):
+    theirs = save_by_transformers(tmp_path, tied, shard_size)
+    ids = random_tokens(2, 50)
+    close(Llama.from_pretrained(tmp_path)(ids), theirs(ids).logits)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shard_size", ["1MB", "40KB"])
+def test_weights_come_back_to_transformers_bit_for_bit(tmp_path, tied, shard_size):
+    theirs = save_by_transformers(tmp_path, tied, shard_size)
+    Llama.from_pretrained(tmp_path).save_pretrained(tmp_path / "again", torch.float32)
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "again").state_dict()
-    assert all(torch.equal(value, back[key]) for key, value in theirs.state_dict().items())
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(value, back[key]), key
 
 
-def test_both_spellings_of_rope_are_read():
-    old = LlamaConfig.from_dict({**SMALL, "rope_theta": 7e4, "rope_scaling": {**SCALING}})
-    new = LlamaConfig.from_dict({**SMALL, "rope_parameters": {"rope_theta": 7e4, **SCALING}})
-    assert old == new and old.rope_theta == 7e4 and old.rope_scaling == SCALING
-    assert LlamaConfig.from_dict({**SMALL, "rope_parameters": {"rope_theta": 7e4, "rope_type": "default"}}).rope_scaling is None
-    for bad in ({"model_type": "gpt2"}, {"mlp_bias": True}, {"rope_scaling": {"rope_type": "yarn"}}):
-        with pytest.raises(UserError):
-            LlamaConfig.from_dict({**SMALL, **bad})
+def test_saving_over_shards_leaves_no_index_of_them(tmp_path):
+    save_by_transformers(tmp_path, tied=True, shard_size="40KB")
+    ours = Llama.from_pretrained(tmp_path)
+    with torch.no_grad():
+        ours.model.norm.weight += 1
+    ours.save_pretrained(tmp_path, torch.float32)
+    assert not (tmp_path / INDEX).exists()
+    assert torch.equal(Llama.from_pretrained(tmp_path).model.norm.weight, ours.model.norm.weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_precision_on_disk(tmp_path, dtype):
+def test_a_checkpoint_opens_in_the_precision_it_was_saved_in(tmp_path, dtype):
     model = small()
     model.save_pretrained(tmp_path, dtype)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == str(dtype)[6:]
     opened = Llama.from_pretrained(tmp_path)
-    assert opened.lm_head.weight.dtype == dtype and opened.lm_head.weight is opened.model.embed_tokens.weight
-    assert all(torch.equal(value.to(dtype), opened.state_dict()[key]) for key, value in model.state_dict().items())
-    assert Llama.from_pretrained(tmp_path, dtype=torch.float64).lm_head.weight.dtype == torch.float64
+    assert opened.lm_head.weight.dtype == dtype
+    assert opened.lm_head.weight is opened.model.embed_tokens.weight
+    for key, value in model.state_dict().items():
+        assert torch.equal(value.to(dtype), opened.state_dict()[key]), key
+
+
+def test_a_checkpoint_opens_in_the_precision_asked_for(tmp_path):
+    small().save_pretrained(tmp_path, torch.bfloat16)
+    assert (
+        Llama.from_pretrained(tmp_path, dtype=torch.float64).lm_head.weight.dtype == torch.float64
+    )
+
+
+def test_rope_keeps_full_precision_in_a_bf16_model(tmp_path):
+    """As in transformers: position 1000 takes more bits of a frequency than bf16 has."""
+    small(rope_scaling=SCALING).save_pretrained(tmp_path, torch.bfloat16)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    ours = Llama.from_pretrained(tmp_path)
+    torch.testing.assert_close(ours.model.rope, theirs.model.rotary_emb.inv_freq)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_vocabulary_grows_by_rows_that_are_the_mean(tmp_path, tied):
+    model = small(tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path, torch.float32)
+    grown = Llama.from_pretrained(tmp_path, vocab_size=98)
+    assert grown.config.vocab_size == 98
+    for old, new in (
+        (model.model.embed_tokens.weight, grown.model.embed_tokens.weight),
+        (model.lm_head.weight, grown.lm_head.weight),
+    ):
+        assert torch.equal(new[:96], old)
+        torch.testing.assert_close(new[96:], old.mean(0).expand(2, -1))
+
+
+# ---- config.json ---------------------------------------------------------------------------------
+
+
+def test_both_spellings_of_rope_mean_the_same():
+    old = LlamaConfig.from_dict({**SMALL, "rope_theta": 7e4, "rope_scaling": SCALING})
+    new = LlamaConfig.from_dict({**SMALL, "rope_parameters": {"rope_theta": 7e4, **SCALING}})
+    assert old == new
+    assert old.rope_theta == 7e4
+    assert old.rope_scaling == SCALING
+
+
+def test_rope_of_the_default_type_is_not_scaled():
+    rope = {"rope_theta": 7e4, "rope_type": "default"}
+    assert LlamaConfig.from_dict({**SMALL, "rope_parameters": rope}).rope_scaling is None
+
+
+def test_where_config_is_silent_transformers_defaults_hold():
+    """Against transformers' own LlamaConfig of the same two fields."""
+    raw = {"hidden_size": 96, "num_attention_heads": 4}
+    ours = LlamaConfig.from_dict(raw)
+    theirs = HFConfig(**raw)
+    for name in ("num_key_value_heads", "head_dim", "tie_word_embeddings"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+
+
+@pytest.mark.parametrize(
+    "field,value,complaint",
+    [
+        ("model_type", "gpt2", "model_type: 'gpt2'"),
+        ("mlp_bias", True, "mlp_bias: True"),
+        ("hidden_act", "gelu", "hidden_act: 'gelu'"),
+        ("rope_scaling", {"rope_type": "yarn"}, "RoPE of type 'yarn'"),
+    ],
+)
+def test_what_this_llama_does_not_have_is_named(field, value, complaint):
+    with pytest.raises(UserError, match=complaint):
+        LlamaConfig.from_dict({**SMALL, field: value})
+
+
+def test_a_config_without_sizes_is_no_llamas():
+    with pytest.raises(UserError, match="lacks hidden_size"):
+        LlamaConfig.from_dict({"model_type": "llama"})
+
+
+# ---- Damaged checkpoints -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    small().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_half_a_file_is_called_damaged(saved):
+    file = saved / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="model.safetensors is missing or damaged"):
+        Llama.from_pretrained(saved)
+
+
+def test_a_missing_file_is_called_missing(saved):
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="model.safetensors is missing or damaged"):
+        Llama.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    "old,new,complaint",
+    [
+        ('"num_hidden_layers": 3', '"num_hidden_layers": 4', "layers.3"),
+        ('"num_hidden_layers": 3', '"num_hidden_layers": 2', "layers.2"),
+        ('"intermediate_size": 112', '"intermediate_size": 111', "size mismatch"),
+    ],
+)
+def test_weights_that_do_not_fit_their_config_are_named(saved, old, new, complaint):
+    config = (saved / "config.json").read_text()
+    (saved / "config.json").write_text(config.replace(old, new))
+    with pytest.raises(UserError, match=complaint):
+        Llama.from_pretrained(saved)
+
+
+# ---- The cache -----------------------------------------------------------------------------------
+
+
+def new_cache(model: Llama, slots: int) -> KVCache:
+    """A cache whose unwritten slots would spoil everything that sees them."""
+    weight = model.lm_head.weight
+    cache = KVCache(model.config, slots, weight.device, weight.dtype)
+    cache.kv[:, :, 1:] = torch.nan
+    return cache
+
+
+def append(model: Llama, cache: KVCache, rows: list[list], texts: list[list[int]]) -> torch.Tensor:
+    """Pass texts through the model as one right-padded batch, behind rows (lists of slots); returns
+    the logits after each text's last token."""
+    begins = torch.tensor([len(row) for row in rows])
+    longest = max(map(len, texts))
+    slots = torch.zeros(len(rows), int(begins.max()) + longest, dtype=torch.int64)
+    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    for number, (row, text) in enumerate(zip(rows, texts)):
+        row += [cache.lend() for _ in text]
+        slots[number, : len(row)] = torch.tensor([slot.number for slot in row])
+        ids[number, : len(text)] = torch.tensor(text)
+    positions = begins[:, None] + torch.arange(longest)
+    last = torch.tensor([len(text) - 1 for text in texts])
+    return model(ids, None, CachedRows(cache, slots, positions), last)
+
+
+def held_by(rows: list[list]) -> set[int]:
+    """The numbers of all slots in rows."""
+    return {slot.number for slot in sum(rows, [])}
 
 
 @torch.no_grad()
-def test_cache_fork_and_rollback_equal_recomputation():
-    """Random forks, rollbacks and appends; after each the logits are those of the plain model on the same tokens."""
-    model, generator = small(rope_scaling=SCALING), torch.Generator().manual_seed(3)
+def test_appends_forks_and_step_backs_equal_recomputation():
+    """After each append to rows that were forked and cut at random, the logits are those of the
+    model without a cache on the same tokens."""
+    model = small(rope_scaling=SCALING)
+    cache = new_cache(model, 600)
+    generator = torch.Generator().manual_seed(3)
 
-    def random(low, high, *shape):
-        return torch.randint(low, high, shape, generator=generator)
+    def between(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
 
-    cache, texts = KVCache(model.config, 2, 64, "cpu", torch.float32), [[], []]
-    parked, stored = KVCache(model.config, 1, 64, "cpu", torch.float32), []
-    for turn in range(60):
-        kind = turn % 4
-        if kind == 0:                                                  # append, as a right-padded batch, then cut the padding
-            more = [random(0, 96, int(random(1, 6, 1))).tolist() for _ in texts]
-            width = max(map(len, more))
-            logits = model(torch.tensor([m + [0] * (width - len(m)) for m in more]), cache=cache,
-                           keep=torch.tensor([len(m) - 1 for m in more]))
-            texts = [text + m for text, m in zip(texts, more)]
-            cache.rollback(torch.tensor([len(text) for text in texts]))
-            for text, got in zip(texts, logits):
-                torch.testing.assert_close(got, model(torch.tensor([text]))[0, -1], atol=1e-4, rtol=0)
-        elif kind == 1:
-            parents = random(0, len(texts), int(random(1, 7, 1)))
-            cache.fork(parents)
-            texts = [texts[p] for p in parents.tolist()]
-        elif kind == 2:
-            lengths = torch.tensor([int(random(0, min(len(text), 40) + 1, 1)) for text in texts])
-            cache.rollback(lengths)
-            texts = [text[:n] for text, n in zip(texts, lengths.tolist())]
-        else:                                                          # keep a row aside, and later bring it back
-            row = random(0, len(texts), 1)
-            parked.fork(row, cache, torch.tensor([len(stored)]))
-            stored.append(texts[int(row)])
-            back = random(0, len(stored), 3)
-            cache.fork(back, source=parked)
-            texts = [stored[i] for i in back.tolist()]
+    rows = [[], []]
+    texts = [[], []]
+    for _ in range(30):
+        more = []
+        for _ in texts:
+            more.append(torch.randint(0, 96, (between(1, 6),), generator=generator).tolist())
+        logits = append(model, cache, rows, more)
+        texts = [text + new for text, new in zip(texts, more)]
+        for text, got in zip(texts, logits):
+            close(got, model(torch.tensor([text]))[0, -1])
+
+        parents = [between(0, len(rows)) for _ in range(between(1, 7))]
+        rows = [list(rows[parent]) for parent in parents]
+        texts = [list(texts[parent]) for parent in parents]
+
+        for row, text in zip(rows, texts):
+            kept = between(0, min(len(text), 40) + 1)
+            del row[kept:]
+            del text[kept:]
+        assert len(cache.free) == 599 - len(held_by(rows))
 
 
+@torch.no_grad()
 def test_generation_equals_transformers(tmp_path):
     """Greedy decoding, token by token through the cache."""
     model = small()
     model.save_pretrained(tmp_path, torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    prompt = torch.randint(0, 96, (2, 9))
-    cache, step, tokens = KVCache(model.config, 2, 40, "cpu", torch.float32), prompt, []
-    with torch.no_grad():
-        for _ in range(30):
-            step = model(step, cache=cache)[:, -1:].argmax(-1)
-            tokens.append(step)
-    expected = theirs.generate(prompt, max_new_tokens=30, min_new_tokens=30, do_sample=False, pad_token_id=0)
+    prompts = random_tokens(2, 9)
+    cache = new_cache(model, 100)
+    rows = [[], []]
+    following = prompts.tolist()
+    tokens = []
+    for _ in range(30):
+        step = append(model, cache, rows, following).argmax(-1, keepdim=True)
+        following = step.tolist()
+        tokens.append(step)
+    expected = theirs.generate(
+        prompts, max_new_tokens=30, min_new_tokens=30, do_sample=False, pad_token_id=0
+    )
     assert torch.equal(torch.cat(tokens, 1), expected[:, 9:])
 
 
-def test_damaged_checkpoints_are_named(tmp_path):
-    small().save_pretrained(tmp_path)
-    file, config = tmp_path / "model.safetensors", (tmp_path / "config.json").read_text()
-    whole = file.read_bytes()
-    file.write_bytes(whole[:len(whole) // 2])
-    with pytest.raises(UserError, match="damaged"):
-        Llama.from_pretrained(tmp_path)
-    file.write_bytes(whole)
-    (tmp_path / "config.json").write_text(config.replace('"num_hidden_layers": 3', '"num_hidden_layers": 4'))
-    with pytest.raises(UserError, match="layers.3"):
-        Llama.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(config.replace('"intermediate_size": 112', '"intermediate_size": 111'))
-    with pytest.raises(UserError, match="size mismatch"):
-        Llama.from_pretrained(tmp_path)
-    file.unlink()
-    with pytest.raises(UserError, match="is missing or damaged"):
-        Llama.from_pretrained(tmp_path)
+def test_all_slots_but_scratch_are_lent_once_each():
+    cache = new_cache(small(), 20)
+    slots = [cache.lend() for _ in range(19)]
+    assert sorted(slot.number for slot in slots) == list(range(1, 20))
+    assert cache.free == []
+
+
+def test_a_slot_returns_when_nobody_holds_it():
+    cache = new_cache(small(), 20)
+    row = [cache.lend() for _ in range(5)]
+    fork = list(row)
+    third = row[2].number
+    del row
+    assert len(cache.free) == 14  # the fork still holds all five
+    del fork[2:]
+    assert len(cache.free) == 17
+    assert third in cache.free
+
+
+@torch.no_grad()
+def test_padding_is_written_to_scratch_alone():
+    """A batch of a long text and a short one leaves all slots but its own as they were."""
+    model = small()
+    cache = new_cache(model, 40)
+    before = [[]]
+    append(model, cache, before, [[1, 2, 3, 4, 5]])
+    old = cache.kv.clone()
+    rows = [[], []]
+    append(model, cache, rows, [[1, 2, 3, 4, 5, 6], [7]])
+    written = set()
+    for slot in range(40):
+        if not torch.equal(cache.kv[:, :, slot].nan_to_num(9), old[:, :, slot].nan_to_num(9)):
+            written.add(slot)
+    assert written == {0} | held_by(rows)

@@ -1,324 +1,764 @@
-"""The verifier against an independent one; every decoder against a plain, slow version of itself."""
+"""Every decoder against a plain, slow version of itself; what the search computes and keeps; what
+it makes of its samples."""
+
 import copy
-import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
-from oracles import beam_search, is_right, logits_of, mix, self_backtrack
+from oracles import beam_search, logits_after, self_backtrack, shares_of
 from transformers import AutoModelForCausalLM
 
 import search
-from data import BACKTRACK, GOAL, Tokenizer, generate, new_record
-from model import KVCache, Llama, LlamaConfig
-from search import Sample, evaluate, select, verify
+from data import Tokenizer, generate, new_record
+from model import KVCache, Llama, LlamaConfig, UserError
+from search import Path, Settings
 
 TOK = Tokenizer.digits()
-ROWS = list(generate(new_record(5, [3, 4]), "train", 8))
-
-
-def decode(*args, **kwargs) -> list[list[Sample]]:
-    """The samples of each problem, in the problems' order."""
-    return [samples for _, samples in sorted(search.decode(*args, **kwargs))]
+PROBLEMS = list(generate(new_record(5, [3, 4]), "train", 8))
+SHORT = Settings(b=2, n=9, temperature=0.8, min_p=0.0, max_new_tokens=18, cache_gib=0.02)
+PAPER = replace(SHORT, paper=True)
 
 
 @pytest.fixture(scope="module")
 def model() -> Llama:
-    """Random weights, but a bias to what the search lives on: newlines, `<backtrack>` and the end."""
+    """Random weights, but a bias to what the search lives on: newlines, `<backtrack>` and the
+    end."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=TOK.vocab_size, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, head_dim=12, initializer_range=0.3,
-                         tie_word_embeddings=False)
+    config = LlamaConfig(
+        vocab_size=TOK.vocab_size,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+    )
     model = Llama(config).eval()
-    newline = TOK.tok.token_to_id("\n")
+    bias = {TOK.backend.token_to_id("\n"): 1.5, TOK.backtrack: 0.8, TOK.eos: 0.3}
     with torch.no_grad():
         model.lm_head.weight *= 0.5
         direction = model.model(torch.randint(0, TOK.vocab_size, (64, 20))).mean((0, 1))
-        for token, push in ((newline, 1.5), (TOK.backtrack, 0.8), (TOK.eos, 0.3)):
+        for token, push in bias.items():
             model.lm_head.weight[token] += push * direction / direction.square().sum()
     return model
 
 
-# ---- Verification --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("nums,target,response,complaint", [
-    ([2, 39, 45, 10], 62, "45-39=6\n10*6=60\n2+60=62\nGoal Reached!", ""),
-    ([2, 39, 45, 10], 62, "45-39=6\n10*6=60\n2+60=62\nGoal Reached", "the end"),
-    ([2, 39, 45, 10], 62, "45-39=6\n10*6=60\n2+60=62", "the end"),
-    ([2, 39, 45, 10], 62, "45-39=6\n10*6=60\n2+60=62\nGoal Reached!\n", "is no action"),
-    ([2, 39, 45, 10], 62, "45-39=6\n10*6=61\n2+60=62\nGoal Reached!", "step 2: 10*6=61: false, it is 60"),
-    ([2, 39, 45, 10], 62, "45-39=6\n39+6=45\n<backtrack>", "step 2: 39+6=45: there is no 39"),
-    ([2, 39, 45, 10], 60, "45-39=6\n10*6=60\nGoal Reached!", "[2, 60] left"),
-    ([2, 39, 45, 10], 63, "45-39=6\n10*6=60\n2+60=62\nGoal Reached!", "[62] left, not 63 alone"),
-    ([6, 6], 12, "6+6=12\nGoal Reached!", ""), ([6, 5], 12, "6+6=12\nGoal Reached!", "there is no 6"),
-    ([7, 2], 3, "7/2=3\nGoal Reached!", "not whole"), ([7, 0], 0, "7/0=0\nGoal Reached!", "not whole"),
-    ([5, 5, 9], 0, "5-5=0\n0/9=0\nGoal Reached!", ""), ([3, 5], 2, "3-5=-2\nGoal Reached!", "no action"),
-    ([3, 5], 8, "3+5=8 \nGoal Reached!", "no action"), ([3, 5], 8, "3+5=8\n\nGoal Reached!", "no action"),
-    ([3, 5], 8, "٣+5=8\nGoal Reached!", "no action"), ([3, 5], 8, "", "the end"),
-    ([3, 5], 8, "3+5=" + "9" * 5000 + "\nGoal Reached!", "no action")])
-def test_verifier_says_which_step_fails(nums, target, response, complaint):
-    right, why = verify(nums, target, response)
-    assert right == (complaint == "") and complaint in why and bool(why) != right
+@pytest.fixture(scope="module")
+def precise(model) -> Llama:
+    """The same in float64, so that no rounding decides which token a sample takes."""
+    return copy.deepcopy(model).double()
 
 
-def test_verifier_agrees_with_an_independent_one_on_damaged_answers():
-    rng, right, wrong = random.Random(0), 0, 0
-    rows = [row for row in generate(new_record(3, [2, 3, 4]), "train", 3000) if row["search_path"].endswith(GOAL)]
-    alphabet = "0123456789+-*/=\n" * 3 + "G !<"
-    for _ in range(250_000):
-        row = rng.choice(rows)
-        nums, target, text = list(row["nums"]), row["target"], row["search_path"]
-        for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
-            at, kind = rng.randrange(len(text) + 1), rng.randrange(6)
-            if kind == 0:
-                text = text[:at] + rng.choice(alphabet) + text[at + 1:]
-            elif kind == 1:
-                text = text[:at] + text[at + 1:]
-            elif kind == 2:
-                text = text[:at] + rng.choice(alphabet) + text[at:]
-            elif kind == 3:
-                lines = text.split("\n")
-                rng.shuffle(lines[:-1])
-                text = "\n".join(lines[rng.randrange(2):])
-            elif kind == 4:
-                nums[rng.randrange(len(nums))] = rng.choice(nums) + rng.choice((0, 0, 1))
-            else:
-                target += rng.choice((0, 1))
-        got = verify(nums, target, text)[0]
-        assert got == is_right(nums, target, text), (nums, target, text)
-        right, wrong = right + got, wrong + (not got)
-    assert right > 20_000 and wrong > 100_000
+def decode(model, problems: list[dict], keys, settings: Settings) -> list[list[Path]]:
+    """The samples of each problem, in the problems' order."""
+    found = dict(search.decode(model, TOK, problems, keys, settings))
+    return [found[number] for number in range(len(problems))]
 
 
-# ---- Random numbers ------------------------------------------------------------------------------------------------------
-def test_keyed_numbers():
-    keys = torch.arange(100_000)
-    assert search.mix(keys[:50], 7).tolist() == [(x + 2 ** 63) % 2 ** 64 - 2 ** 63 for x in (mix(k, 7) for k in range(50))]
-    u = search.uniform(keys)
-    assert u.min() >= 0 and u.max() < 1
-    counts = torch.histc(u, 100, 0, 1)
-    assert ((counts - 1000) ** 2 / 1000).sum() < 150                      # chi-squared with 99 degrees of freedom
-    first, second = (search.uniform(search.mix(keys, step)) * 10 for step in (1, 2))
-    pairs = torch.histc(first.floor() * 10 + second, 100, 0, 100)
-    assert ((pairs - 1000) ** 2 / 1000).sum() < 150                       # neighbouring steps are independent
+def facts(samples: list[Path]) -> list[tuple]:
+    """All that is exact about samples."""
+    return [(path.tokens, path.count, path.round, path.inherited) for path in samples]
 
 
-def test_a_token_is_drawn_by_inverting_the_cumulative_distribution():
+def ids(text: str) -> tuple[int, ...]:
+    return tuple(TOK.backend.encode(text).ids)
+
+
+# ---- The algorithm, with samples written by hand -------------------------------------------------
+
+
+def backtracking(b=1, n=5, limit=2, prompt_again=False):
+    """The algorithm, at the point where it has asked for samples of the prompt."""
+    algorithm = search.self_backtrack(TOK, b, n, limit, prompt_again)
+    [prompt] = next(algorithm)
+    assert (prompt.tokens, prompt.count, prompt.round) == ((), n, 0)
+    return algorithm
+
+
+def sampled(text: str, count: int = 1) -> Path:
+    tokens = ids(text)
+    return Path(tokens, (-0.5,) * len(tokens), count=count)
+
+
+def texts_of(frontier: list[Path]) -> list[str]:
+    return [TOK.decode(state.tokens) for state in frontier]
+
+
+def result_of(algorithm, samples: list[Path]) -> list[Path]:
+    """What the algorithm returns; fails if it asks for more samples."""
+    with pytest.raises(StopIteration) as end:
+        algorithm.send(samples)
+    return end.value.value
+
+
+def test_a_state_is_what_a_backtracking_sample_had_before_its_last_action():
+    [state] = backtracking(n=7).send([sampled("1+1=2\n2+2=4\n<backtrack>"), sampled("3+3=6\n")])
+    assert state.tokens == ids("1+1=2\n")
+    assert state.logps == (-0.5,) * 6
+    assert (state.count, state.round, state.inherited) == (7, 1, 6)
+
+
+def test_states_that_most_samples_lead_to_come_first():
+    samples = [
+        sampled("1+1=2\n9-9=0\n<backtrack>", count=1),
+        sampled("2+2=4\n9-9=0\n<backtrack>", count=2),
+        sampled("3+3=6\n9-9=0\n<backtrack>", count=3),
+        sampled("4+4=8\n9-9=0\n<backtrack>", count=2),
+    ]
+    frontier = backtracking(limit=4).send(samples)
+    assert texts_of(frontier) == ["3+3=6\n", "2+2=4\n", "4+4=8\n", "1+1=2\n"]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_a_frontier_holds_at_most_the_limit(limit):
+    samples = [sampled(f"{digit}+1=2\n9-9=0\n<backtrack>") for digit in range(3)]
+    frontier = backtracking(limit=limit).send(samples)
+    assert texts_of(frontier) == ["0+1=2\n", "1+1=2\n", "2+1=2\n"][:limit]
+
+
+def test_a_state_is_visited_once():
+    algorithm = backtracking(b=5, limit=4)
+    first = sampled("1+1=2\n2+2=4\n<backtrack>")
+    same_state = sampled("1+1=2\n7-7=0\n<backtrack>")
+    assert texts_of(algorithm.send([first, same_state])) == ["1+1=2\n"]
+    again = sampled("1+1=2\n8-8=0\n<backtrack>")
+    assert result_of(algorithm, [again]) == [first, same_state, again]
+
+
+@pytest.mark.parametrize("b", [0, 1, 2])
+def test_it_steps_back_at_most_b_times(b):
+    algorithm = backtracking(b=b)
+    samples = []
+    for digit in range(b):
+        samples.append(sampled(f"{digit}+1=2\n9-9=0\n<backtrack>"))
+        assert texts_of(algorithm.send(samples[-1:])) == [f"{digit}+1=2\n"]
+    samples.append(sampled("7+1=8\n9-9=0\n<backtrack>"))
+    assert result_of(algorithm, samples[-1:]) == samples
+
+
+def test_in_the_paper_the_prompt_has_been_visited():
+    sample = sampled("1+1=2\n<backtrack>")
+    assert result_of(backtracking(prompt_again=False), [sample]) == [sample]
+
+
+def test_the_prompt_may_be_sampled_once_more():
+    algorithm = backtracking(b=5, prompt_again=True)
+    first = sampled("1+1=2\n<backtrack>")
+    [state] = algorithm.send([first])
+    assert (state.tokens, state.round) == ((), 1)
+    second = sampled("1+1=3\n<backtrack>")
+    assert result_of(algorithm, [second]) == [first, second]
+
+
+def test_samples_keep_no_slots_and_states_keep_their_own():
+    sample = sampled("1+1=2\n2+2=4\n<backtrack>")
+    sample.slots = tuple(range(100, 100 + 4 + 12))  # of a prompt of 4 tokens and of 12 of its own
+    [state] = backtracking().send([sample])
+    assert sample.slots == ()
+    assert state.slots == tuple(range(100, 100 + 4 + 6))
+
+
+# ---- Stepping back -------------------------------------------------------------------------------
+
+STEPS_BACK = [
+    ("45-39=6\n39+6=45\n<backtrack>", "45-39=6\n"),
+    ("45-39=6\n<backtrack>", ""),
+    ("45-39=6\n39+<backtrack>", "45-39=6\n"),
+    ("45-39=6\n3<backtrack>", "45-39=6\n"),
+    ("<backtrack>", ""),
+    ("\n<backtrack>", ""),
+    ("1\n2\n\n<backtrack>", "1\n2\n"),
+]
+
+
+@pytest.mark.parametrize("text,state", STEPS_BACK)
+def test_rolling_back_drops_the_last_action(text, state):
+    sample = sampled(text)
+    sample.logps = tuple(range(len(sample.tokens)))
+    rolled = search.roll_back(sample, TOK)
+    assert rolled.tokens == ids(state)
+    assert rolled.logps == sample.logps[: len(rolled.tokens)]
+    assert rolled.inherited == len(rolled.tokens)
+
+
+@pytest.mark.parametrize("text,state", STEPS_BACK)
+def test_rolling_back_keeps_the_slots_of_the_prompt_and_the_state(text, state):
+    sample = sampled(text)
+    sample.slots = tuple(range(4 + len(sample.tokens) - 1))  # `<backtrack>` has none
+    assert search.roll_back(sample, TOK).slots == tuple(range(4 + len(ids(state))))
+
+
+# ---- Candidates, their scores, the answer --------------------------------------------------------
+
+
+def finished(text: str, logp: float = -1.0, **fields) -> Path:
+    tokens = (*ids(text), TOK.eos)
+    return Path(tokens, (logp,) * len(tokens), **fields)
+
+
+@pytest.mark.parametrize(
+    "text,candidate",
+    [
+        ("3+5=8\nGoal Reached!", True),
+        ("Goal Reached!", True),
+        ("3+5=8\n", False),
+        ("3+5=8\nGoal Reached!\n", False),
+        ("3+5=8Goal Reached!", False),
+        ("3+5=8\nGoal Reached!\n3", False),
+    ],
+)
+def test_a_candidate_ends_in_the_goal(text, candidate):
+    assert search.reached_goal(finished(text), TOK) == candidate
+
+
+def test_what_the_length_limit_cut_off_is_no_candidate():
+    assert not search.reached_goal(sampled("3+5=8\nGoal Reached!"), TOK)
+
+
+LINES = [("3+5=8\nGoal Reached!", 2), ("3+5=8\n1+", 3), ("3+5", 4)]
+
+
+@pytest.mark.parametrize("text,_", LINES)
+def test_the_papers_score_is_the_mean(text, _):
+    path = finished(text)
+    path.logps = tuple(-0.1 * number for number in range(len(path.tokens)))
+    assert search.rate(path, TOK, False) == pytest.approx(-0.1 * (len(path.tokens) - 1) / 2)
+
+
+@pytest.mark.parametrize("text,last_line", LINES)
+def test_the_last_lines_tokens_come_on_top(text, last_line):
+    """Of the last line there are so many tokens, end-of-text included."""
+    path = finished(text)
+    path.logps = tuple(-0.1 * number for number in range(len(path.tokens)))
+    bonus = sum(path.logps[-last_line:])
+    assert search.rate(path, TOK, True) == pytest.approx(search.rate(path, TOK, False) + bonus)
+
+
+def test_the_answer_is_the_candidate_with_the_best_score():
+    worse = finished("1\nGoal Reached!", -0.5)
+    best = finished("2\nGoal Reached!", -0.1)
+    stopped = finished("3\n", -0.01)
+    assert search.select([worse, best, stopped], TOK, True) is best
+    assert search.select([worse, best, stopped], TOK, False) is best
+    assert search.select([stopped], TOK, True) is None
+
+
+def test_the_last_line_may_decide():
+    even = Path((*ids("1\nGoal Reached!"), TOK.eos), (-0.5, -0.5, -0.5, -0.5))
+    sure_of_its_end = Path((*ids("2\nGoal Reached!"), TOK.eos), (-2.0, -2.0, 0.0, 0.0))
+    assert search.select([even, sure_of_its_end], TOK, False) is even
+    assert search.select([even, sure_of_its_end], TOK, True) is sure_of_its_end
+
+
+SUM = {"nums": [3, 5], "target": 8}
+RIGHT = "3+5=8\nGoal Reached!"
+WRONG = "5+3=9\nGoal Reached!"
+
+
+def test_a_wrong_answer_is_judged_with_its_reason():
+    row = search.judge(TOK, SUM, [finished(WRONG)], Settings())
+    assert (row["nums"], row["target"], row["response"]) == ([3, 5], 8, WRONG)
+    assert (row["correct"], row["verified"], row["solutions"]) == (False, False, [])
+    assert "false, it is 8" in row["reason"]
+    assert row["failed_step"] == 1
+    assert row["score"] == pytest.approx(-1 - 2)
+
+
+def test_a_right_candidate_that_was_not_selected_is_verified():
+    row = search.judge(TOK, SUM, [finished(RIGHT, -1.0), finished(WRONG, -0.5)], Settings())
+    assert (row["response"], row["correct"]) == (WRONG, False)
+    assert (row["verified"], row["solutions"]) == (True, [RIGHT])
+
+
+def test_solutions_are_different_and_the_best_comes_first():
+    other = "5+3=8\nGoal Reached!"
+    samples = [finished(RIGHT, -1.0), finished(other, -0.5), finished(RIGHT, -1.0, round=1)]
+    assert search.judge(TOK, SUM, samples, Settings())["solutions"] == [other, RIGHT]
+
+
+def test_a_right_answer_is_correct():
+    row = search.judge(TOK, SUM, [finished(RIGHT, -0.5), finished(WRONG, -1.0)], Settings())
+    assert (row["response"], row["correct"], row["reason"]) == (RIGHT, True, "")
+
+
+def test_no_candidate_is_no_answer():
+    row = search.judge(TOK, SUM, [sampled("3+5=9\n<backtrack>")], Settings())
+    assert (row["response"], row["correct"], row["score"]) == ("", False, None)
+    assert row["reason"] == "no sample reached the goal"
+    assert row["failed_step"] is None
+
+
+def test_the_judge_scores_by_the_papers_rule_where_asked():
+    row = search.judge(TOK, SUM, [finished(RIGHT)], Settings(paper=True))
+    assert row["score"] == pytest.approx(-1.0)
+
+
+def test_only_sampled_tokens_are_counted():
+    """Those of every sample, without what it inherited."""
+    samples = [finished(RIGHT, count=3), finished(RIGHT, inherited=6, count=2)]
+    assert search.judge(TOK, SUM, samples, Settings())["tokens"] == 3 * 8 + 2 * 2
+
+
+# ---- Sampling rules ------------------------------------------------------------------------------
+
+
+def test_points_take_the_tokens_in_whose_intervals_they_lie():
     logits = torch.tensor([[0.5, 0.0, 0.3, 0.2], [0.0, 0.0, 1.0, 0.0]]).log()
-    row, u = torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([0.0, 0.49, 0.51, 0.81, 0.0, 0.999999])
-    token, logp, rest = search.draw(logits, row, u, torch.zeros(6), 1.0, 0.0)
-    assert token.tolist() == [0, 0, 2, 3, 2, 2]
-    torch.testing.assert_close(logp.exp(), torch.tensor([0.5, 0.5, 0.3, 0.2, 1.0, 1.0]))
-    torch.testing.assert_close(rest, torch.tensor([0.0, 0.98, 1 / 30, 0.05, 0.0, 0.999999]), atol=1e-5, rtol=0)
-    token, logp, _ = search.draw(logits, row, u, torch.zeros(6), 2.0, 0.5)                # of 0.5 and 0.3, at temperature 2
-    assert token.tolist() == [0, 0, 0, 2, 2, 2]                           # the first ends at 0.56 now
-    torch.testing.assert_close(logp.exp(), torch.tensor([0.5, 0.5, 0.5, 0.3, 1.0, 1.0]))  # as at temperature 1, of all tokens
+    paths = [Path(count=10, first=0.05, spacing=0.1), Path(count=2, first=0.2, spacing=0.6)]
+    draws = search.spread(logits, paths, temperature=1.0, min_p=0.0)
+    taken = [(draw.parent, draw.token, draw.count) for draw in draws]
+    assert taken == [(0, 0, 5), (0, 2, 3), (0, 3, 2), (1, 2, 2)]
+    # within a token's own interval: where the first of its points is, and how far to the next
+    assert [draw.first for draw in draws] == pytest.approx([0.1, 1 / 6, 0.25, 0.2], abs=1e-6)
+    assert [draw.spacing for draw in draws] == pytest.approx([0.2, 1 / 3, 0.5, 0.6], abs=1e-6)
 
 
-def test_a_code_is_never_spent():
-    """After 60 tokens from one code of 24 bits, tokens are still distributed as they should be, and independent."""
-    size, logits = 40_000, torch.tensor([[0.0, 0.5, 0.0, 0.25, 0.125, 0.125, 0.0]]).log()
-    code, before = search.uniform(torch.arange(size)), torch.zeros(size, dtype=torch.int64)
-    for step in range(60):
-        fresh = search.uniform(search.mix(torch.arange(size), step))
-        token, _, code = search.draw(logits, torch.zeros(size, dtype=torch.int64), code, fresh, 1.0, 0.0)
-        pairs, before = torch.bincount(before * 7 + token, minlength=49).view(7, 7), token
-        if step:
-            expected = size * logits[0].exp()[:, None] * logits[0].exp()
-            assert not pairs[expected == 0].any()
-            chi = ((pairs - expected) ** 2 / expected)[expected > 0].sum()          # 15 degrees of freedom
-            assert chi < 50, step
+def test_temperature_and_min_p_change_what_is_drawn_and_no_log_probability():
+    logits = torch.tensor([[0.5, 0.0, 0.3, 0.2]], dtype=torch.float64).log()
+    paths = [Path(count=10, first=0.05, spacing=0.1)]
+    # 0.2 is less than half of 0.5; the roots of 0.5 and 0.3 are as 0.56 to 0.44
+    first, second = search.spread(logits, paths, temperature=2.0, min_p=0.5)
+    assert (first.token, first.count) == (0, 6)
+    assert (second.token, second.count) == (2, 4)
+    assert torch.tensor([first.logp, second.logp]).exp().tolist() == pytest.approx([0.5, 0.3])
+
+
+def prefix_counts(samples: list[Path]) -> Counter:
+    """How many samples took each path, whatever its length."""
+    counts = Counter()
+    for path in samples:
+        for length in range(len(path.tokens) + 1):
+            counts[path.tokens[:length]] += path.count
+    return counts
 
 
 @pytest.mark.parametrize("min_p", [0.0, 0.05])
-def test_samples_are_spread_evenly(model, min_p):
-    """Of n samples every path of probability p, whatever its length, is taken floor(n * p) or ceil(n * p) times."""
-    n, counts, settings = 3000, Counter(), {"temperature": 0.9, "min_p": min_p, "max_new": 4}
-    [samples] = decode(model, TOK, [ROWS[0]], [4], b=0, n=n, **settings)
-    counts.update(sample.tokens[:d] for sample in samples for d in range(1, len(sample.tokens) + 1))
-    prompt, chance = TOK.prompts([ROWS[0]])[0], {(): 1.0}
-    for path in sorted(counts, key=len):
-        logits = logits_of(model, prompt + list(path[:-1]))
-        chances = logits.softmax(-1)
-        following = (logits / 0.9).softmax(-1) * (chances >= min_p * chances.max())
-        following /= following.sum()
-        chance[path] = chance[path[:-1]] * float(following[path[-1]])
-    assert len(counts) > 300 and max(abs(counts[path] - n * chance[path]) for path in counts) < 1.01
-    [independent] = decode(model, TOK, [ROWS[0]], [4], b=0, n=n, paper=True, **settings)
-    assert len({sample.tokens for sample in independent}) < len({sample.tokens for sample in samples})
+def test_samples_are_spread_as_evenly_as_can_be(precise, min_p):
+    """Of n samples every path of probability p, whatever its length, is taken floor(n p) or
+    ceil(n p) times: probabilities by the model without a cache, multiplied."""
+    n = 3000
+    settings = replace(SHORT, b=0, n=n, temperature=0.9, min_p=min_p, max_new_tokens=4)
+    [samples] = decode(precise, PROBLEMS[:1], [4], settings)
+    [prompt] = TOK.prompts(PROBLEMS[:1])
+    counts = prefix_counts(samples)
+    chances = {(): 1.0}
+    goes_on = [()]
+    for path in goes_on:
+        shares = shares_of(logits_after(precise, prompt + list(path)), 0.9, min_p)
+        for token, share in enumerate(shares):
+            child = (*path, token)
+            chances[child] = chances[path] * share
+            ended = token in (TOK.eos, TOK.backtrack) or len(child) == 4
+            if counts[child] and not ended:
+                goes_on.append(child)
+    assert len(goes_on) > 300
+    for path, chance in chances.items():
+        assert abs(counts[path] - n * chance) < 1, path
 
 
-def test_sampling_follows_the_model(model):
+def test_spread_samples_differ_more_than_independent_ones(model):
+    settings = replace(SHORT, b=0, n=1000)
+    [spread] = decode(model, PROBLEMS[:1], [4], settings)
+    [independent] = decode(model, PROBLEMS[:1], [4], replace(settings, paper=True))
+    assert len(independent) < len(spread)
+
+
+def chi_squared(counts: torch.Tensor, expected: torch.Tensor) -> float:
+    """Over what is possible; what is impossible must not have happened."""
+    assert not counts[expected == 0].any()
+    return float(((counts - expected).square() / expected)[expected > 0].sum())
+
+
+def test_independent_samples_follow_the_model(precise):
     """First tokens of 20,000 samples against the softmax at the temperature."""
-    problem = ROWS[0]
-    plain = {"temperature": 0.7, "min_p": 0, "paper": True}
-    samples = decode(model, TOK, [problem], [0], "best_of_n", n=20_000, max_new=1, **plain)[0]
-    with torch.no_grad():
-        expected = (model(torch.tensor(TOK.prompts([problem])))[0, -1] / 0.7).softmax(-1)
-    counts = torch.bincount(torch.tensor([s.tokens[0] for s in samples]), minlength=TOK.vocab_size)
-    assert (counts / 20_000 - expected).abs().max() < 4 * (0.25 / 20_000) ** 0.5
+    n = 20_000
+    settings = replace(PAPER, b=0, n=n, temperature=0.7, max_new_tokens=1)
+    [samples] = decode(precise, PROBLEMS[:1], [0], settings)
+    [prompt] = TOK.prompts(PROBLEMS[:1])
+    expected = n * torch.tensor(shares_of(logits_after(precise, prompt), 0.7, 0.0))
+    counts = torch.zeros(TOK.vocab_size)
+    for sample in samples:
+        counts[sample.tokens[0]] += sample.count
+    assert chi_squared(counts, expected) < 60  # 23 degrees of freedom
 
 
-# ---- Decoders against slow versions of themselves ------------------------------------------------------------------------
-def same(samples: list[Sample], expected: list[tuple]):
-    assert [s.tokens for s in samples] == [tokens for tokens, *_ in expected]
-    for sample, (_, logps, round) in zip(samples, expected):
-        torch.testing.assert_close(torch.tensor(sample.logps), torch.tensor(logps), atol=2e-4, rtol=0)
-        assert sample.round == round and abs(sample.score - sum(logps) / len(logps)) < 1e-4
+@pytest.mark.parametrize("chances", [(0.25, 0.25, 0.25, 0.25), (0.5, 0.3, 0.15, 0.05)])
+def test_a_samples_place_is_never_spent(model, monkeypatch, chances):
+    """A point has 53 bits, and a token takes one or two of them. Yet after 60 tokens, one is still
+    distributed as it should be, and independently of the one before."""
+    n = 2000
+    share = torch.zeros(TOK.vocab_size, dtype=torch.float64)
+    share[3:7] = torch.tensor(chances)
+    monkeypatch.setattr(
+        search.Engine, "feed", lambda self, paths, *rest: share.log().expand(len(paths), -1)
+    )
+    settings = replace(SHORT, b=0, n=n, temperature=1.0, max_new_tokens=60, cache_gib=0.1)
+    [samples] = decode(model, PROBLEMS[:1], [0], settings)
+    expected = n * (share[:, None] * share).flatten()
+    tokens = torch.tensor([sample.tokens for sample in samples])
+    counts = torch.tensor([sample.count for sample in samples])
+    for length in range(20, 60):
+        pair = tokens[:, length - 1] * TOK.vocab_size + tokens[:, length]
+        pairs = torch.bincount(pair, counts, minlength=len(expected))
+        assert chi_squared(pairs, expected) < 50, length  # 15 degrees of freedom
 
 
-@pytest.mark.parametrize("b,n,limit", [(0, 6, None), (1, 9, None), (3, 4, None), (2, 6, 1), (2, 8, 8)])
-def test_self_backtracking_equals_the_plain_version(model, b, n, limit):
-    search = {"b": b, "n": n, "temperature": 0.8, "limit": limit, "seed": 3, "max_new": 18, "min_p": 0, "paper": True}
-    found = decode(model, TOK, ROWS, range(10, 18), **search)
-    compared = branched = ended = 0
-    for problem, key, samples in zip(ROWS, range(10, 18), found):
-        expected = self_backtrack(model, TOK, problem, key, b, n, 0.8, limit or int(n ** 0.5), 3, 18)
-        if expected is not None:                                      # None: a uniform within 1e-5 of a boundary
-            same(samples, expected)
-            compared, branched = compared + 1, branched + any(s.state for s in samples)
-            ended += sum(s.tokens[-1] == TOK.eos for s in samples)
-    assert compared >= 6 and ended and (branched >= 4 or not b)
+# ---- Decoders against slow versions of themselves ------------------------------------------------
+
+
+def test_samples_of_the_random_model_end_in_every_way(precise):
+    """Else what follows would not say much."""
+    samples = sum(decode(precise, PROBLEMS, range(8), SHORT), [])
+    ends = Counter(path.tokens[-1] for path in samples if len(path.tokens) < SHORT.max_new_tokens)
+    assert ends.keys() == {TOK.eos, TOK.backtrack}
+    assert sum(ends.values()) < len(samples)  # the length limit cut off the others
+
+
+def assert_same_samples(samples: list[Path], expected: list[Path]) -> None:
+    assert facts(samples) == facts(expected)
+    for path, other in zip(samples, expected):
+        assert path.logps == pytest.approx(other.logps, abs=1e-9)
+
+
+@pytest.mark.parametrize("paper", [True, False], ids=["independent", "spread"])
+@pytest.mark.parametrize(
+    "b,n,asked,limit",  # the limit asked for, and the one that holds: int(sqrt(n)) by itself
+    [(0, 6, None, 2), (1, 9, None, 3), (3, 4, None, 2), (2, 6, 1, 1), (2, 5, 5, 5)],
+)
+def test_self_backtracking_equals_the_plain_version(precise, paper, b, n, asked, limit):
+    """Token for token, in order. The plain version: one sample at a time, without a cache."""
+    settings = replace(SHORT, paper=paper, b=b, n=n, limit=asked, seed=3)
+    keys = range(10, 16)
+    found = decode(precise, PROBLEMS[:6], keys, settings)
+    for key, problem, samples in zip(keys, PROBLEMS, found):
+        expected = self_backtrack(precise, TOK, problem, key, limit, settings)
+        assert_same_samples(samples, expected)
+    assert {path.round for path in sum(found, [])} == set(range(b + 1))
+
+
+@pytest.mark.parametrize("min_p,temperature", [(0.05, 1.5), (0.3, 0.5)])
+def test_the_plain_version_agrees_on_min_p_and_temperature(precise, min_p, temperature):
+    settings = replace(SHORT, b=1, n=8, min_p=min_p, temperature=temperature)
+    found = decode(precise, PROBLEMS[:4], range(4), settings)
+    for key, samples in enumerate(found):
+        expected = self_backtrack(precise, TOK, PROBLEMS[key], key, 2, settings)
+        assert_same_samples(samples, expected)
+
+
+@pytest.mark.parametrize("paper", [True, False], ids=["independent", "spread"])
+def test_the_plain_version_agrees_where_samples_end_the_same(precise, paper):
+    settings = replace(SHORT, b=1, n=16, temperature=0.3, paper=paper)
+    found = decode(precise, PROBLEMS[:2], range(2), settings)
+    for key, samples in enumerate(found):
+        expected = self_backtrack(precise, TOK, PROBLEMS[key], key, 4, settings)
+        assert_same_samples(samples, expected)
+        assert any(path.count > 1 for path in samples)
 
 
 @pytest.mark.parametrize("n", [1, 3, 8])
-def test_beam_search_equals_the_plain_version(model, n):
-    for problem, samples in zip(ROWS, decode(model, TOK, ROWS, range(8), "beam", n=n, max_new=14)):
-        expected = beam_search(model, TOK, problem, n, 14)
-        assert [s.tokens for s in samples] == [tuple(tokens) for tokens, _ in expected]
-        torch.testing.assert_close(torch.tensor([sum(s.logps) for s in samples]), torch.tensor([t for _, t in expected]),
-                                   atol=1e-3, rtol=0)
+def test_beam_search_equals_the_plain_version(precise, n):
+    settings = replace(SHORT, decoder="beam", n=n, max_new_tokens=14)
+    for problem, samples in zip(PROBLEMS, decode(precise, PROBLEMS, range(8), settings)):
+        expected = beam_search(precise, TOK, problem, n, 14)
+        assert [path.tokens for path in samples] == [tokens for tokens, _ in expected]
+        totals = [sum(path.logps) for path in samples]
+        assert totals == pytest.approx([total for _, total in expected], abs=1e-3)
 
 
-def test_greedy_equals_transformers(model, tmp_path):
+def test_greedy_decoding_equals_transformers(model, tmp_path):
     model.save_pretrained(tmp_path, torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    for prompt, [sample] in zip(TOK.prompts(ROWS), decode(model, TOK, ROWS, range(8), "greedy", max_new=20)):
-        expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0,
-                                   eos_token_id=[TOK.eos, TOK.backtrack])[0, len(prompt):]
-        assert sample.tokens == tuple(expected.tolist())
+    found = decode(model, PROBLEMS, range(8), replace(SHORT, decoder="greedy", max_new_tokens=20))
+    for prompt, [sample] in zip(TOK.prompts(PROBLEMS), found):
+        expected = theirs.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=20,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=[TOK.eos, TOK.backtrack],
+        )
+        assert sample.tokens == tuple(expected[0, len(prompt) :].tolist())
 
 
-@pytest.mark.parametrize("paper", [True, False])
-def test_samples_depend_on_their_keys_alone(model, paper):
-    """Whatever the batch, the offset, the order and, if independent, n: problem 13's third sample is always the same."""
-    model = copy.deepcopy(model).double()                              # so that no rounding moves a boundary across a uniform
-    problems, settings = ROWS * 3, dict(b=2, n=9, seed=1, max_new=18, paper=paper)
-    whole = decode(model, TOK, problems, range(24), **settings)
-    assert whole[0] != whole[8]           # the same problem under another key differs
-    for at in (0, 7, 13, 23):
-        alone = decode(model, TOK, [problems[at]], [at], **settings)[0]
-        assert [s.tokens for s in alone] == [s.tokens for s in whole[at]]
-    if paper:
-        few = decode(model, TOK, problems[:5], range(5), b=0, n=4, seed=1, max_new=18, paper=True)
-        assert all([s.tokens for s in a] == [s.tokens for s in b[:4]] for a, b in zip(few, whole))
-    rows = [evaluate(model, TOK, problems[offset:], "self_backtrack", offset, batch_size=size, **settings)
-            for offset, size in ((0, 24), (0, 5), (6, 7))]
-    for row in sum(rows, []):
-        row["score"] = round(row["score"], 3) if row["score"] else None
-    assert rows[0] == rows[1] and rows[0][6:] == rows[2]
+def test_best_of_n_is_a_search_that_never_steps_back(precise):
+    best_of_n = decode(precise, PROBLEMS, range(8), replace(SHORT, decoder="best_of_n"))
+    never_back = decode(precise, PROBLEMS, range(8), replace(SHORT, b=0))
+    assert list(map(facts, best_of_n)) == list(map(facts, never_back))
 
 
-def test_no_token_of_a_prefix_is_computed_twice(model, monkeypatch):
-    """What goes through the model: the prompts once, every different prefix once, and one token more for each branch."""
-    fed, forward = [], Llama.forward
-
-    def counting(self, ids, **kwargs):
-        rows = int((kwargs["cache"].length[:len(ids)] > 0).sum())     # rows that only fill up a shape hold nothing
-        fed.append(rows if ids.shape[1] == 1 else sum(map(len, TOK.prompts(ROWS))))
-        assert ids.shape[1] > 1 or len(ids) < rows + 16
-        return forward(self, ids, **kwargs)
-
-    monkeypatch.setattr(Llama, "forward", counting)
-    found = decode(model, TOK, ROWS, range(8), b=2, n=16, max_new=18)
-    expected = sum(map(len, TOK.prompts(ROWS)))
-    for samples in found:
-        states = {(s.round, s.tokens[:s.state]) for s in samples}
-        expected += sum(1 for round, _ in states if round)
-        for round, state in states:                                  # below a state, each different prefix is fed once
-            mine = [s.tokens for s in samples if s.round == round and s.tokens[:s.state] == state]
-            expected += len({t[:i] for t in mine for i in range(len(state) + 1, len(t))})
-    assert sum(fed) == expected
-    assert sum(fed) < sum(len(s.tokens) - s.state for samples in found for s in samples)
+# ---- Samples depend on their keys alone ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 128, None])
-def test_the_cache_is_bounded_and_parked_rows_return(model, monkeypatch, batch_size):
-    """At most batch_size * n rows at any step (without it, what fits CACHE_BYTES), the same samples as with one large batch,
-    and no parked row lost."""
-    engines, sizes, model = [], [], copy.deepcopy(model).double()
-    longest = max(map(len, TOK.prompts(ROWS))) + 18
-    monkeypatch.setattr(search, "CACHE_BYTES", 2 * 9 * KVCache(model.config, 1, longest, "cpu", torch.float64).kv.nbytes)
-    most = batch_size or 2
+@pytest.fixture(scope="module", params=[True, False], ids=["independent", "spread"])
+def settings(request) -> Settings:
+    return replace(SHORT, paper=request.param, seed=1)
 
-    class Watched(search.Engine):
-        def __init__(self, *args):
-            super().__init__(*args)
-            engines.append(self)
 
-        def step(self, b):
-            sizes.append(len(self.logits))
-            assert len(self.flying) <= most
-            return super().step(b)
+@pytest.fixture(scope="module")
+def whole(precise, settings) -> list[list[tuple]]:
+    """The samples of 16 problems, the last 8 the same as the first, in one batch."""
+    return list(map(facts, decode(precise, PROBLEMS * 2, range(16), settings)))
 
-    whole = decode(model, TOK, ROWS, range(8), b=3, n=9, max_new=18, batch_size=128)
-    monkeypatch.setattr(search, "Engine", Watched)
-    assert [[s.tokens for s in samples] for samples in decode(model, TOK, ROWS, range(8), b=3, n=9, max_new=18,
-                                                              batch_size=batch_size)] == [[s.tokens for s in x] for x in whole]
-    assert max(sizes) <= 9 * most and engines[0].spare
-    assert sorted(engines[0].spare) == list(range(next(engines[0].unused)))
+
+def test_another_key_or_seed_gives_other_samples(precise, settings, whole):
+    assert whole[0] != whole[8]
+    [other] = decode(precise, PROBLEMS[:1], [0], replace(settings, seed=2))
+    assert facts(other) != whole[0]
+
+
+@pytest.mark.parametrize("number", [0, 7, 13])
+def test_alone_a_problem_gets_the_same_samples(precise, settings, whole, number):
+    [alone] = decode(precise, [PROBLEMS[number % 8]], [number], settings)
+    assert facts(alone) == whole[number]
+
+
+def test_in_another_order_problems_get_the_same_samples(precise, settings, whole):
+    order = [11, 3, 6, 0, 15, 8]
+    problems = [PROBLEMS[number % 8] for number in order]
+    found = decode(precise, problems, order, settings)
+    assert list(map(facts, found)) == [whole[number] for number in order]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 128])
+def test_in_batches_of_another_size_problems_get_the_same_samples(
+    precise, settings, whole, batch_size
+):
+    found = decode(precise, PROBLEMS * 2, range(16), replace(settings, batch_size=batch_size))
+    assert list(map(facts, found)) == whole
+
+
+def test_problems_are_keyed_by_their_place_in_the_data(precise, settings):
+    """Evaluated from an offset on, problems get the rows that they get among all others."""
+    rows = search.evaluate(precise, TOK, PROBLEMS, settings)
+    assert search.evaluate(precise, TOK, PROBLEMS[3:], settings, offset=3) == rows[3:]
+    assert [row["nums"] for row in rows] == [problem["nums"] for problem in PROBLEMS]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_ranks_find_what_one_finds(precise, settings, monkeypatch, rank):
+    """A rank of two searches every other problem, and all rows come back in order."""
+    rows = search.evaluate(precise, TOK, PROBLEMS, settings, offset=3)
+    by_rank = [rows[0::2], rows[1::2]]
+    gathered = []
+
+    def gather(own_rows):
+        gathered.append(own_rows)
+        return by_rank
+
+    monkeypatch.setattr(search, "start", lambda: (torch.device("cpu"), rank, 2))
+    monkeypatch.setattr(search, "gather", gather)
+    assert search.evaluate(precise, TOK, PROBLEMS, settings, offset=3) == rows
+    assert gathered == [by_rank[rank]]
 
 
 def test_no_problems_no_samples(model):
-    assert decode(model, TOK, [], []) == [] and evaluate(model, TOK, [], "greedy") == []
+    assert decode(model, [], [], SHORT) == []
+    assert search.evaluate(model, TOK, [], SHORT) == []
 
 
-# ---- Stepping back, selection, evaluation --------------------------------------------------------------------------------
-def ids(text: str) -> tuple[int, ...]:
-    return tuple(TOK.tok.encode(text).ids)
+# ---- What passes the model, and what the cache holds ---------------------------------------------
 
 
-@pytest.mark.parametrize("text,state", [
-    ("45-39=6\n39+6=45\n<backtrack>", "45-39=6\n"), ("45-39=6\n<backtrack>", ""), ("45-39=6\n39+<backtrack>", "45-39=6\n"),
-    ("45-39=6\n3<backtrack>", "45-39=6\n"), ("<backtrack>", ""), ("\n<backtrack>", ""), ("1\n2\n\n<backtrack>", "1\n2\n")])
-def test_rolling_back_drops_the_last_action(text, state):
-    assert search.roll_back(ids(text), TOK) == ids(state)
+def branches_of(samples: list[Path]) -> dict[tuple, list[Path]]:
+    """{(round, state): its samples}"""
+    branches = {}
+    for path in samples:
+        state = path.tokens[: path.inherited]
+        branches.setdefault((path.round, state), []).append(path)
+    return branches
 
 
-def test_selection():
-    def sample(text, score, end=GOAL):
-        return Sample((*ids(text), TOK.eos), (), 0, 0, end, score)
+@pytest.mark.parametrize("paper", [True, False], ids=["independent", "spread"])
+def test_every_prefix_passes_the_model_once(model, monkeypatch, paper):
+    """The prompts, each different prefix below a state, and one token more for each branch, whose
+    logits no cache holds. Where a sample ends, its last token does not pass."""
+    passed = []
+    forward = Llama.forward
 
-    a, b, c = sample("1", -0.5), sample("2", -0.1), sample("3", -0.05, BACKTRACK)
-    assert select([a, a, b, c], "self_backtrack") is b and select([a, a, b, c], "majority") == a
-    assert select([a, b], "majority") is b and select([c], "best_of_n") is None
+    def counting(self, input_ids, labels=None, cached=None, *rest, **others):
+        places = cached.slots.gather(1, cached.positions)
+        passed.append(int((places > 0).sum()))  # 0 is where padding goes
+        return forward(self, input_ids, labels, cached, *rest, **others)
+
+    monkeypatch.setattr(Llama, "forward", counting)
+    found = decode(model, PROBLEMS, range(8), replace(SHORT, n=16, paper=paper))
+    expected = sum(map(len, TOK.prompts(PROBLEMS)))
+    for samples in found:
+        for (round, state), paths in branches_of(samples).items():
+            prefixes = set()
+            for path in paths:
+                for length in range(len(state) + 1, len(path.tokens)):
+                    prefixes.add(path.tokens[:length])
+            expected += len(prefixes) + (round > 0)
+    assert sum(passed) == expected
+    tokens = [path.count * (len(path.tokens) - path.inherited) for path in sum(found, [])]
+    assert expected < sum(tokens)
 
 
-@pytest.mark.parametrize("text", ["3+5=8\nGoal Reached!", "3+5=8\n1+", "3+5"])
-def test_the_score_is_the_mean_and_the_last_line(text):
-    tokens = (*ids(text), TOK.eos)
-    logps = tuple(-0.1 * (i + 1) for i in range(len(tokens)))
-    last = len(ids(text.split("\n")[-1])) + 1                             # tokens of the last line, end-of-text included
-    assert search.rate(tokens, logps, TOK, paper=True) == pytest.approx(sum(logps) / len(tokens))
-    assert search.rate(tokens, logps, TOK, paper=False) == pytest.approx(sum(logps) / len(tokens) + sum(logps[-last:]))
+@pytest.fixture
+def engines(monkeypatch) -> list:
+    """The engines of a test's searches; each remembers what it did."""
+    engines = []
+
+    class Watched(search.Engine):
+        def __init__(self, *arguments, **named):
+            super().__init__(*arguments, **named)
+            self.sizes = []  # states that were expanded together, at each step
+            self.given_up = 0
+            engines.append(self)
+
+        def step(self):
+            self.sizes.append(len(self.expansions))
+            return super().step()
+
+        def make_room(self):
+            given_up = super().make_room()
+            self.given_up += len(given_up)
+            return given_up
+
+    monkeypatch.setattr(search, "Engine", Watched)
+    return engines
 
 
-def test_judging():
-    tokens = (*ids("3+5=8\nGoal Reached!"), TOK.eos)
-    false = (*ids("5+3=9\nGoal Reached!"), TOK.eos)
-    problem = {"nums": [3, 5], "target": 8}
-    right, wrong = Sample(tokens, (), 0, 0, GOAL, -1.0), Sample(false, (), 3, 1, GOAL, -0.5)
-    row = search.judge(TOK, problem, [right, wrong], "self_backtrack")
-    assert (row["correct"], row["verified"], row["response"]) == (False, True, "5+3=9\nGoal Reached!")
-    assert "false, it is 8" in row["reason"] and row["tokens"] == 2 * len(tokens) - 3
-    assert row["solution"] == "3+5=8\nGoal Reached!"
-    assert search.judge(TOK, problem, [right], "self_backtrack")["correct"]
-    assert search.judge(TOK, problem, [], "self_backtrack")["reason"] == "no sample reached the goal"
+def with_slots(model: Llama, slots: int, settings: Settings) -> Settings:
+    """The same settings, but a cache of so many slots."""
+    size = KVCache.bytes_per_slot(model.config, model.lm_head.weight.dtype)
+    return replace(settings, cache_gib=(slots + 0.5) * size / 2**30)
+
+
+@pytest.mark.parametrize("slots", [400, 1000])
+def test_in_a_small_cache_problems_get_the_same_samples(precise, settings, whole, engines, slots):
+    small = with_slots(precise, slots, settings)
+    assert list(map(facts, decode(precise, PROBLEMS * 2, range(16), small))) == whole
+    [engine] = engines
+    assert engine.cache.kv.shape[2] == slots
+    assert engine.cache.kv.nbytes <= small.cache_gib * 2**30
+
+
+def test_an_expansion_that_was_given_up_draws_the_same_samples_again(
+    precise, settings, whole, engines, monkeypatch
+):
+    """Let in far too many states: as if a state needed no more slots than one sample does."""
+
+    def free_places(engine) -> int:
+        return max(1, len(engine.cache.free) // engine.slot_table.shape[1])
+
+    monkeypatch.setattr(search.Engine, "free_places", free_places)
+    small = with_slots(precise, 700, settings)
+    assert list(map(facts, decode(precise, PROBLEMS * 2, range(16), small))) == whole
+    [engine] = engines
+    assert engine.given_up > 20
+
+
+@pytest.mark.parametrize("decoder", search.DECODERS)
+@pytest.mark.parametrize("slots", [700, 30_000])
+def test_all_slots_come_back(precise, engines, slots, decoder):
+    settings = with_slots(precise, slots, replace(SHORT, decoder=decoder))
+    decode(precise, PROBLEMS, range(8), settings)
+    [engine] = engines
+    assert sorted(engine.cache.free) == list(range(1, slots))
+
+
+@pytest.mark.parametrize("slots", [0, 1, 8, 20, 60, 120])
+def test_a_cache_too_small_for_one_state_is_complained_of(precise, slots):
+    with pytest.raises(UserError, match="--cache_gib"):
+        decode(precise, PROBLEMS[:1], [0], with_slots(precise, slots, SHORT))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_no_more_states_are_expanded_together_than_asked(precise, engines, batch_size):
+    decode(precise, PROBLEMS, range(8), replace(SHORT, batch_size=batch_size))
+    [engine] = engines
+    assert max(engine.sizes) == batch_size
+
+
+# ---- What is printed -----------------------------------------------------------------------------
 
 
 def test_compare_prints_a_line_for_each_split_and_decoder(monkeypatch, capsys):
-    rows = [{"correct": i < 30, "verified": True, "tokens": 2} for i in range(100)]
-    monkeypatch.setattr(search, "evaluate", lambda *arguments, **search: rows)
-    assert search.compare(None, TOK, {"x": [], "y": []}, ["greedy"]) == {(split, "greedy"): rows for split in "xy"}
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[1] == "greedy, x 30.0 [21.9, 39.6] 100.0 [96.3, 100.0] 2.0".split() and lines[2][1] == "y"
-    assert search.compare(None, TOK, {}, ["greedy"]) == {}
+    """Intervals by Wilson's formula; 30 of 100 is a textbook example."""
+    rows = [{"correct": number < 30, "verified": True, "tokens": 2} for number in range(100)]
+    monkeypatch.setattr(search, "evaluate", lambda *arguments: rows)
+    results = search.compare(None, TOK, {"x": [], "y": []}, ["greedy"], Settings())
+    assert results == {("x", "greedy"): rows, ("y", "greedy"): rows}
+    _, first, second = capsys.readouterr().out.splitlines()
+    assert first.split() == "greedy, x 30.0 [21.9, 39.6] 100.0 [96.3, 100.0] 2.0".split()
+    assert second.split()[:2] == ["greedy,", "y"]
+
+
+def test_compare_gives_each_decoder_its_settings(monkeypatch):
+    asked = []
+
+    def evaluate(model, tokenizer, problems, settings, offset):
+        asked.append((problems, settings, offset))
+        return [{"correct": True, "verified": True, "tokens": 1}]
+
+    monkeypatch.setattr(search, "evaluate", evaluate)
+    search.compare(None, TOK, {"x": SUM}, ["greedy", "beam"], SHORT, offset=7)
+    assert asked == [
+        (SUM, replace(SHORT, decoder="greedy"), 7),
+        (SUM, replace(SHORT, decoder="beam"), 7),
+    ]
+
+
+TREE = [
+    sampled("1+2=3\n3*4=13\n<backtrack>", count=3),
+    sampled("1+2=3\n3+4=7\n2", count=2),
+    finished("1*2=2\n2+4=6\nGoal Reached!", -2.0, count=1),
+    finished("1+2=3\n3*4=12\nGoal Reached!", -0.25, count=4, inherited=6, round=1),
+    sampled("1+2=3\n<backtrack>", count=5),
+]
+TREE[-1].inherited = 6
+TREE[-1].round = 1
+PRODUCT = {"nums": [1, 2, 4], "target": 12}
+
+
+def test_the_tree_counts_who_chose_an_action_and_not_who_inherited_it():
+    tree = search.Tree(TOK, PRODUCT, TREE, Settings())
+    assert tree.chosen == {
+        ("1+2=3",): 3 + 2,
+        ("1+2=3", "3*4=13"): 3,
+        ("1+2=3", "3+4=7"): 2,
+        ("1+2=3", "3+4=7", "2"): 2,
+        ("1*2=2",): 1,
+        ("1*2=2", "2+4=6"): 1,
+        ("1+2=3", "3*4=12"): 4,
+    }
+
+
+def test_the_tree_is_drawn_with_the_most_chosen_first(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    lines = search.draw_tree(TOK, PRODUCT, TREE, Settings()).splitlines()
+    assert lines[0] == "numbers [1, 2, 4]  target 12"
+    assert [line.split() for line in lines[1:]] == [
+        "action samples".split(),
+        "├─ 1+2=3 5 round 1 from here x9; <backtrack> x5".split(),
+        "│ ├─ 3*4=12 4 goal -0.750, right <= chosen x4".split(),
+        "│ ├─ 3*4=13 3 <backtrack> x3".split(),
+        "│ └─ 3+4=7 2".split(),
+        "│ └─ 2 2 stopped x2".split(),
+        "└─ 1*2=2 1".split(),
+        "└─ 2+4=6 1 goal -6.000, [6] left, not 12 alone x1".split(),
+    ]
+
+
+def test_the_tree_says_where_nobody_reached_the_goal():
+    drawn = search.draw_tree(TOK, PRODUCT, TREE[:2], Settings())
+    assert drawn.splitlines()[0] == "numbers [1, 2, 4]  target 12  (no sample reached the goal)"
+
+
+def test_a_wide_tree_is_cut():
+    samples = [sampled(f"{number}+1=2\n", count=20 - number) for number in range(8)]
+    lines = search.draw_tree(TOK, PRODUCT, samples, Settings()).splitlines()
+    assert len(lines) == 2 + 5 + 1
+    assert lines[-1] == "└─ 3 more, x42"
+
+
+def test_the_prompts_second_round_is_told_above_the_tree():
+    samples = [sampled("1+2=4\n<backtrack>"), finished("1+2=3\n", count=4, round=1)]
+    head = search.draw_tree(TOK, PRODUCT, samples, Settings()).splitlines()[0]
+    assert head.endswith("  (no sample reached the goal)  (round 1 from here x4)")
