@@ -187,7 +187,8 @@ def independent(
     points = np.ones((len(paths), widest))  # (R, M)
     for own_points, path in zip(points, paths):
         own_points[: path.count] = np.sort(path.expansion.rng.random(path.count))
-    return take_tokens(logits, points, np.ones(len(paths)), paths, temperature, min_p)
+    no_spacing = np.zeros(len(paths))
+    return take_tokens(logits, points, no_spacing, paths, temperature, min_p)
 
 
 def take_tokens(logits, points, spacing, paths, temperature: float, min_p: float) -> list[Draw]:
@@ -398,7 +399,7 @@ class Engine:
         begins = [len(path.slots) - len(text) for path, text in zip(paths, texts)]
         begins = torch.tensor(begins + [0] * len(filler), device=device)
         texts = texts + filler
-        last_new = torch.tensor([len(text) - 1 for text in texts], device=device)
+        last = torch.tensor([len(text) - 1 for text in texts], device=device)
         input_ids = [text + [0] * (longest - len(text)) for text in texts]
         input_ids = torch.tensor(input_ids, device=device)  # (rows, T)
         positions = begins[:, None] + torch.arange(longest, device=device)
@@ -406,7 +407,7 @@ class Engine:
         width = min(width + -width % 8, slot_table.shape[1])
         slots = F.pad(slot_table[:, :width], (0, 0, 0, len(filler)))  # (rows, S)
         cached = CachedRows(self.cache, slots, positions)
-        return self.model(input_ids, cached=cached, last=last_new)[: len(paths)]
+        return self.model(input_ids, cached=cached, last=last)[: len(paths)]
 
     def free_places(self) -> int:
         """How many more states to expand now: at most batch_size at a time, and only while half of
@@ -428,11 +429,9 @@ class Engine:
             youngest = self.expansions.pop()
             youngest.ended = []
             given_up.append(youngest)
-            going_on = [path.expansion is not youngest for path in self.live]
             self.live = [path for path in self.live if path.expansion is not youngest]
-            going_on = torch.tensor(going_on, device=self.slot_table.device)
-            self.slot_table = self.slot_table[going_on]
-            self.logits = self.logits[going_on]
+            self.slot_table = self.slot_table[: len(self.live)]  # its paths were the last ones
+            self.logits = self.logits[: len(self.live)]
         return given_up
 
 
@@ -642,35 +641,39 @@ class Tree:
         self.chosen = Counter()  # node: how many samples chose its last action
         self.outcomes = defaultdict(Counter)  # node: {(what happens, colour): how many samples}
         self.children = defaultdict(list)
+        self.tokenizer = tokenizer
+        self.last_line = not settings.paper
         self.answer = ()  # the node that is the answer
-        answer = select(samples, tokenizer, not settings.paper)
+        answer = select(samples, tokenizer, self.last_line)
         for sample in samples:
             text = tokenizer.decode(sample.tokens)
             actions = text.removesuffix(BACKTRACK).removesuffix(GOAL).removesuffix("\n")
-            node = tuple(actions.split("\n"))
+            node = tuple(actions.split("\n")) if actions else ()
             if sample is answer:
                 self.answer = node
             inherited = tokenizer.decode(sample.tokens[: sample.inherited]).count("\n")
             for depth in range(inherited + 1, len(node) + 1):
                 self.chosen[node[:depth]] += sample.count
-            outcome = "stopped", "stopped"
-            if sample.tokens[-1] == tokenizer.backtrack:
-                outcome = BACKTRACK, "stopped"
-            elif reached_goal(sample, tokenizer):
-                verdict = verify(problem["nums"], problem["target"], text)
-                score = rate(sample, tokenizer, not settings.paper)
-                outcome_texts = "right" if verdict.correct else verdict.reason.split(": ")[-1]
-                outcome_texts = f"goal {score:.3f}, {outcome_texts}" + " <= chosen" * (
-                    sample is answer
-                )
-                outcome = outcome_texts, "right" if verdict.correct else "wrong"
+            outcome = self.outcome_of(sample, problem["nums"], problem["target"], text)
             self.outcomes[node][outcome] += sample.count
             if sample.round:
-                self.outcomes[node[:inherited]][f"round {sample.round} from here", "branched"] += (
-                    sample.count
-                )
+                branched = f"round {sample.round} from here", "branched"
+                self.outcomes[node[:inherited]][branched] += sample.count
         for node in sorted(self.chosen, key=self.drawing_order):
             self.children[node[:-1]].append(node)
+
+    def outcome_of(self, sample: Path, nums: list[int], target: int, text: str) -> tuple[str, str]:
+        """How a sample ended: (words, a key of COLOURS)."""
+        if sample.tokens[-1] == self.tokenizer.backtrack:
+            return BACKTRACK, "stopped"
+        if not reached_goal(sample, self.tokenizer):
+            return "stopped", "stopped"
+        verdict = verify(nums, target, text)
+        score = rate(sample, self.tokenizer, self.last_line)
+        judgement = "right" if verdict.correct else verdict.reason.split(": ")[-1]
+        is_answer = tuple(text.split("\n")[:-1]) == self.answer
+        words = f"goal {score:.3f}, {judgement}" + (" <= chosen" if is_answer else "")
+        return words, "right" if verdict.correct else "wrong"
 
     def drawing_order(self, node: tuple[str, ...]) -> tuple[bool, int]:
         """The way to the answer first, then what most samples chose."""
@@ -680,37 +683,32 @@ class Tree:
         """A line for every action below a node, at most `width` a node."""
         children = self.children[node]
         for child in children[:width]:
-            last_new = child == children[-1]
-            branch = indent + ("└─ " if last_new else "├─ ") + child[-1][:22]
-            outcomes = "; ".join(self.outcome_texts(child))
+            is_last = child == children[-1]
+            branch = indent + ("└─ " if is_last else "├─ ") + child[-1][:22]
+            outcomes = "; ".join(self.words_at(child))
             yield f"{branch:30}{self.chosen[child]:<5}{outcomes}"
-            yield from self.lines(child, indent + ("   " if last_new else "│  "), width)
+            yield from self.lines(child, indent + ("   " if is_last else "│  "), width)
         if children[width:]:
             not_shown = sum(self.chosen[child] for child in children[width:])
             yield f"{indent}└─ {len(children) - width} more, x{not_shown}"
 
-    def outcome_texts(self, node: tuple[str, ...]) -> Iterator[str]:
+    def words_at(self, node: tuple[str, ...]) -> Iterator[str]:
         """What happens at a node, in colour where a terminal shows it."""
         plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ
         for (outcome, colour), count in self.outcomes[node].items():
-            yield (
-                f"{outcome} x{count}"
-                if plain
-                else f"\033[{COLOURS[colour]}m{outcome}\033[0m x{count}"
-            )
+            coloured = f"\033[{COLOURS[colour]}m{outcome}\033[0m"
+            yield f"{outcome if plain else coloured} x{count}"
 
 
 def draw_tree(tokenizer: Tokenizer, problem: dict, samples: list[Path], settings: Settings) -> str:
     """The search as text, in 100 columns."""
     tree = Tree(tokenizer, problem, samples, settings)
-    no_candidate = (
-        "  (no sample reached the goal)" if select(samples, tokenizer, True) is None else ""
-    )
-    prompt_notes = "".join(
-        f"  ({outcome_texts})" for outcome_texts in tree.outcome_texts(())
-    )  # the prompt, sampled again
-    embedding = f"numbers {problem['nums']}  target {problem['target']}{no_candidate}{prompt_notes}"
-    return "\n".join([embedding, f"{'action':30}samples", *tree.lines()])
+    header = f"numbers {problem['nums']}  target {problem['target']}"
+    if select(samples, tokenizer, not settings.paper) is None:
+        header += "  (no sample reached the goal)"
+    for words in tree.words_at(()):  # of the prompt, sampled again
+        header += f"  ({words})"
+    return "\n".join([header, f"{'action':30}samples", *tree.lines()])
 
 
 # ---- The command ---------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def expand(model, tokenizer, prompt: list[int], state, rank: int, key: int, sett
             for group in same_so_far(going_on):
                 for sample, point in zip(group, np.sort(rng.random(len(group)))):
                     sample.point = float(point)
-                    sample.spacing = 1.0
+                    sample.spacing = 0.0
         for sample in going_on:
             draw_token(sample, logits_after(model, prompt + list(sample.tokens)), settings)
         for group in same_so_far(going_on):

@@ -23,7 +23,7 @@ from search import Settings, evaluate
 from train import Batches, fit
 
 TOKENIZER = Tokenizer.digits()
-RECORD = new_record(0, [3])
+RECORD = new_record(9, [3])  # in its first step the parts have different numbers of labels
 ROOT = Path(__file__).parent.parent
 
 
@@ -77,31 +77,42 @@ def test_a_steps_rows_do_not_depend_on_ranks_or_accumulation(rows):
         assert rows_in(rank_0[step] + rank_1[step]) == expected
 
 
-def rows_of_items(batches: Batches, items: int) -> list[tuple[int, ...]]:
-    rows = []
-    for item in range(items):
-        for step in batches[item]:
+def items_of(batches: Batches, count: int) -> list[list[tuple[int, ...]]]:
+    """The rows of each of the first items, sorted."""
+    items = []
+    for number in range(count):
+        rows = []
+        for step in batches[number]:
             rows += rows_in(step)
-    return rows
+        items.append(sorted(rows))
+    return items
+
+
+def together(items: list[list[tuple[int, ...]]]) -> list[tuple[int, ...]]:
+    """The rows of all items, sorted."""
+    rows = []
+    for item in items:
+        rows += item
+    return sorted(rows)
 
 
 def test_a_list_is_gone_through_once_an_epoch():
     """256 rows, 64 an item: every four items are an epoch."""
     rows = list(generate(RECORD, "train", 256))
-    seen = rows_of_items(Batches(rows, TOKENIZER, 4), 8)
-    one = TOKENIZER.rows(rows)
-    assert sorted(seen[:256]) == sorted(tuple(input_ids[:-1]) for input_ids, _ in one)
-    assert sorted(seen[256:]) == sorted(seen[:256])
-    assert seen[256:] != seen[:256]
+    items = items_of(Batches(rows, TOKENIZER, 4), 8)
+    once = sorted(tuple(input_ids[:-1]) for input_ids, _ in TOKENIZER.rows(rows))
+    assert together(items[:4]) == once
+    assert together(items[4:]) == once
+    assert items[4] != items[0]
 
 
 def test_the_seed_decides_on_the_order_of_a_list():
     rows = list(generate(RECORD, "train", 256))
-    seen = rows_of_items(Batches(rows, TOKENIZER, 4), 4)
-    assert rows_of_items(Batches(rows, TOKENIZER, 4), 4) == seen
-    other = rows_of_items(Batches(rows, TOKENIZER, 4, seed=1), 4)
-    assert other != seen
-    assert sorted(other) == sorted(seen)
+    items = items_of(Batches(rows, TOKENIZER, 4), 4)
+    assert items_of(Batches(rows, TOKENIZER, 4), 4) == items
+    other_items = items_of(Batches(rows, TOKENIZER, 4, seed=1), 4)
+    assert other_items[0] != items[0]
+    assert together(other_items) == together(items)
 
 
 def padding(item: list[list[torch.Tensor]]) -> float:
@@ -197,6 +208,8 @@ def test_steps_with_adamw_equal_pytorchs_own(tmp_path, monkeypatch, gradients, c
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
     names = [name for name, _ in model.named_parameters()]
     whole_batches = Batches(RECORD, TOKENIZER, 8)[0]
+    labels_of_parts = {int((labels != -100).sum()) for _, labels in batches[0][0]}
+    assert len(labels_of_parts) > 1  # a mean over parts would be another one
     for step, lr in enumerate((1e-3, 0.75e-3, 0.25e-3)):  # half a cosine
         input_ids, labels = whole_batches[step][0]
         optimizer.zero_grad()
@@ -229,6 +242,25 @@ def test_a_compiled_step_equals_one_that_is_not(gradients):
         fit(tiny(), batches, 1, 1e-3, warmup=1, compiled=compiled)
     for plain, compiled in zip(*gradients):
         assert (plain - compiled).norm() < 1e-5 * plain.norm()
+
+
+def changes(model: Llama) -> torch.Tensor:
+    """By how much each weight differs from what it was at first."""
+    pairs = zip(model.parameters(), tiny().parameters())
+    return torch.cat([(new - old).detach().flatten() for new, old in pairs])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("muon", [True, False])
+def test_half_precision_trains_almost_as_full_precision_does(dtype, muon):
+    """Ten steps, against the same in fp32: the weights move in nearly the same direction."""
+    moved = {}
+    for precision in (torch.float32, dtype):
+        model = tiny()
+        fit(model, Batches(RECORD, TOKENIZER, 8), 10, 1e-2, warmup=1, muon=muon, dtype=precision)
+        moved[precision] = changes(model)
+    similarity = torch.nn.functional.cosine_similarity(moved[dtype], moved[torch.float32], dim=0)
+    assert similarity > 0.9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -293,7 +325,9 @@ def test_orthogonal_is_near_to_the_nearest_orthogonal_matrix(shape):
 
 def kinds_of_parameters(model: Llama) -> tuple[list, list, list]:
     """The layers' matrices; embedding and head; the norms' gains."""
-    matrices, tables, gains = [], [], []
+    matrices = []
+    tables = []
+    gains = []
     for parameter in model.parameters():
         if parameter.ndim == 1:
             gains.append(parameter)
@@ -402,7 +436,31 @@ def test_saving_without_a_state_takes_the_old_state_away(tmp_path):
     assert (tmp_path / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", pickle.dumps({"step": 1})])
+@pytest.fixture
+def largest_file():
+    """largest_file(size): no file may grow larger, as on a disk that is all but full."""
+    resource = pytest.importorskip("resource")  # Windows has none
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("share", [0.55, 0.75, 0.99])
+def test_a_disk_that_is_full_is_named_and_leaves_the_old_files(tmp_path, largest_file, share):
+    """The weights in bf16 have half the size of resume.pt; they may still be written."""
+    torch.manual_seed(0)
+    model = tiny()
+    model.model.embed_tokens = torch.nn.Embedding(24, 4000)  # one large tensor
+    state = {"step": 1, "optimizer": {}}
+    train.save(tmp_path, model, TOKENIZER, RECORD, state)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    largest_file(int(share * len(before["resume.pt"])))
+    with pytest.raises(UserError, match="cannot write"):
+        train.save(tmp_path, model, TOKENIZER, {"other": "record"}, state)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", pickle.dumps({"step": 1}, protocol=2)])
 def test_a_damaged_state_is_named(tmp_path, content):
     (tmp_path / "resume.pt").write_bytes(content)
     with pytest.raises(UserError, match="cannot resume from"):
@@ -479,7 +537,8 @@ def whole_run(out: Path, dtype: torch.dtype, muon: bool) -> dict:
     """Gradients of the first step, all losses, the weights at the end; saved on the way, too."""
     _, rank, world = start()
     model = tiny(dtype)
-    gradients, losses = [], []
+    gradients = []
+    losses = []
     clip = torch.nn.utils.clip_grad_norm_
 
     def recording(parameters, norm):  # Adam would hide a gradient of the wrong scale
