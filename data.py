@@ -11,7 +11,7 @@ response solves the problem; in D_back it begins to, takes a wrong action and sa
     50+10=60
     Goal Reached!
 
-A response of each kind to this prompt, its lines side by side; [those] carry no loss:
+A response of each kind to this prompt, its lines side by side; lines in brackets carry no loss:
 
     D_op    solution         4-2=2        25*2=50      50+10=60     Goal Reached!
             detour           [25*4=100]   100/2=50     50+10=60     Goal Reached!
@@ -21,7 +21,8 @@ A response of each kind to this prompt, its lines side by side; [those] carry no
             false_goal       [25*10=250]  [4+2=6]      [250/6=60]   <backtrack>
 
 So the model learns to notice mistakes and never to make them. A detour is right, but it is not the
-canonical way: unless the model sees some, it takes every unusual action for a mistake.
+canonical way: unless the model sees some, it takes every unusual action for a mistake. (With
+--mask choice, which is ours, of a line like [25*4=100] only `25*4=` carries no loss.)
 
     python data.py --num 500000 --out data/
 """
@@ -74,6 +75,11 @@ def calculate(a, operator: str, b):
     raise ValueError(f"no such operator: {operator}")
 
 
+ACTION = re.compile(
+    r"([0-9]{1,20})([%s])([0-9]{1,20})=([0-9]{1,20})" % re.escape("".join(OPERATORS))
+)
+
+
 class Verdict(NamedTuple):
     correct: bool
     reason: str = ""  # why not
@@ -110,38 +116,41 @@ def verify(nums: list[int], target: int, response: str) -> Verdict:
     return Verdict(True)
 
 
-ACTION = re.compile(
-    r"([0-9]{1,20})([%s])([0-9]{1,20})=([0-9]{1,20})" % re.escape("".join(OPERATORS))
-)
-
 # ---- The exact solver: all programs of a batch of problems, as arrays ----------------------------
-# Four numbers leave 24 choices for the first step (6 pairs, 4 operators); then three numbers leave
-# 12, and two numbers 4: 24 * 12 * 4 = 1,152 programs. Arrays of the first step have the shape
-# (problems, 24), of the second (problems, 24, 12), of the third (problems, 24, 12, 4): element [p,
-# 5, 7, 2] is what choice 2 does after choices 5 and 7. "..." stands for (problems, C_1, C_2, ...).
+# A program is a choice at each step: of a pair of the numbers that are left, and of an operator.
+# Four numbers have 6 pairs, so that step 1 has 6 * 4 = 24 choices; then three numbers have 3 pairs,
+# step 2 has 12 choices; and step 3 has 4: 24 * 12 * 4 = 1,152 programs a problem, all of them
+# computed.
+#
+#     step 1: arrays (problems, 24)           [p, 5]: what choice 5 does in problem p
+#     step 2: arrays (problems, 24, 12)       [p, 5, 7]: what choice 7 does after choice 5
+#     step 3: arrays (problems, 24, 12, 4)    [p, 5, 7, 2]: what choice 2 does after both
+#
+# All axes but the last are called a history: (problems, 24) at step 2. Shapes write it as H.
 
 
 @dataclass
 class Step:
-    """Every choice of one step, after every history of choices."""
+    """Every choice of one step, after every history H."""
 
-    numbers: np.ndarray  # (..., m): the numbers that are there
-    a: np.ndarray  # (..., pairs): the larger operand of each pair
-    b: np.ndarray  # (..., pairs): the smaller operand
-    result: np.ndarray  # (..., C): all pairs added, then all subtracted, ...: C = operators * pairs
-    legal: np.ndarray  # (..., C) bool: this step and all before it obey the rules
+    numbers: np.ndarray  # (H, m): the numbers that are left
+    a: np.ndarray  # (H, pairs): the larger number of each pair
+    b: np.ndarray  # (H, pairs): the smaller one
+    result: np.ndarray  # (H, C): first all pairs added, then all subtracted, ...: C = 4 * pairs
+    legal: np.ndarray  # (H, C) bool: this step and all before it obey the rules
 
     def after(self, history: tuple[np.ndarray, ...]) -> "Step":
-        """The choices (rows, C) that are left after a history: indices (rows,) of each axis."""
+        """The choices of many rows, each after one history; numbers (rows, m) and so on.
+        history: an index (rows,) for each of its axes: the problem, the choice at step 1, ..."""
         fields = (self.numbers, self.a, self.b, self.result, self.legal)
         taken = [field[history] for field in fields]
         return Step(*taken)
 
 
 def take_step(numbers: np.ndarray, legal: np.ndarray) -> Step:
-    """Every choice that numbers (..., m) leave, after histories that are legal (...) or not."""
+    """Every choice that numbers (H, m) leave, after histories that are legal (H) bool or not."""
     first, second = np.triu_indices(numbers.shape[-1], 1)
-    a = np.maximum(numbers[..., first], numbers[..., second])  # (..., pairs)
+    a = np.maximum(numbers[..., first], numbers[..., second])  # (H, pairs)
     b = np.minimum(numbers[..., first], numbers[..., second])
     shape = (*legal.shape, len(OPERATORS), len(first))
     result = np.empty(shape, numbers.dtype)
@@ -149,24 +158,25 @@ def take_step(numbers: np.ndarray, legal: np.ndarray) -> Step:
     for index, operator in enumerate(OPERATORS):
         result[..., index, :], allowed[..., index, :] = calculate(a, operator, b)
     allowed &= legal[..., None, None]
-    choices_shape = (*legal.shape, len(OPERATORS) * len(first))  # (..., C)
+    choices_shape = (*legal.shape, len(OPERATORS) * len(first))  # (H, C)
     return Step(numbers, a, b, result.reshape(choices_shape), allowed.reshape(choices_shape))
 
 
 def remaining(step: Step) -> np.ndarray:
-    """(..., C, m - 1): the numbers that are there after each choice; its result comes last."""
+    """(H, C, m - 1): the numbers that are left after each choice; its result comes last."""
     count_left = step.numbers.shape[-1]
     first, second = np.triu_indices(count_left, 1)
-    others = []
+    not_in_pair = []
     for pair in zip(first, second):
-        others.append([index for index in range(count_left) if index not in pair])
-    others = np.tile(np.array(others, int), (len(OPERATORS), 1))  # (C, m - 2)
-    return np.concatenate([step.numbers[..., others], step.result[..., None]], -1)
+        not_in_pair.append([index for index in range(count_left) if index not in pair])
+    not_in_pair = np.array(not_in_pair, int)  # (pairs, m - 2)
+    others = step.numbers[..., np.tile(not_in_pair, (len(OPERATORS), 1))]  # (H, C, m - 2)
+    return np.concatenate([others, step.result[..., None]], -1)
 
 
 def programs(nums: np.ndarray, stop_at: int = 1) -> tuple[list[Step], np.ndarray]:
     """All ways to combine nums (problems, k) until `stop_at` numbers are left: the steps, and the
-    numbers left (..., stop_at). Down to one number these are k - 1 steps."""
+    numbers that are left then. Down to one number these are k - 1 steps."""
     small = int(nums.max(initial=1)) ** nums.shape[1] < 2**31  # no product overflows
     left = nums.astype(np.int32 if small else np.int64)
     left = -np.sort(-left, axis=1)
@@ -175,41 +185,50 @@ def programs(nums: np.ndarray, stop_at: int = 1) -> tuple[list[Step], np.ndarray
     while left.shape[-1] > stop_at:
         step = take_step(left, legal)
         steps.append(step)
-        left, legal = remaining(step), step.legal
+        left = remaining(step)
+        legal = step.legal
     return steps, left
 
 
+def for_histories(target: np.ndarray, dimensions: int) -> np.ndarray:
+    """target (problems,) as (problems, 1, 1, ...): it compares with arrays of all histories."""
+    return target.reshape(-1, *[1] * (dimensions - 1))
+
+
 def solvable(nums: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """(problems,) bool: can any program reach target (problems,)? `plan_efforts` says the same,
-    but here the last step, most of the work, is only compared."""
+    """(problems,) bool: can any program reach target (problems,)? Faster than `plan_efforts`: it
+    stops at two numbers and compares what they give with the target, but stores none of it."""
     steps, left = programs(nums, stop_at=2)
     a = np.maximum(left[..., 0], left[..., 1])  # (problems, C_1, ..., C_k-2)
     b = np.minimum(left[..., 0], left[..., 1])
-    target_column = target.astype(a.dtype).reshape(-1, *[1] * (a.ndim - 1))
+    wanted = for_histories(target.astype(a.dtype), a.ndim)
     reached = np.zeros(a.shape, bool)
     for operator in OPERATORS:
         result, legal = calculate(a, operator, b)
-        reached |= (result == target_column) & legal
+        reached |= (result == wanted) & legal
     if steps:
         reached &= steps[-1].legal
     return reached.reshape(len(nums), -1).any(-1)
 
 
 def plan_efforts(steps: list[Step], target: np.ndarray) -> list[np.ndarray]:
-    """For each step (..., C) float: the effort of the simplest solution that makes this choice, inf
-    where none does. So a choice is right where its effort is finite. Simple is + and - before * and
-    /, then small results: one canonical answer is far easier to learn than any one of many."""
+    """For each step (H, C) float32: the effort of the simplest solution that makes this choice, inf
+    where no solution does. So a choice is right where its effort is finite.
+
+    By dynamic programming from the last step back. Simple is + and - before * and /, then small
+    results: one canonical answer is far easier to learn than any one of many."""
     efforts = []
     for step in reversed(steps):
         pairs = step.a.shape[-1]
-        effort = np.repeat(np.array(list(EFFORT.values()), np.float32), pairs)  # (C,)
+        own_effort = np.repeat(np.array(list(EFFORT.values()), np.float32), pairs)  # (C,)
         if efforts:
             possible = step.legal
-            effort = effort + np.log2(step.result + 2, dtype=np.float32) + efforts[0].min(-1)
-        else:  # the last result is the target, whatever the choice
-            target_column = target.reshape(-1, *[1] * (step.legal.ndim - 1))
-            possible = step.legal & (step.result == target_column)
-        efforts.insert(0, np.where(possible, effort, np.float32(np.inf)))
+            onwards = efforts[0].min(-1)  # (H, C): of the simplest way on
+            total = own_effort + np.log2(step.result + 2, dtype=np.float32) + onwards
+        else:
+            possible = step.legal & (step.result == for_histories(target, step.result.ndim))
+            total = own_effort  # the last result is the target, whatever the choice
+        efforts.insert(0, np.where(possible, total, np.float32(np.inf)))
     return efforts
 
 
@@ -262,8 +281,8 @@ class Action(NamedTuple):
 def choose(step: Step, choice: np.ndarray) -> Action:
     """The action of each row's choice (rows,) among a step's (rows, C)."""
     row = np.arange(len(choice))
-    number, pair = np.divmod(choice, step.a.shape[1])
-    operator = np.array(OPERATORS)[number]
+    operator_index, pair = np.divmod(choice, step.a.shape[1])
+    operator = np.array(OPERATORS)[operator_index]
     return Action(step.a[row, pair], operator, step.b[row, pair], step.result[row, choice])
 
 
@@ -282,43 +301,49 @@ def pick_random(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
 class Situation:
     """Where many rows stand, after the beginning of a solution, when they are to go wrong."""
 
+    depth: int  # how many actions they have taken
     step: Step  # (rows, C): the choices of the next step
     right: np.ndarray  # (rows, C) bool: from which the target can still be reached
-    used_up: np.ndarray  # (rows, u): the numbers that have been used up
+    used_up: np.ndarray  # (rows, u): the numbers that are used up
     target: np.ndarray  # (rows,)
-    steps: list[Step]  # all choices from the problem's first step on
+    all_steps: list[Step]  # all choices from the problem's first step on
 
 
 class Mistake(NamedTuple):
-    actions: list[Action]  # the wrong ones: one; or a whole path, from the first step on
+    actions: list[Action]  # the wrong ones, mostly one
+    depth: int  # how many actions of the solution stand before them
     found: np.ndarray  # (rows,) bool: is there such a mistake? Else the row stays in D_op
 
 
 def exploratory(rng: np.random.Generator, here: Situation) -> Mistake:
     """A legal step from which the target cannot be reached any more."""
     wrong = here.step.legal & ~here.right
-    return Mistake([choose(here.step, pick_random(rng, wrong))], wrong.any(-1))
+    return Mistake([choose(here.step, pick_random(rng, wrong))], here.depth, wrong.any(-1))
 
 
 def computational(rng: np.random.Generator, here: Situation) -> Mistake:
-    """A legal step whose result is off by 1 to 9 or 10 to 90; or, half the time, a division that is
-    not exact (the commonest lie of small models), its quotient rounded down or off likewise. A last
-    step mostly claims the target."""
+    """A legal step with a false result; or, half the time, a division that is not exact, the
+    commonest lie of small models. A last step mostly claims the target."""
     rows = len(here.target)
-    inexact = ~here.step.legal & np.tile(here.step.b > 0, len(OPERATORS))
+    pairs = here.step.a.shape[1]
+    is_division = np.repeat([operator == "/" for operator in OPERATORS], pairs)  # (C,)
+    inexact = is_division & ~here.step.legal & np.tile(here.step.b > 0, len(OPERATORS))
     divide = inexact.any(-1) & (rng.random(rows) < 0.5)
     choice = pick_random(rng, np.where(divide[:, None], inexact, here.step.legal))
     action = choose(here.step, choice)
 
+    # The result is off by 1 ... 9, or by 10, 20 ... 90, upwards or downwards.
     slip = rng.integers(1, 10, rows) * rng.choice([1, 1, 10], rows)
     downwards = (rng.random(rows) < 0.5) & (slip <= action.result)
     claimed = np.where(downwards, action.result - slip, action.result + slip)
+    # Half of the inexact quotients are only rounded down.
     rounded = divide & (rng.random(rows) < 0.5)
     claimed = np.where(rounded, action.result, claimed)
+    # Three quarters of the last steps claim the target.
     if here.step.numbers.shape[-1] == 2:
         claims_target = (rng.random(rows) < 0.75) & (action.result != here.target)
         claimed = np.where(claims_target, here.target, claimed)
-    return Mistake([action._replace(result=claimed)], np.ones(rows, bool))
+    return Mistake([action._replace(result=claimed)], here.depth, np.ones(rows, bool))
 
 
 def rule_violation(rng: np.random.Generator, here: Situation) -> Mistake:
@@ -332,37 +357,40 @@ def rule_violation(rng: np.random.Generator, here: Situation) -> Mistake:
     present_number = numbers[np.arange(rows), rng.integers(0, numbers.shape[1], rows)]
     step = take_step(np.column_stack([missing_number, present_number]), np.ones(rows, bool))
     found = (numbers != missing_number[:, None]).all(-1)
-    return Mistake([choose(step, pick_random(rng, step.legal))], found)
+    return Mistake([choose(step, pick_random(rng, step.legal))], here.depth, found)
 
 
 def false_goal(rng: np.random.Generator, here: Situation) -> Mistake:
-    """Beyond the paper: a whole path that has lost its way, legal steps that end near the target
-    and a division that is not exact but claims it, as small models answer in the end."""
+    """Beyond the paper: a whole path that has lost its way, as small models answer in the end. Its
+    steps are legal up to the last, a division that is not exact but claims the target, which is
+    within a factor of two. Such a path begins at the prompt, wherever the row stands."""
     rows = np.arange(len(here.target))
-    last = here.steps[-1]
-    division = OPERATORS.index("/")
-    a = last.a[..., 0]  # (rows, C_1, ..., C_k-2): every history's last pair
+    last = here.all_steps[-1]
+    a = last.a[..., 0]  # (rows, C_1, ..., C_k-2): the two numbers left after every history
     b = last.b[..., 0]
-    target_column = here.target.reshape(-1, *[1] * (a.ndim - 1))
-    near_target = (
-        (a % np.maximum(b, 1) != 0) & (a < 2 * b * target_column) & (b * target_column < 2 * a)
-    )
-    if len(here.steps) > 1:
-        near_target &= here.steps[-2].legal
-    shape = near_target.shape[1:]
-    near_target = near_target.reshape(len(rows), np.prod(shape, dtype=int))
-    history = np.unravel_index(pick_random(rng, near_target), shape) if shape else ()
+    target = for_histories(here.target, a.ndim)
+    is_inexact = a % np.maximum(b, 1) != 0
+    is_near = (a < 2 * b * target) & (b * target < 2 * a)
+    fitting = is_inexact & is_near
+    if len(here.all_steps) > 1:
+        fitting &= here.all_steps[-2].legal
+    histories = fitting.shape[1:]
+    fitting = fitting.reshape(len(rows), np.prod(histories, dtype=int))
+    picked = pick_random(rng, fitting)
+    choices = list(np.unravel_index(picked, histories)) if histories else []
+    choices.append(np.full(len(rows), OPERATORS.index("/")))  # one pair is left: choice = operator
     actions = []
-    for depth, choice in enumerate([*history, np.full(len(rows), division)]):
-        actions.append(choose(here.steps[depth].after((rows, *history[:depth])), choice))
+    for depth, choice in enumerate(choices):
+        step = here.all_steps[depth].after((rows, *choices[:depth]))
+        actions.append(choose(step, choice))
     actions[-1] = actions[-1]._replace(result=here.target)
-    return Mistake(actions, near_target.any(-1))
+    return Mistake(actions, 0, fitting.any(-1))
 
 
 MISTAKES = {exploratory: 0.45, computational: 0.25, rule_violation: 0.1, false_goal: 0.2}  # shares
 KINDS = [mistake.__name__ for mistake in MISTAKES]
 BACK = 0.5  # the share of D_back in all rows
-DETOUR = 0.5  # the share of rows that leave the canonical way once, for another right action
+DETOUR = 0.5  # the share of rows that leave the canonical way, where there is another
 
 
 # ---- Rows ----------------------------------------------------------------------------------------
@@ -370,7 +398,7 @@ DETOUR = 0.5  # the share of rows that leave the canonical way once, for another
 
 @dataclass
 class Solutions:
-    """A way to the target of each of many problems, step by step."""
+    """A solution of each of many problems, step by step."""
 
     choices: list[np.ndarray]  # (problems,) by step
     detours: list[np.ndarray]  # (problems,) bool by step: is it not the simplest choice?
@@ -388,38 +416,40 @@ def make_rows(
     solutions = draw_solutions(rng, steps, efforts)
     rows = []
     for problem in range(len(nums)):  # D_op: every problem with its solution
-        actions = [texts[problem] for texts in solutions.actions]
-        no_loss = [depth for depth, detour in enumerate(solutions.detours) if detour[problem]]
         row = {"nums": nums[problem].tolist(), "target": int(target[problem])}
-        row["search_path"] = "".join(actions) + GOAL
+        no_loss = [depth for depth, detour in enumerate(solutions.detours) if detour[problem]]
+        row["search_path"] = "".join(texts[problem] for texts in solutions.actions) + GOAL
         row["kind"] = "detour" if no_loss else "solution"
         row["no_loss"] = no_loss
         rows.append(row)
-
-    # D_back: some of them begin like that, go wrong, and step back
-    for mistake, depth, chosen in draw_mistakes(rng, len(nums), len(steps), kinds):
+    for kind, depth, chosen in draw_mistakes(rng, len(nums), len(steps), kinds):
         before = [choices[chosen] for choices in solutions.choices[:depth]]
         history = (chosen, *before)
         here = Situation(
+            depth=depth,
             step=steps[depth].after(history),
             right=np.isfinite(efforts[depth][history]),
             used_up=solutions.used_up[depth][chosen],
             target=target[chosen],
-            steps=[step.after((chosen,)) for step in steps],
+            all_steps=[step.after((chosen,)) for step in steps],
         )
-        wrong = mistake(rng, here)
-        wrong_texts = [write_actions(action) for action in wrong.actions]
-        begin = depth if len(wrong_texts) == 1 else 0
-        for place in np.flatnonzero(wrong.found):
+        mistake = kind(rng, here)
+        wrong = [write_actions(action) for action in mistake.actions]
+        for place in np.flatnonzero(mistake.found):  # D_back: these begin like that and go wrong
             problem = chosen[place]
-            actions = [texts[problem] for texts in solutions.actions[:begin]]
-            actions += [texts[place] for texts in wrong_texts]
-            row = rows[problem]
-            row["search_path"] = "".join(actions) + BACKTRACK
-            row["kind"] = mistake.__name__
-            row["no_loss"] = [earlier for earlier in row["no_loss"] if earlier < begin]
-            row["no_loss"] += range(begin, len(actions))
+            right_actions = [texts[problem] for texts in solutions.actions[: mistake.depth]]
+            wrong_actions = [texts[place] for texts in wrong]
+            go_wrong(rows[problem], right_actions, wrong_actions, kind.__name__)
     return rows
+
+
+def go_wrong(row: dict, right_actions: list[str], wrong_actions: list[str], kind: str) -> None:
+    """Make a row of D_op, which begins with right_actions, one of D_back."""
+    depth = len(right_actions)
+    row["search_path"] = "".join(right_actions + wrong_actions) + BACKTRACK
+    row["kind"] = kind
+    row["no_loss"] = [earlier for earlier in row["no_loss"] if earlier < depth]
+    row["no_loss"] += range(depth, depth + len(wrong_actions))
 
 
 def draw_solutions(
@@ -427,41 +457,43 @@ def draw_solutions(
 ) -> Solutions:
     """The simplest solution of each problem; some leave it once, for any other right choice."""
     problems = np.arange(len(efforts[0]))
-    leave = draw_depths(rng, len(steps), len(problems))
-    leave[rng.random(len(problems)) >= DETOUR] = len(steps)  # never
+    leave_at = draw_depths(rng, len(steps), len(problems))
+    leave_at[rng.random(len(problems)) >= DETOUR] = len(steps)  # never
     solutions = Solutions([], [], [], [np.empty((len(problems), 0), int)])
     for depth, step in enumerate(steps):
         history = (problems, *solutions.choices)
         effort = efforts[depth][history]  # (problems, C)
         simplest = effort.argmin(-1)
-        choice = np.where(leave == depth, pick_random(rng, np.isfinite(effort)), simplest)
+        others = np.isfinite(effort) & (effort > effort.min(-1, keepdims=True))
+        detour = (leave_at == depth) & others.any(-1)
+        choice = np.where(detour, pick_random(rng, others), simplest)
         action = choose(step.after(history), choice)
         solutions.choices.append(choice)
-        solutions.detours.append(choice != simplest)
+        solutions.detours.append(detour)
         solutions.actions.append(write_actions(action))
         solutions.used_up.append(np.column_stack([solutions.used_up[-1], action.a, action.b]))
     return solutions
 
 
-def draw_mistakes(rng: np.random.Generator, problems: int, steps: int, kinds: Sequence[str]):
-    """Which problems go wrong how and at which step: (mistake, depth, problems (rows,) int64), for
-    every mistake and depth."""
+def draw_mistakes(rng: np.random.Generator, count: int, depths: int, kinds: Sequence[str]):
+    """Which of `count` problems go wrong, how, and after how many actions (fewer than `depths`):
+    yields (function of MISTAKES, depth, problems (rows,) int64) for every mistake and depth."""
     allowed = [mistake for mistake in MISTAKES if mistake.__name__ in kinds]
     if not allowed:
         return
     shares = np.array([MISTAKES[mistake] for mistake in allowed])
-    drawn = rng.choice(len(allowed), problems, p=shares / shares.sum())
-    drawn[rng.random(problems) >= BACK] = -1  # none: these stay in D_op
-    depths = draw_depths(rng, steps, problems)
-    for depth in range(steps):
+    drawn = rng.choice(len(allowed), count, p=shares / shares.sum())
+    drawn[rng.random(count) >= BACK] = -1  # none: these stay in D_op
+    depth_of = draw_depths(rng, depths, count)
+    for depth in range(depths):
         for index, mistake in enumerate(allowed):
-            yield mistake, depth, np.flatnonzero((drawn == index) & (depths == depth))
+            yield mistake, depth, np.flatnonzero((drawn == index) & (depth_of == depth))
 
 
-def draw_depths(rng: np.random.Generator, steps: int, problems: int) -> np.ndarray:
-    """(problems,): a step for each, early ones more often: the first is the hardest to judge."""
-    weights = np.arange(steps, 0, -1)
-    return rng.choice(steps, problems, p=weights / weights.sum())
+def draw_depths(rng: np.random.Generator, depths: int, count: int) -> np.ndarray:
+    """(count,): random depths, early ones more often: the first step is the hardest to judge."""
+    weights = np.arange(depths, 0, -1)
+    return rng.choice(depths, count, p=weights / weights.sum())
 
 
 # ---- Streams of rows -----------------------------------------------------------------------------
@@ -478,22 +510,26 @@ def new_record(seed: int, sizes: list[int], mistakes: Sequence[str] = KINDS) -> 
     }
 
 
+BLOCK = 256  # rows are drawn so many at a time
+
+
 def make_block(record: dict, split: str, index: int) -> list[dict]:
-    """Block i, 256 rows of sizes[i % len(sizes)] numbers, of a split's endless stream. The seed
-    moves training rows only."""
+    """A block of a split's endless stream, of sizes[index % len(sizes)] numbers. The seed moves
+    training rows only."""
     seed = record["seed"] if split == "train" else 0
     rng = np.random.default_rng([SPLITS.index(split), seed, index])
     size = record["sizes"][index % len(record["sizes"])]
-    nums, target = draw_problems(rng, split, size, 256, record["held_out"])
+    nums, target = draw_problems(rng, split, size, BLOCK, record["held_out"])
     return make_rows(rng, nums, target, record.get("mistakes", KINDS))
 
 
 def generate(record: dict, split: str, num: int, offset: int = 0, over=map) -> Iterator[dict]:
     """Rows offset .. offset + num of a split's stream; `over` maps a function over blocks (a pool's
     imap: in parallel)."""
-    block_numbers = range(offset // 256, -(-(offset + num) // 256))
-    rows = itertools.chain.from_iterable(over(partial(make_block, record, split), block_numbers))
-    return itertools.islice(rows, offset % 256, offset % 256 + num)
+    indices = range(offset // BLOCK, -(-(offset + num) // BLOCK))
+    blocks = over(partial(make_block, record, split), indices)
+    rows = itertools.chain.from_iterable(blocks)
+    return itertools.islice(rows, offset % BLOCK, offset % BLOCK + num)
 
 
 # ---- Tokens and the loss mask --------------------------------------------------------------------
@@ -501,32 +537,37 @@ def generate(record: dict, split: str, num: int, offset: int = 0, over=map) -> I
 MASKS = ("none", "action", "choice")
 
 
-def silent_spans(row: dict, mask: str) -> list[tuple[int, int]]:
-    """Where prompt + response carries no loss: [begin, end) in characters.
+def no_loss_spans(row: dict, mask: str) -> list[tuple[int, int]]:
+    """Where a row's text, prompt + response, carries no loss: [begin, end) in characters. The
+    prompt never does. Of an action that the row's `no_loss` names, say `25*4=100`, this much:
 
-    The prompt never does. Of the actions that `no_loss` names (without it: the one before
-    `<backtrack>`) mask="action", the paper's, hides the whole line. "choice" hides only what was
-    chosen, `39+6=`, where the result is right: else every last step with a loss makes the target,
-    and the model comes to claim it after any. "none" hides nothing."""
+        mask="action"   25*4=100   all of it, with its newline: the paper's mask
+        mask="choice"   25*4=      what was chosen; the result is learned, if it is true
+        mask="none"                nothing
+
+    By the paper's mask every last step with a loss makes the target, so that small models come to
+    write the target after any last step. A row without `no_loss` is a stranger's: then it is the
+    action before `<backtrack>`."""
     begin = len(prompt_text(row["nums"], row["target"]))
-    hidden = [(0, begin)]
+    spans = [(0, begin)]
     if mask == "none":
-        return hidden
-    actions, goes_back, _ = row["search_path"].partition(BACKTRACK)
-    actions = actions.splitlines(keepends=True)
-    no_loss = row.get("no_loss", [len(actions) - 1] if goes_back else [])
-    for depth, action in enumerate(actions):
-        end = begin + len(action)
+        return spans
+    body, goes_back, _ = row["search_path"].partition(BACKTRACK)
+    lines = body.splitlines(keepends=True)
+    no_loss = row.get("no_loss", [len(lines) - 1] if goes_back else [])
+    for depth, line in enumerate(lines):
         if depth in no_loss:
-            choice_only = mask == "choice" and is_true(action)
-            hidden.append((begin, begin + action.index("=") + 1 if choice_only else end))
-        begin = end
-    return hidden
+            length = len(line)
+            if mask == "choice" and is_true(line):
+                length = line.index("=") + 1
+            spans.append((begin, begin + length))
+        begin += len(line)
+    return spans
 
 
-def is_true(action: str) -> bool:
-    """Is the line `45-39=6` and a newline an action whose result is right?"""
-    match = ACTION.fullmatch(action.removesuffix("\n"))
+def is_true(line: str) -> bool:
+    """Is a line `45-39=6` and a newline an action whose result is right?"""
+    match = ACTION.fullmatch(line.removesuffix("\n"))
     if not match:
         return False
     a, operator, b, claimed = match.groups()
@@ -560,16 +601,16 @@ class Tokenizer:
         """(input_ids, labels) of each row {nums, target, search_path}, end-of-text included.
 
         A label is the token's own id, or -100: no loss, where any of the token's characters is in
-        one of `silent_spans`, or where it has none."""
+        one of `no_loss_spans`, or where the token has no characters."""
         texts = [prompt_text(row["nums"], row["target"]) + row["search_path"] for row in rows]
         encoded = []
         for row, text, encoding in zip(rows, texts, self.backend.encode_batch(texts)):
-            silent = bytearray(len(text))
-            for begin, end in silent_spans(row, mask):
-                silent[begin:end] = b"\1" * (end - begin)
+            no_loss = bytearray(len(text))  # a character's byte is 1 where it carries none
+            for begin, end in no_loss_spans(row, mask):
+                no_loss[begin:end] = b"\1" * (end - begin)
             labels = []
             for token, (begin, end) in zip(encoding.ids, encoding.offsets):
-                learned = begin < end and not any(silent[begin:end])
+                learned = begin < end and not any(no_loss[begin:end])
                 labels.append(token if learned else -100)
             encoded.append((encoding.ids + [self.eos], labels + [self.eos]))
         return encoded
@@ -716,8 +757,8 @@ def load_rows(data: str, record: dict, num: int, offset: int = 0) -> list[dict]:
     if data not in SPLITS and Path(data).is_file():
         rows = read_rows(Path(data), ("nums", "target"))[offset : offset + num]
     elif split not in SPLITS:
-        target_column = "val, val_new, DATASET:val or a file of JSON Lines"
-        raise UserError(f"--data wants {target_column}, and {data} is none of them")
+        wanted = "val, val_new, DATASET:val or a file of JSON Lines"
+        raise UserError(f"--data wants {wanted}, and {data} is none of them")
     elif dataset:
         rows = load_rows(split, load_record(dataset, "dataset"), num, offset)
     elif Path(record["source"]).is_file():
@@ -747,9 +788,9 @@ def main() -> None:
     options = options.parse_args()
     record = new_record(options.seed, options.sizes)
     counts = {"train": options.num, "val": options.num_val, "val_new": options.num_val}
-    with replacing(options.out) as staging, Pool() as allowed_targets:
+    with replacing(options.out) as staging, Pool() as pool:
         for split, num in counts.items():
-            rows = generate(record, split, num, over=allowed_targets.imap)
+            rows = generate(record, split, num, over=pool.imap)
             with open(staging / f"{split}.jsonl", "w", encoding="utf-8") as out_file:
                 for row in tqdm(rows, desc=split, total=num, unit=" rows"):
                     out_file.write(json.dumps(row) + "\n")

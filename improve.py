@@ -23,7 +23,8 @@ from train import Batches, fit, save
 
 def improve(model: Llama, tokenizer: Tokenizer, rows: list[dict], settings: Settings, learn) -> int:
     """One round: search the problems of `rows`, keep what verifies, `learn` from it. Returns how
-    many problems were solved. Raises UserError if none was."""
+    many problems were solved. Raises UserError if none was. `learn`: fine-tunes on a list of rows.
+    """
     answers = evaluate(model, tokenizer, rows, settings)
     solved = solved_rows(rows, answers)
     mistakes = own_mistakes(rows, answers)
@@ -47,11 +48,11 @@ def solved_rows(rows: list[dict], answers: list[dict]) -> list[dict]:
 
 def own_mistakes(rows: list[dict], answers: list[dict]) -> list[dict]:
     """D_back from chosen answers that are wrong, cut after their first false action. All actions up
-    to it carry no loss, for nobody knows which of them led astray."""
+    to it are named in `no_loss`, for nobody knows which of them led astray."""
     kept_rows = []
     for row, answer in zip(rows, answers):
         if answer["failed_step"]:
-            actions = answer["response"].split("\n")[: answer["failed_step"]]
+            actions = answer["response"].split("\n")[: answer["failed_step"]]  # it counts from 1
             response = "\n".join([*actions, BACKTRACK])
             kept_rows.append(training_row(row, response, no_loss=list(range(len(actions)))))
     return kept_rows
@@ -83,7 +84,7 @@ def arguments() -> argparse.Namespace:
 
 
 def fine_tune(
-    model: Llama, tokenizer: Tokenizer, kept_rows: list[dict], options, training: dict
+    model: Llama, tokenizer: Tokenizer, kept_rows: list[dict], options, training: dict, seed: int
 ) -> None:
     """What a round does with what it has kept. `training`: the settings of the checkpoint's own
     training, where train.py made it."""
@@ -91,9 +92,7 @@ def fine_tune(
     uses_muon = training.get("optimizer") == "muon"
     learning_rate = options.lr or (2e-3 if uses_muon else 1e-5)
     loss_mask = training.get("mask", "action")
-    batches = Batches(
-        kept_rows, tokenizer, options.batch_size, 1, options.seed, rank, world, loss_mask
-    )
+    batches = Batches(kept_rows, tokenizer, options.batch_size, 1, seed, rank, world, loss_mask)
     total_steps = -(-len(kept_rows) * options.epochs // batches.step_rows)
     fit(
         model,
@@ -107,16 +106,16 @@ def fine_tune(
 
 
 def measure(
-    model, tokenizer, validation: dict, settings: Settings, out: Path, table_title: str
+    model, tokenizer, validation: dict, settings: Settings, options, round_number: int, title: str
 ) -> None:
     """Print the table of greedy decoding and search, and add a line to log.jsonl."""
     decoders = ["greedy", "self_backtrack"]
-    results = compare(model, tokenizer, validation, decoders, settings, table_title)
-    log_line = {"title": table_title}
+    results = compare(model, tokenizer, validation, decoders, settings, title)
+    log_line = {"round": round_number}
     for (split, decoder), rows in results.items():
         log_line[f"{split}_{decoder}"] = sum(row["correct"] for row in rows) / len(rows)
     if start()[1] == 0:
-        with open(out / "log.jsonl", "a") as log_file:
+        with open(options.out / "log.jsonl", "a") as log_file:
             log_file.write(json.dumps(log_line) + "\n")
 
 
@@ -131,16 +130,18 @@ def main() -> None:
     record = load_record(options.ckpt)
     validation = {split: load_rows(split, record, options.num_eval) for split in ("val", "val_new")}
     settings = Settings(b=options.b, n=options.n, seed=options.seed)
-    # A stream that training never drew; saved, so that a later run draws other rows again.
+    # Where data is generated: a stream that training never drew. It is saved, so that a later run
+    # draws other rows again.
     record = {**record, "seed": record.get("seed", 0) + 1_000_000 * (options.seed + 1)}
     training = record.get("settings", {})
-    learn = partial(fine_tune, model, tokenizer, options=options, training=training)
-    measure(model, tokenizer, validation, settings, options.out, "before")
+    measure(model, tokenizer, validation, settings, options, 0, "before")
     for round_number in range(1, options.rounds + 1):
         rows = load_rows("train", record, options.num, options.num * (round_number - 1))
+        seed = options.seed + round_number
+        learn = partial(fine_tune, model, tokenizer, options=options, training=training, seed=seed)
         solved = improve(model, tokenizer, rows, settings, learn)
-        table_title = f"round {round_number} (solved {solved} of {len(rows)})"
-        measure(model, tokenizer, validation, settings, options.out, table_title)
+        title = f"round {round_number} (solved {solved} of {len(rows)})"
+        measure(model, tokenizer, validation, settings, options, round_number, title)
         if rank == 0:
             save(options.out, model, tokenizer, record)
 

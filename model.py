@@ -51,40 +51,6 @@ class LlamaConfig:
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
-    @classmethod
-    def from_dict(cls, raw: dict) -> "LlamaConfig":
-        """Read config.json's content, in either spelling of the RoPE fields. Raises UserError for
-        what is no Llama."""
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        for key, value in FIXED.items():
-            if raw.get(key, value) != value:
-                raise UserError(
-                    f"config.json says {key}: {raw[key]!r}; this Llama has {value!r} only"
-                )
-        if rope_type not in ("default", "llama3"):
-            raise UserError(f"config.json is no Llama's: RoPE of type {rope_type!r}")
-        if "hidden_size" not in raw or "num_attention_heads" not in raw:
-            raise UserError(
-                "config.json is no Llama's: it lacks hidden_size or num_attention_heads"
-            )
-        values = {
-            field.name: raw[field.name] for field in dataclasses.fields(cls) if field.name in raw
-        }
-        # where config.json is silent, transformers' own defaults hold
-        heads = raw["num_attention_heads"]
-        values["num_key_value_heads"] = raw.get("num_key_value_heads") or heads
-        values["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // heads
-        values["tie_word_embeddings"] = raw.get("tie_word_embeddings", False)
-        values["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
-        values["rope_scaling"] = None
-        if rope_type == "llama3":
-            values["rope_scaling"] = {key: rope[key] for key in rope if key != "rope_theta"}
-        return cls(**values)
-
-
-# What Hugging Face's Llama can vary and this one does not.
-FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
 # ---- The model -----------------------------------------------------------------------------------
 
@@ -92,9 +58,11 @@ FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "
 def rope_frequencies(config: LlamaConfig) -> torch.Tensor:
     """(D / 2,) fp32: the radians by which a position turns each pair of dimensions.
 
-    Llama 3 stretches them: pairs that turn slowly, less than `low_freq_factor` times within the old
-    context, turn `factor` times more slowly; fast ones stay; those between are blended.
+    Llama 3 stretches the slow ones: a pair that turns less than `low_freq_factor` times within the
+    old context turns `factor` times more slowly; one that turns more than `high_freq_factor` times
+    stays as it is; those between are blended.
     """
+    # on the CPU even where a checkpoint is opened without memory (see load_llama)
     exponent = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
     frequency = config.rope_theta**-exponent
     scaling = config.rope_scaling
@@ -103,8 +71,8 @@ def rope_frequencies(config: LlamaConfig) -> torch.Tensor:
     turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
     low = scaling["low_freq_factor"]
     high = scaling["high_freq_factor"]
-    fast = ((turns - low) / (high - low)).clamp(0, 1)
-    return torch.lerp(frequency / scaling["factor"], frequency, fast)
+    share_kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow, stretched; 1: fast, kept
+    return torch.lerp(frequency / scaling["factor"], frequency, share_kept)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -116,7 +84,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None):
     """Grouped-query attention of q (B, H, T, D) over k, v (B, K, S, D); returns (B, H, T, D).
-    mask (B, T, S) bool says what each token may see; None: all tokens up to its own."""
+    mask (B, T, S) bool says what each token may see; None (and S = T): all tokens up to its own."""
     B, H, T, D = q.shape
     K, S = k.shape[1:3]
     if not q.is_cpu:
@@ -124,12 +92,12 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=full_mask, is_causal=mask is None, enable_gqa=H != K
         )
-    # The same by hand: on CPUs PyTorch's own is far slower in bf16. Query heads that share a key
-    # head are folded into time, so that no key is repeated.
+    # The same by hand, for on CPUs PyTorch's own is far slower in bf16. Query heads h that share a
+    # key head, h // (H / K), are treated as so many more queries of it, so that no key is repeated.
     if mask is None:
-        mask = torch.ones(1, T, T, dtype=torch.bool).tril()
-    folded = (q * D**-0.5).reshape(B, K, H // K * T, D)
-    scores = folded @ k.transpose(-1, -2)  # (B, K, H/K * T, S)
+        mask = torch.ones(1, T, S, dtype=torch.bool).tril()
+    queries = (q * D**-0.5).reshape(B, K, H // K * T, D)
+    scores = queries @ k.transpose(-1, -2)  # (B, K, H/K * T, S)
     scores = scores.view(B, H, T, S).masked_fill(~mask[:, None], -torch.inf)
     weights = scores.softmax(-1).view(B, K, H // K * T, S)
     return (weights @ v).view(B, H, T, D)
@@ -190,7 +158,7 @@ class LlamaModel(nn.Module):
     """Embedding, layers, last norm: token ids (B, T) -> hidden states (B, T, C)."""
 
     gradient_checkpointing = False  # keep only each layer's input; compute the rest again, backward
-    compiled_layer = None  # a faster LlamaDecoderLayer.forward, for training (see train.py)
+    compiled_layer = None  # LlamaDecoderLayer.forward, compiled for training (see train.py)
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -210,17 +178,22 @@ class LlamaModel(nn.Module):
             columns = torch.arange(cached.slots.shape[1], device=input_ids.device)
             mask = columns <= positions[..., None]  # (B, T, S): up to the token's own position
         x = self.embed_tokens(input_ids)  # (B, T, C)
-        angles = positions[:, None, :, None] * self.rope.float()  # (B or 1, 1, T, D / 2)
+        angles = positions[:, None, :, None] * self.rope.float()  # (B or 1, 1, T, D / 2), fp32
         cos = angles.cos().to(x.dtype)
         sin = angles.sin().to(x.dtype)
         for layer in self.layers:
-            run = layer
-            if self.compiled_layer and cached is None:
-                run = partial(self.compiled_layer, layer)
-            if self.gradient_checkpointing and x.requires_grad:
-                run = partial(checkpoint, run, use_reentrant=False)
-            x = run(x, cos, sin, mask, cached)
+            x = self.run(layer, x, cos, sin, mask, cached)
         return self.norm(x)
+
+    def run(self, layer: LlamaDecoderLayer, x, cos, sin, mask, cached):
+        """One layer, as the two options above say. It is the layer that is compiled, not the model:
+        all layers share what is compiled once, and searches go on without it."""
+        forward = layer
+        if self.compiled_layer and cached is None:
+            forward = partial(self.compiled_layer, layer)
+        if self.gradient_checkpointing and x.requires_grad:
+            return checkpoint(forward, x, cos, sin, mask, cached, use_reentrant=False)
+        return forward(x, cos, sin, mask, cached)
 
 
 class Llama(nn.Module):
@@ -268,38 +241,12 @@ class Llama(nn.Module):
         """Open a folder or a Hub id in Hugging Face's layout; `dtype` None keeps the file's. Where
         the embedding and the head have fewer than vocab_size rows, they grow by rows that are the
         mean of the others: so `<backtrack>` joins a vocabulary. Raises UserError."""
-        folder = checkpoint_folder(name)
-        config = LlamaConfig.from_dict(read_json(folder / "config.json"))
-        new_rows = max(vocab_size - config.vocab_size, 0)
-        config.vocab_size += new_rows
-        with torch.device("meta"):  # no memory: the files' tensors become the weights
-            model = cls(config)
-        weights = read_weights(folder, device, dtype, new_rows)
-        if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
-            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-        try:
-            model.load_state_dict(weights, assign=True)
-        except RuntimeError as error:  # it names what is missing, left over or of another shape
-            reason = str(error).split(":", 1)[-1]
-            message = f"the weights in {folder} do not fit its config.json: {reason}"
-            raise UserError(message) from None
-        if config.tie_word_embeddings:
-            model.lm_head.weight = model.model.embed_tokens.weight
-        return model.to(device)
+        return load_llama(checkpoint_folder(name), device, dtype, vocab_size)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Write config.json and model.safetensors (beyond 5 GB: shards with their index). Raises
         UserError."""
-        weights = {key: value.detach().to(dtype) for key, value in self.state_dict().items()}
-        if self.config.tie_word_embeddings:
-            del weights["lm_head.weight"]
-        config = {"architectures": ["LlamaForCausalLM"], **FIXED, **dataclasses.asdict(self.config)}
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        with replacing(folder) as staging:
-            save_torch_state_dict(weights, staging)
-            (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            if not (staging / INDEX).exists():  # an index of older shards would win over one file
-                Path(folder, INDEX).unlink(missing_ok=True)
+        save_llama(self, Path(folder), dtype)
 
 
 # ---- The cache -----------------------------------------------------------------------------------
@@ -316,10 +263,12 @@ class KVCache:
 
     def __init__(self, config: LlamaConfig, slots: int, device, dtype: torch.dtype):
         shape = (config.num_hidden_layers, 2, slots, config.num_key_value_heads, config.head_dim)
-        self.kv = torch.empty(shape, device=device, dtype=dtype)  # memory comes as it is written to
-        self.kv[:, :, 0] = 0  # slot 0 is scratch, for padding
+        # The system hands out memory only as it is written to, so a large cache costs what it
+        # holds.
+        self.kv = torch.empty(shape, device=device, dtype=dtype)
+        self.kv[:, :, 0] = 0  # slot 0 fills up rows: it is masked, but must not be NaN
         self.free = list(range(slots - 1, 0, -1))
-        self.dense = self.kv.new_empty(0)  # where `CachedRows.update` puts what a layer sees
+        self.seen = self.kv.new_empty(0)  # where `CachedRows.update` puts what a layer sees
 
     @staticmethod
     def bytes_per_slot(config: LlamaConfig, dtype: torch.dtype) -> int:
@@ -334,7 +283,8 @@ class KVCache:
 
 
 class Slot:
-    """A token's place in the cache, lent until nobody holds it any more."""
+    """A token's place in the cache, lent until nobody holds it any more: then Python deletes it.
+    (At once, as long as no cycle of references holds it; search.py takes care of that.)"""
 
     __slots__ = ("number", "free")
 
@@ -349,41 +299,113 @@ class Slot:
 class CachedRows:
     """The rows of a batch, as slots of a cache, while T new tokens of each pass the model.
 
-    slots (B, S) int64: where the tokens of each row are, the new ones included; 0 where there is
-    none. positions (B, T) int64: of the new tokens within their rows."""
+    slots (B, S) int64: the numbers of the slots of each row's tokens, in order, the new ones
+        included; 0 where there is no token.
+    positions (B, T) int64: of the new tokens within their rows.
+    """
 
     def __init__(self, cache: KVCache, slots: torch.Tensor, positions: torch.Tensor):
         self.cache = cache
         self.slots = slots
         self.positions = positions
         self.new_slots = slots.gather(1, positions)  # (B, T)
+        # A layer's keys, (slots, K, D), are read as vectors (slots * K, D): head h of slot s is s *
+        # K + h.
         heads = torch.arange(cache.kv.shape[3], device=slots.device)
-        self.pieces = (slots[:, None, :] * len(heads) + heads[:, None]).flatten()  # (B * K * S,)
+        vectors = slots[:, None, :] * len(heads) + heads[:, None]  # (B, K, S)
+        self.vectors = vectors.flatten()
 
     def update(self, layer_idx: int, k: torch.Tensor, v: torch.Tensor):
-        """Write the new tokens' k, v (B, K, T, D); return all that the rows hold, (B, K, S, D)."""
+        """Write the new tokens' k, v (B, K, T, D); return all that the rows hold, (B, K, S, D),
+        valid until the next layer's update."""
         stored = self.cache.kv[layer_idx]  # (2, slots, K, D)
         stored[0][self.new_slots] = k.transpose(1, 2)
         stored[1][self.new_slots] = v.transpose(1, 2)
         B, K, _, D = k.shape
-        count = len(self.pieces)
-        if len(self.cache.dense) < 2 * count * D:  # one buffer for all layers: fresh memory is slow
-            self.cache.dense = stored.new_empty(3 * count * D)
-        dense = self.cache.dense[: 2 * count * D].view(2, count, D)
-        for source, out in zip(stored, dense):
-            torch.index_select(source.view(-1, D), 0, self.pieces, out=out)
-        return dense.view(2, B, K, -1, D).unbind()
+        needed = 2 * len(self.vectors) * D
+        if (
+            len(self.cache.seen) < needed
+        ):  # one buffer for all layers and steps: fresh memory is slow
+            self.cache.seen = stored.new_empty(needed * 3 // 2)  # so that it seldom grows
+        seen = self.cache.seen[:needed].view(2, -1, D)  # (2, B * K * S, D)
+        for vectors, out in zip(stored, seen):
+            torch.index_select(vectors.view(-1, D), 0, self.vectors, out=out)
+        return seen.view(2, B, K, -1, D).unbind()
 
 
 # ==== Plumbing: a first reading may stop here =====================================================
 
 # ---- Checkpoints on disk and on the Hub ----------------------------------------------------------
 
-INDEX = "model.safetensors.index.json"
+# What Hugging Face's Llama can vary and this one does not.
+FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+INDEX = "model.safetensors.index.json"  # of a checkpoint in several files
 NEEDED = {
     "model": ["*config.json", "tokenizer.json", "record.json", "model*.safetensors*"],
     "dataset": ["*.json", "*.jsonl"],
 }
+
+
+def read_config(raw: dict) -> LlamaConfig:
+    """config.json's content, in either spelling of the RoPE fields, as LlamaConfig. Raises
+    UserError for what is no Llama."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    for key, value in FIXED.items():
+        if raw.get(key, value) != value:
+            raise UserError(f"config.json says {key}: {raw[key]!r}; this Llama has {value!r} only")
+    if rope_type not in ("default", "llama3"):
+        raise UserError(f"config.json is no Llama's: RoPE of type {rope_type!r}")
+    if "hidden_size" not in raw or "num_attention_heads" not in raw:
+        raise UserError("config.json is no Llama's: it lacks hidden_size or num_attention_heads")
+    names = [field.name for field in dataclasses.fields(LlamaConfig)]
+    values = {name: raw[name] for name in names if name in raw}
+    # where config.json is silent, transformers' own defaults hold
+    heads = raw["num_attention_heads"]
+    values["num_key_value_heads"] = raw.get("num_key_value_heads") or heads
+    values["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // heads
+    values["tie_word_embeddings"] = raw.get("tie_word_embeddings", False)
+    values["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+    values["rope_scaling"] = None
+    if rope_type == "llama3":
+        values["rope_scaling"] = {key: rope[key] for key in rope if key != "rope_theta"}
+    return LlamaConfig(**values)
+
+
+def load_llama(folder: Path, device, dtype: torch.dtype | None, vocab_size: int) -> Llama:
+    """See Llama.from_pretrained."""
+    config = read_config(read_json(folder / "config.json"))
+    new_rows = max(vocab_size - config.vocab_size, 0)
+    config.vocab_size += new_rows
+    with torch.device("meta"):  # no memory: the files' tensors become the weights
+        model = Llama(config)
+    weights = read_weights(folder, device, dtype, new_rows)
+    embedding = weights.get("model.embed_tokens.weight")
+    if config.tie_word_embeddings and embedding is not None:
+        weights["lm_head.weight"] = embedding  # the file has it once
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:  # it names what is missing, left over or of another shape
+        reason = str(error).split(":", 1)[-1]
+        message = f"the weights in {folder} do not fit its config.json: {reason}"
+        raise UserError(message) from None
+    if config.tie_word_embeddings:  # assigning made two parameters of it
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.to(device)
+
+
+def save_llama(model: Llama, folder: Path, dtype: torch.dtype) -> None:
+    """See Llama.save_pretrained."""
+    weights = {key: value.detach().to(dtype) for key, value in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    config = {"architectures": ["LlamaForCausalLM"], **FIXED, **dataclasses.asdict(model.config)}
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    with replacing(folder) as staging:
+        save_torch_state_dict(weights, staging)
+        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if not (staging / INDEX).exists():  # readers would believe an index of older shards
+            Path(folder, INDEX).unlink(missing_ok=True)
 
 
 def read_weights(folder: Path, device, dtype: torch.dtype | None, new_rows: int) -> dict:

@@ -1,10 +1,10 @@
 """Self-backtracking: search by sampling, stepping back and branching. Read after data.py.
 
 The model says `<backtrack>` when its last action was a mistake. The search of section 4.2 (arXiv
-2502.04404) believes it. Given a problem, b rounds of stepping back and n samples a state:
+2502.04404) believes it. Given a problem, b steps back and n samples a state:
 
-1. Expand: sample n continuations of every state of the frontier, first of the prompt alone, each
-   until `Goal Reached!` or `<backtrack>`.
+1. Expand: sample n continuations of every state of the frontier, first of the prompt alone. Each
+   goes on until the model ends it, after `Goal Reached!`, or says `<backtrack>`.
 2. Collect: those that reached the goal are candidates.
 3. Step back: those that end in `<backtrack>` drop their last action. What is left is a state to
    branch from; the first few that are new make the next frontier.
@@ -25,7 +25,6 @@ import sys
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from itertools import groupby, product
 from typing import NamedTuple
 
@@ -62,12 +61,12 @@ class Path:
     tokens: tuple[int, ...] = ()  # of the response, from the prompt's end on
     logps: tuple[float, ...] = ()  # the log-probability of each token, at temperature 1
     slots: tuple[Slot, ...] = ()  # where the cache holds the prompt and these tokens
-    count: int = 1  # samples that are the same so far
+    count: int = 1  # samples that are the same so far; of a state: samples to draw of it
     inherited: int = 0  # how many of the tokens came with the state that this is a sample of
     round: int = 0  # how often the search had stepped back before
-    expansion: "Expansion | None" = None  # of that state, while samples go on
-    first: float = 0.0  # for `spread`: where in [0, 1) the first sample is,
-    spacing: float = 1.0  # and how far it is from each sample to the next
+    expansion: "Expansion | None" = None  # of that state, until the samples end
+    offset: float = 0.0  # its samples are points in [0, 1): the first (see `spread`)
+    spacing: float = 1.0  # ... and the distance from each to the next
 
 
 def self_backtrack(
@@ -87,7 +86,9 @@ def self_backtrack(
         all_samples += samples
         frontier = []
         for sample in sorted(samples, key=branching_order):
-            if sample.tokens[-1] != tokenizer.backtrack or len(frontier) == limit:
+            if round == b or len(frontier) == limit:
+                break
+            if sample.tokens[-1] != tokenizer.backtrack:
                 continue
             state = roll_back(sample, tokenizer)  # believe the model: drop its last action
             if state.tokens not in visited:
@@ -102,26 +103,31 @@ def self_backtrack(
     return all_samples
 
 
-def branching_order(sample: Path) -> int:
-    """The frontier holds only so many states: those that most samples lead to come first."""
+def branching_order(sample: Path) -> float:
+    """A frontier holds only so many states. Whose come first? Those of the paths that most samples
+    have taken."""
     return -sample.count
 
 
 def roll_back(sample: Path, tokenizer: Tokenizer) -> Path:
-    """Drop `<backtrack>` and the last action: the state to branch from ends with the newline of the
-    action before, or with the prompt."""
-    kept_tokens = len(sample.tokens) - 2  # up to the action's last token, be it its newline or not
-    while kept_tokens > 0 and sample.tokens[kept_tokens - 1] not in tokenizer.line_ends:
-        kept_tokens -= 1
-    kept_tokens = max(kept_tokens, 0)
-    dropped = len(sample.tokens) - kept_tokens
-    in_cache = len(sample.slots) - (dropped - 1)  # `<backtrack>` itself was never put there
-    return Path(
-        sample.tokens[:kept_tokens],
-        sample.logps[:kept_tokens],
-        sample.slots[:in_cache],
-        inherited=kept_tokens,
-    )
+    """Drop `<backtrack>` and the last action: what is left ends with the newline of the action
+    before, or with the prompt. So `4-2=2 25*2=52 <backtrack>`, three lines, becomes `4-2=2`; and so
+    does `4-2=2 25*<backtrack>`, whose last action is unfinished."""
+    before = len(sample.tokens) - 1  # `<backtrack>`
+    if before > 0 and sample.tokens[before - 1] in tokenizer.line_ends:
+        before -= 1  # the last action's own newline
+    kept = line_begin(sample.tokens[:before], tokenizer)
+    dropped_slots = len(sample.tokens) - 1 - kept  # `<backtrack>` itself never came into the cache
+    slots = sample.slots[: len(sample.slots) - dropped_slots]
+    return Path(sample.tokens[:kept], sample.logps[:kept], slots, inherited=kept)
+
+
+def line_begin(tokens: tuple[int, ...], tokenizer: Tokenizer) -> int:
+    """The position at which the last line of `tokens` begins."""
+    begin = len(tokens)
+    while begin > 0 and tokens[begin - 1] not in tokenizer.line_ends:
+        begin -= 1
+    return begin
 
 
 def reached_goal(path: Path, tokenizer: Tokenizer) -> bool:
@@ -137,10 +143,7 @@ def rate(path: Path, tokenizer: Tokenizer, last_line: bool) -> float:
     Reached!` stands the model could have said `<backtrack>`, and this is how sure it was not to."""
     score = sum(path.logps) / len(path.logps)
     if last_line:
-        begin = len(path.tokens)
-        while begin > 0 and path.tokens[begin - 1] not in tokenizer.line_ends:
-            begin -= 1
-        score += sum(path.logps[begin:])
+        score += sum(path.logps[line_begin(path.tokens, tokenizer) :])
     return score
 
 
@@ -160,88 +163,92 @@ class Draw(NamedTuple):
     token: int
     count: int  # how many of its samples take this token
     logp: float  # the token's log-probability, at temperature 1
-    first: float = 0.0  # where these samples are, see Path
+    offset: float = 0.0  # where these samples are now, see Path
     spacing: float = 1.0
 
 
-def spread(logits: torch.Tensor, paths: list[Path], temperature: float, min_p: float) -> list[Draw]:
+def spread(logits: torch.Tensor, paths: list[Path], settings: "Settings") -> list[Draw]:
     """Samples spread evenly (arithmetic sampling, Vilnis et al., 2023).
 
-    All responses tile [0, 1), in order: a path of probability p covers an interval of length p. The
-    n samples of a state are n points, 1 / n apart, so that floor(n p) or ceil(n p) of them take the
-    path, and they differ as much as they can. Within a path's own interval, scaled to [0, 1) again,
-    its points are first, first + spacing, first + 2 spacing and so on.
-    """
+    All responses tile [0, 1), in order: one that is sampled with probability p covers an interval
+    of length p. The n samples of a state are n points, 1 / n apart, so that floor(n p) or ceil(n p)
+    of them take it, and they differ as much as they can. Four samples at 0.1, 0.35, 0.6, 0.85, and
+    two tokens of shares 0.4 and 0.6: the first two take the first token. Within its interval [0,
+    0.4), scaled to [0, 1) again, they are at 0.25 and 0.875: offset 0.25, spacing 0.25 / 0.4."""
     widest = max(path.count for path in paths)
-    first = np.array([path.first for path in paths])
+    offset = np.array([path.offset for path in paths])
     spacing = np.array([path.spacing for path in paths])
-    points = first[:, None] + spacing[:, None] * np.arange(widest)  # (R, M)
-    return take_tokens(logits, points, spacing, paths, temperature, min_p)
+    points = offset[:, None] + spacing[:, None] * np.arange(widest)  # (R, M); see `look_up`
+    return look_up(logits, points, spacing, paths, settings)
 
 
-def independent(
-    logits: torch.Tensor, paths: list[Path], temperature: float, min_p: float
-) -> list[Draw]:
+def independent(logits: torch.Tensor, paths: list[Path], settings: "Settings") -> list[Draw]:
     """The paper's rule: every sample draws for itself."""
     widest = max(path.count for path in paths)
     points = np.ones((len(paths), widest))  # (R, M)
     for own_points, path in zip(points, paths):
         own_points[: path.count] = np.sort(path.expansion.rng.random(path.count))
-    no_spacing = np.zeros(len(paths))
-    return take_tokens(logits, points, no_spacing, paths, temperature, min_p)
+    return look_up(logits, points, np.zeros(len(paths)), paths, settings)
 
 
-def take_tokens(logits, points, spacing, paths, temperature: float, min_p: float) -> list[Draw]:
-    """Where do the points of each path (R, M), in order and `spacing` (R,) apart, fall in the
-    cumulative distribution of its next token (logits: (R, V))? Tokens less than min_p times as
-    probable as the best, at temperature 1, are out of the question (min-p sampling, Nguyen et al.,
-    2024)."""
+def look_up(logits, points, spacing, paths: list[Path], settings: "Settings") -> list[Draw]:
+    """Where do points fall in the cumulative distributions of the next tokens? A path has as many
+    points (R, M), in order, as it has samples; what stands beyond them in its row is ignored.
+
+    Tokens less than min_p times as probable as the best, at temperature 1, are out of the question
+    (min-p sampling, Nguyen et al., 2024)."""
     precision = torch.float32 if logits.device.type == "mps" else torch.float64
     logps = logits.to(precision).log_softmax(-1)  # (R, V)
-    too_rare = logps < logps.amax(-1, keepdim=True) + math.log(max(min_p, 1e-30))
-    shares = (logps / temperature).masked_fill(too_rare, -torch.inf).softmax(-1)  # (R, V)
-    interval_ends = shares.cumsum(-1)  # token t covers [end - share, end)
+    too_rare = logps < logps.amax(-1, keepdim=True) + math.log(max(settings.min_p, 1e-30))
+    shares = logps / settings.temperature
+    shares = shares.masked_fill(too_rare, -torch.inf).softmax(-1)  # (R, V)
+    ends = shares.cumsum(-1)  # token t covers [end - share, end)
+
     below_one = 1 - torch.finfo(precision).eps
     points = torch.from_numpy(points).to(logits.device, precision).clamp(max=below_one)
-    points = points * interval_ends[:, -1:]  # which rounding leaves a little off 1
-    token = torch.searchsorted(interval_ends, points, right=True)  # (R, M)
+    points = points * ends[:, -1:]  # rounding leaves the last end a little off 1
+    token = torch.searchsorted(ends, points, right=True)  # (R, M)
     share = shares.gather(1, token)
-    place = 1 - (interval_ends.gather(1, token) - points) / share  # within the token's own interval
-    place = place.clamp(0, below_one)
+    offset = 1 - (ends.gather(1, token) - points) / share  # within the token's own interval
+    offset = offset.clamp(0, below_one)
     logp = logps.gather(1, token)
-    token, share, place, logp = (tensor.cpu().numpy() for tensor in (token, share, place, logp))
-
-    # One draw for each run of equal tokens: a path's points are in order, so its tokens are, too.
-    counts = np.array([path.count for path in paths])
-    parent, sample = np.nonzero(np.arange(points.shape[1]) < counts[:, None])  # of all samples
-    other_parent = np.diff(parent, prepend=-1) != 0
-    other_token = np.diff(token[parent, sample], prepend=-1) != 0
-    begins = np.flatnonzero(other_parent | other_token)
-    count = np.diff(begins, append=len(parent))
-    parent = parent[begins]
-    first = (parent, sample[begins])  # the first sample of each run
+    token, share, offset, logp = (value.cpu().numpy() for value in (token, share, offset, logp))
+    parent, sample, count = runs_of_equals(token, [path.count for path in paths])
+    begins = (parent, sample)
     columns = [
         parent,
-        token[first],
+        token[begins],
         count,
-        logp[first],
-        place[first],
-        spacing[parent] / share[first],
+        logp[begins],
+        offset[begins],
+        spacing[parent] / share[begins],
     ]
     columns = [column.tolist() for column in columns]
     return [Draw(*values) for values in zip(*columns)]
 
 
-def beams(logits: torch.Tensor, paths: list[Path], n: int) -> list[Draw]:
-    """Not samples, but the n most probable continuations of a state, those that have ended among
-    them. With n = 1 this is greedy decoding."""
+def runs_of_equals(token: np.ndarray, counts: list[int]):
+    """The first counts[r] tokens of each row r of token (R, M), in which equal ones stand side by
+    side: for every run of equals its row, where in the row it begins, and its length."""
+    is_sample = np.arange(token.shape[1]) < np.array(counts)[:, None]  # (R, M)
+    row, column = np.nonzero(is_sample)
+    token = token[row, column]
+    other_row = np.diff(row, prepend=-1) != 0
+    other_token = np.diff(token, prepend=-1) != 0
+    begins = np.flatnonzero(other_row | other_token)
+    return row[begins], column[begins], np.diff(begins, append=len(row))
+
+
+def beams(logits: torch.Tensor, paths: list[Path], settings: "Settings") -> list[Draw]:
+    """Not samples, but the n most probable continuations of a state. Those that have ended are
+    among the n. With n = 1 this is greedy decoding. (Paths of a state stand side by side.)"""
     logps = logits.float().log_softmax(-1)  # (R, V)
     draws = []
     begin = 0
     for expansion, siblings in groupby(paths, key=lambda path: path.expansion):
         totals = torch.tensor([[sum(path.logps)] for path in siblings], device=logits.device)
         own_logps = logps[begin : begin + len(totals)]  # (beams, V)
-        wanted = min(n - len(expansion.ended), own_logps.numel())
+        wanted = min(settings.width() - len(expansion.ended), own_logps.numel())
         most_probable = (totals + own_logps).flatten().topk(wanted).indices
         for index in most_probable.tolist():
             beam_number, token = divmod(index, logits.shape[1])
@@ -311,26 +318,25 @@ class Engine:
         self.logits = head.new_zeros(0, len(head))  # (R, V): what follows each path
 
     def add(self, expansions: list[Expansion]) -> None:
-        """Begin to expand states: prompts that are new, or states whose tokens the cache holds. Of
-        those the last token passes the model again, for a cache holds no logits."""
-        paths, texts = [], []
+        """Begin to expand states: prompts that are all new, or states whose tokens the cache holds.
+        Of those the last token passes the model again, for a cache holds no logits."""
+        paths, new_tokens = [], []
         slot_table = torch.zeros(len(expansions), self.slot_table.shape[1], dtype=torch.int64)
         for own_slots, expansion in zip(slot_table, expansions):
             search, state = expansion.search, expansion.state
             seed = [self.settings.seed, search.key, state.round, expansion.rank]
             expansion.rng = np.random.default_rng(seed)
-            in_cache = state.slots[:-1]
-            text = search.prompt + list(state.tokens)
-            text = text[len(in_cache) :]
+            held = state.slots[:-1]
+            tokens = search.prompt + list(state.tokens)
+            new_tokens.append(tokens[len(held) :])
             path = replace(state, expansion=expansion)
-            path.slots = in_cache + tuple(self.cache.lend() for _ in text)
+            path.slots = held + tuple(self.cache.lend() for _ in new_tokens[-1])
             path.spacing = 1 / state.count
-            path.first = path.spacing * expansion.rng.random()
+            path.offset = path.spacing * expansion.rng.random()
             own_slots[: len(path.slots)] = torch.tensor([slot.number for slot in path.slots])
             paths.append(path)
-            texts.append(text)
         slot_table = slot_table.to(self.slot_table.device)
-        logits = self.feed(paths, texts, slot_table)
+        logits = self.feed(paths, new_tokens, slot_table)
         self.expansions += expansions
         self.live += paths
         self.slot_table = torch.cat([self.slot_table, slot_table])
@@ -340,14 +346,16 @@ class Engine:
         """One token for every sample: the samples of a path that draw the same token go on
         together, as one path. Returns the expansions whose samples have now all ended."""
         parents, children = [], []
-        for draw in self.sampling_rule(self.logits, self.live):
+        for draw in self.sampling_rule(self.logits, self.live, self.settings):
             parent = self.live[draw.parent]
             child = self.extend(parent, draw)
             if self.has_ended(child):
                 parent.expansion.ended.append(child)
             else:
                 child.slots = parent.slots + (self.cache.lend(),)
-                child.expansion = parent.expansion
+                child.expansion = (
+                    parent.expansion
+                )  # an ended path has none: no cycle keeps its slots
                 parents.append(draw.parent)
                 children.append(child)
         self.live = children
@@ -359,8 +367,8 @@ class Engine:
             columns = torch.tensor([[len(path.slots) - 1] for path in children], device=device)
             numbers = torch.tensor([[path.slots[-1].number] for path in children], device=device)
             self.slot_table.scatter_(1, columns, numbers)
-            texts = [[path.tokens[-1]] for path in children]
-            self.logits = self.feed(children, texts, self.slot_table)
+            new_tokens = [[path.tokens[-1]] for path in children]
+            self.logits = self.feed(children, new_tokens, self.slot_table)
         going_on = {path.expansion for path in children}
         finished = [expansion for expansion in self.expansions if expansion not in going_on]
         self.expansions = [expansion for expansion in self.expansions if expansion in going_on]
@@ -368,9 +376,9 @@ class Engine:
 
     def extend(self, parent: Path, draw: Draw) -> Path:
         """The path of the samples that take a token."""
-        first = draw.first
-        if draw.spacing > 1:  # one sample alone: its place is all but spent, so it gets a new one
-            first = parent.expansion.rng.random()
+        offset = draw.offset
+        if draw.spacing > 1:  # a single sample: its digits are used up, so it draws new ones
+            offset = parent.expansion.rng.random()
         return Path(
             tokens=parent.tokens + (draw.token,),
             logps=parent.logps + (draw.logp,),
@@ -378,7 +386,7 @@ class Engine:
             count=draw.count,
             inherited=parent.inherited,
             round=parent.round,
-            first=first,
+            offset=offset,
             spacing=draw.spacing,
         )
 
@@ -388,23 +396,23 @@ class Engine:
         return path.tokens[-1] in (self.tokenizer.eos, self.tokenizer.backtrack)
 
     def feed(
-        self, paths: list[Path], texts: list[list[int]], slot_table: torch.Tensor
+        self, paths: list[Path], new_tokens: list[list[int]], slot_table: torch.Tensor
     ) -> torch.Tensor:
-        """Pass texts, the last tokens of each path, through the model; the logits after each, (R,
-        V). Rows are filled up to 16s and columns to 8s, so that shapes recur: libraries build, and
-        keep, a kernel for every new one."""
+        """Pass the last tokens of each path through the model; the logits after each, (R, V).
+        Shapes are filled up, so that few recur: libraries build, and keep, a kernel for every new
+        one."""
         device = slot_table.device
-        filler = [[0]] * (-len(paths) % 16)
-        longest = max(len(text) for text in texts)
-        begins = [len(path.slots) - len(text) for path, text in zip(paths, texts)]
+        filler = [[0]] * (-len(paths) % 16)  # rows in 16s: of one token in slot 0
+        begins = [len(path.slots) - len(new) for path, new in zip(paths, new_tokens)]
         begins = torch.tensor(begins + [0] * len(filler), device=device)
-        texts = texts + filler
-        last = torch.tensor([len(text) - 1 for text in texts], device=device)
-        input_ids = [text + [0] * (longest - len(text)) for text in texts]
-        input_ids = torch.tensor(input_ids, device=device)  # (rows, T)
+        new_tokens = new_tokens + filler
+        longest = max(len(new) for new in new_tokens)
+        input_ids = [new + [0] * (longest - len(new)) for new in new_tokens]
+        input_ids = torch.tensor(input_ids, device=device)  # (rows, T), padded on the right
+        last = torch.tensor([len(new) - 1 for new in new_tokens], device=device)
         positions = begins[:, None] + torch.arange(longest, device=device)
         width = max(len(path.slots) for path in paths)
-        width = min(width + -width % 8, slot_table.shape[1])
+        width = min(width + -width % 8, slot_table.shape[1])  # columns in 8s
         slots = F.pad(slot_table[:, :width], (0, 0, 0, len(filler)))  # (rows, S)
         cached = CachedRows(self.cache, slots, positions)
         return self.model(input_ids, cached=cached, last=last)[: len(paths)]
@@ -412,11 +420,15 @@ class Engine:
     def free_places(self) -> int:
         """How many more states to expand now: at most batch_size at a time, and only while half of
         the cache is free for what they will need; but one, if there is none."""
-        free_slots = len(self.cache.free) - self.cache.kv.shape[2] // 2
-        slots_a_state = self.slot_table.shape[1] + 8 * self.settings.n  # about; see make_room
-        free_places = self.settings.batch_size - len(self.expansions)
-        free_places = min(free_places, free_slots // slots_a_state)
-        return max(free_places, 0 if self.expansions else 1)
+        if not self.expansions:
+            return max(1, min(self.settings.batch_size, self.places_in_cache()))
+        return min(self.settings.batch_size - len(self.expansions), self.places_in_cache())
+
+    def places_in_cache(self) -> int:
+        """How many states half of the cache has room for: a state needs a response and, as trained
+        models share beginnings, about eight tokens more a sample (if not: see make_room)."""
+        slots_a_state = self.slot_table.shape[1] + 8 * self.settings.width()
+        return (len(self.cache.free) - self.cache.kv.shape[2] // 2) // slots_a_state
 
     def make_room(self) -> list[Expansion]:
         """Before a step: while the cache might run out of slots, give up the youngest expansion. It
@@ -437,42 +449,53 @@ class Engine:
 
 # ---- 4. Many problems ----------------------------------------------------------------------------
 
-DECODERS = ("greedy", "beam", "best_of_n", "self_backtrack")
-PAPER = {"temperature": 0.7, "min_p": 0.0, "paper": True}
-
 
 @dataclass(frozen=True)
 class Settings:
-    """How to search. The defaults are what finds most on the shipped model; `paper` is the paper's
-    rule, and PAPER its settings in full."""
+    """How to search. The defaults are what finds most on the shipped model; PAPER is the paper's
+    rule."""
 
     decoder: str = "self_backtrack"  # one of DECODERS
     b: int = 1  # how often to step back
     n: int = 32  # samples a state; beams
     temperature: float = 1.5
-    min_p: float = 0.02
-    paper: bool = False  # independent samples; the mean as score; the prompt sampled only once
-    limit: int | None = None  # states in a frontier; None: int(sqrt(n)), as the reference had first
+    min_p: float = 0.02  # leaves out tokens so much rarer than the best
+    independent: bool = False  # samples that draw for themselves, in place of evenly spread ones
+    prompt_again: bool = True  # may the prompt be sampled once more?
+    last_line: bool = True  # does the last line count twice in the score?
+    limit: int | None = (
+        None  # states in a frontier; None: int(sqrt(n)), as at first in the reference
+    )
     max_new_tokens: int = 64  # of a response
     seed: int = 0
     batch_size: int = 128  # states expanded together
     cache_gib: float = 1.0  # memory for keys and values
 
-    def algorithm(self, tokenizer: Tokenizer):
-        """One problem's search. The other decoders are self-backtracking that never steps back:
-        best of n; beam search; and greedy decoding, which is a single beam."""
-        b = self.b if self.decoder == "self_backtrack" else 0
-        n = 1 if self.decoder == "greedy" else self.n
-        limit = self.limit or math.isqrt(n)
-        return self_backtrack(tokenizer, b, n, limit, prompt_again=not self.paper)
+    def width(self) -> int:
+        """Samples a state, or beams: greedy decoding is a single beam."""
+        return 1 if self.decoder == "greedy" else self.n
 
-    def sampling_rule(self) -> Callable[[torch.Tensor, list[Path]], list[Draw]]:
-        if self.decoder == "greedy":
-            return partial(beams, n=1)
-        if self.decoder == "beam":
-            return partial(beams, n=self.n)
-        rule = independent if self.paper else spread
-        return partial(rule, temperature=self.temperature, min_p=self.min_p)
+    def algorithm(self, tokenizer: Tokenizer):
+        """One problem's search. Best of n, beam search and greedy decoding are self-backtracking
+        that never steps back."""
+        b = self.b if self.decoder == "self_backtrack" else 0
+        limit = self.limit or math.isqrt(self.n)
+        return self_backtrack(tokenizer, b, self.width(), limit, self.prompt_again)
+
+    def sampling_rule(self) -> Callable[..., list[Draw]]:
+        if self.decoder in ("greedy", "beam"):
+            return beams
+        return independent if self.independent else spread
+
+
+DECODERS = ("greedy", "beam", "best_of_n", "self_backtrack")
+PAPER = {
+    "temperature": 0.7,
+    "min_p": 0.0,
+    "independent": True,
+    "prompt_again": False,
+    "last_line": False,
+}
 
 
 @torch.inference_mode()
@@ -497,8 +520,8 @@ def decode(
     while engine.expansions or branches or waiting:
         for queue in (branches, waiting):
             free_places = engine.free_places()
-            crowded = free_places <= settings.batch_size // 4  # states join in groups
-            if queue and not (crowded and engine.expansions):
+            # states join in groups, not one by one
+            if queue and (free_places > settings.batch_size // 4 or not engine.expansions):
                 engine.add([queue.popleft() for _ in range(min(free_places, len(queue)))])
         for expansion in engine.make_room():
             queue = branches if expansion.state.slots else waiting
@@ -519,22 +542,22 @@ def decode(
 
 
 def judge(tokenizer: Tokenizer, problem: dict, samples: list[Path], settings: Settings) -> dict:
-    """The answer selected, and whether and why (not) it is right; `verified`: is any candidate, and
-    `solutions`: which, the best first."""
+    """The answer selected, and whether and why (not) it is right. `verified`: is at least one
+    candidate right? `solutions`: those that are, the best first. `tokens`: drawn by the samples,
+    each counted by itself."""
     nums, target = problem["nums"], problem["target"]
-    last_line = not settings.paper
     candidates = [sample for sample in samples if reached_goal(sample, tokenizer)]
-    candidates.sort(key=lambda path: -rate(path, tokenizer, last_line))
+    candidates.sort(key=lambda path: -rate(path, tokenizer, settings.last_line))
     texts = [tokenizer.decode(candidate.tokens) for candidate in candidates]
     solutions = [text for text in texts if verify(nums, target, text).correct]
     verdict = Verdict(False, "no sample reached the goal")
     response = ""
     score = None
-    answer = select(samples, tokenizer, last_line)
+    answer = select(samples, tokenizer, settings.last_line)
     if answer:
         response = tokenizer.decode(answer.tokens)
         verdict = verify(nums, target, response)
-        score = rate(answer, tokenizer, last_line)
+        score = rate(answer, tokenizer, settings.last_line)
     return {
         "nums": nums,
         "target": target,
@@ -580,15 +603,6 @@ def gather(rows: list) -> list[list]:
     return by_rank
 
 
-def wilson_interval(share: float, count: int, deviations: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of `count` problems: (low, high)."""
-    square = deviations * deviations
-    middle = share + square / 2 / count
-    half_width = deviations * math.sqrt(share * (1 - share) / count + square / 4 / count**2)
-    whole = 1 + square / count
-    return max(middle - half_width, 0.0) / whole, (middle + half_width) / whole
-
-
 def compare(
     model: Llama,
     tokenizer: Tokenizer,
@@ -619,13 +633,25 @@ def compare(
     return results
 
 
+# ==== Plumbing: a first reading may stop here =====================================================
+
+# ---- Figures in the table ------------------------------------------------------------------------
+
+
+def wilson_interval(share: float, count: int, deviations: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of `count` problems: (low, high)."""
+    square = deviations * deviations
+    middle = share + square / 2 / count
+    half_width = deviations * math.sqrt(share * (1 - share) / count + square / 4 / count**2)
+    whole = 1 + square / count
+    return max(middle - half_width, 0.0) / whole, (middle + half_width) / whole
+
+
 def percent(share: float, count: int) -> str:
     """A share of `count` problems in percent, with its interval."""
     low, high = wilson_interval(share, count)
     return f"{100 * share:6.1f} [{100 * low:4.1f}, {100 * high:5.1f}]"
 
-
-# ==== Plumbing: a first reading may stop here =====================================================
 
 # ---- The drawn tree ------------------------------------------------------------------------------
 
@@ -642,15 +668,12 @@ class Tree:
         self.outcomes = defaultdict(Counter)  # node: {(what happens, colour): how many samples}
         self.children = defaultdict(list)
         self.tokenizer = tokenizer
-        self.last_line = not settings.paper
-        self.answer = ()  # the node that is the answer
+        self.last_line = settings.last_line
         answer = select(samples, tokenizer, self.last_line)
+        self.answer = self.node_of(tokenizer.decode(answer.tokens)) if answer else ()
         for sample in samples:
             text = tokenizer.decode(sample.tokens)
-            actions = text.removesuffix(BACKTRACK).removesuffix(GOAL).removesuffix("\n")
-            node = tuple(actions.split("\n")) if actions else ()
-            if sample is answer:
-                self.answer = node
+            node = self.node_of(text)
             inherited = tokenizer.decode(sample.tokens[: sample.inherited]).count("\n")
             for depth in range(inherited + 1, len(node) + 1):
                 self.chosen[node[:depth]] += sample.count
@@ -662,6 +685,10 @@ class Tree:
         for node in sorted(self.chosen, key=self.drawing_order):
             self.children[node[:-1]].append(node)
 
+    def node_of(self, response: str) -> tuple[str, ...]:
+        actions = response.removesuffix(BACKTRACK).removesuffix(GOAL).removesuffix("\n")
+        return tuple(actions.split("\n")) if actions else ()
+
     def outcome_of(self, sample: Path, nums: list[int], target: int, text: str) -> tuple[str, str]:
         """How a sample ended: (words, a key of COLOURS)."""
         if sample.tokens[-1] == self.tokenizer.backtrack:
@@ -671,7 +698,7 @@ class Tree:
         verdict = verify(nums, target, text)
         score = rate(sample, self.tokenizer, self.last_line)
         judgement = "right" if verdict.correct else verdict.reason.split(": ")[-1]
-        is_answer = tuple(text.split("\n")[:-1]) == self.answer
+        is_answer = self.node_of(text) == self.answer
         words = f"goal {score:.3f}, {judgement}" + (" <= chosen" if is_answer else "")
         return words, "right" if verdict.correct else "wrong"
 
@@ -704,7 +731,7 @@ def draw_tree(tokenizer: Tokenizer, problem: dict, samples: list[Path], settings
     """The search as text, in 100 columns."""
     tree = Tree(tokenizer, problem, samples, settings)
     header = f"numbers {problem['nums']}  target {problem['target']}"
-    if select(samples, tokenizer, not settings.paper) is None:
+    if select(samples, tokenizer, settings.last_line) is None:
         header += "  (no sample reached the goal)"
     for words in tree.words_at(()):  # of the prompt, sampled again
         header += f"  ({words})"

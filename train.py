@@ -2,7 +2,7 @@
 
 The loss is L_SFT + L_backtrack: cross-entropy over the solutions of D_op, and over the beginnings
 and the `<backtrack>` of D_back, as one mean over all labelled tokens of a batch. Which tokens carry
-a label is data.py's affair (`silent_spans`).
+a label is data.py's affair (`no_loss_spans`).
 
     python train.py                                         a small model from scratch, 5 minutes
     python train.py --ckpt unsloth/Llama-3.2-1B --data yangxw/countdown-backtracking --grad_accum 2
@@ -61,11 +61,15 @@ from search import Settings, compare, evaluate
 
 
 class Batches(Dataset):
-    """Item i: the batches of 16 optimizer steps, sorted by length so that little is padding.
+    """Item i holds the batches of 16 optimizer steps: a list of steps, each a list of `accum`
+    batches, each a tensor (2, B, T) int64 of input_ids and labels. The rows of an item are sorted
+    by length before they are cut into steps, so that little is padding.
 
-    A batch is a tensor (2, B, T) int64: input_ids and labels. A step's rows depend on batch_size *
-    accum * world alone: rank r of w takes every w-th of them, in `accum` parts. rows: a list, of
-    which epoch after epoch is shuffled; or the record of generated data, an endless stream."""
+    All ranks draw the same rows, batch_size * accum * world a step, and take their shares of them:
+    so a step learns the same however it is cut.
+    rows: a list, of which epoch after epoch is shuffled; or the record of generated data, an
+    endless stream.
+    """
 
     STEPS = 16
     CONTEXT = 128  # longer rows are cut, as in the reference
@@ -145,8 +149,11 @@ def fit(
     parallel = model
     if world > 1:
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    optimizer = make_optimizer(model, muon, lr, weight_decay, fused=dtype != torch.float16)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaled = (
+        dtype == torch.float16
+    )  # its gradients would underflow; fused AdamW cannot unscale them
+    optimizer = make_optimizer(model, muon, lr, weight_decay, fused=not scaled)
+    scaler = torch.amp.GradScaler(device.type, enabled=scaled)
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     first_step = 0
     if state:
@@ -165,7 +172,8 @@ def fit(
         # Forward and backward. DDP averages gradients over the ranks, where they are to be added.
         loss = torch.zeros((), device=device)
         for i, (input_ids, labels) in enumerate(step_parts):
-            parallel.require_backward_grad_sync = i == len(step_parts) - 1  # ranks meet once a step
+            if world > 1:  # ranks meet once a step, at its last part
+                parallel.require_backward_grad_sync = i == len(step_parts) - 1
             with autocast():
                 part_loss = parallel(input_ids, labels=labels) / labelled
             scaler.scale(part_loss * world).backward()
@@ -205,11 +213,12 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
 def stream_batches(batches: Batches, first_step: int, steps: int, device: torch.device):
     """The batches of step after step, from first_step on; on a GPU made by all other cores."""
     on_gpu = device.type == "cuda"
+    cores_a_rank = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     loader = DataLoader(
         batches,
         batch_size=None,
         sampler=range(first_step // batches.STEPS, -(-steps // batches.STEPS)),
-        num_workers=os.cpu_count() - 1 if on_gpu else 0,
+        num_workers=max(cores_a_rank - 1, 1) if on_gpu else 0,
         pin_memory=on_gpu,
     )
     stream = itertools.chain.from_iterable(loader)
@@ -243,9 +252,9 @@ def make_optimizer(model: Llama, muon: bool, lr: float, weight_decay: float, fus
         else:
             embeddings.append(parameter)  # embedding and head
     param_groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": embeddings, "weight_decay": weight_decay},
-        {"params": gain_vectors, "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": weight_decay, "matrices": True},
+        {"params": embeddings, "weight_decay": weight_decay, "matrices": False},
+        {"params": gain_vectors, "weight_decay": 0.0, "matrices": False},
     ]
     optimizer_class = Muon if muon else torch.optim.AdamW
     settings = {"lr": lr, "betas": (0.9, 0.95 if muon else 0.999), "fused": fused}
@@ -264,16 +273,23 @@ def optimizer_state(optimizer) -> dict:
 
 
 class Muon(torch.optim.AdamW):
-    """Muon (Jordan et al., 2024) for the matrices of group 0, AdamW for the rest.
+    """Muon (Jordan et al., 2024) for the groups that say "matrices", AdamW for the rest.
 
     Momentum is made orthogonal, so that all directions of a matrix learn at one speed, and scaled
     as AdamW's steps are. A model from scratch needs far fewer steps. torch.optim.Muon always
-    multiplies in bf16, which many CPUs only emulate, slowly; this one obeys autocast."""
+    multiplies in bf16, which many CPUs only emulate, slowly; this one obeys autocast.
+    """
 
     @torch.no_grad()
     def step(self):
-        group = self.param_groups[0]
-        updates = defaultdict(list)
+        for group in self.param_groups:
+            if group["matrices"]:
+                self.step_matrices(group)
+        super().step()
+
+    def step_matrices(self, group: dict) -> None:
+        momentum = group["betas"][1]
+        by_shape = defaultdict(list)  # (matrix, its momentum, looked ahead)
         for matrix in group["params"]:
             if matrix.grad is None:
                 continue
@@ -281,17 +297,16 @@ class Muon(torch.optim.AdamW):
             if not state:
                 state["step"] = torch.zeros(())  # AdamW loads no state without it
                 state["momentum"] = torch.zeros_like(matrix)
-            state["momentum"].lerp_(matrix.grad, 0.05)
-            look_ahead = matrix.grad.lerp(state["momentum"], 0.95)  # Nesterov's
-            updates[matrix.shape].append((matrix, look_ahead))
+            state["momentum"].lerp_(matrix.grad, 1 - momentum)
+            look_ahead = matrix.grad.lerp(state["momentum"], momentum)  # Nesterov's
+            by_shape[matrix.shape].append((matrix, look_ahead))
             matrix.grad = None  # AdamW has nothing left to do here
-        for shape, same_shape in updates.items():  # all matrices of a shape at once
-            steps = orthogonal(torch.stack([look_ahead for _, look_ahead in same_shape]))
-            step_scale = 0.2 * max(shape) ** 0.5
-            for (matrix, _), step in zip(same_shape, steps):
+        for shape, pairs in by_shape.items():  # all matrices of a shape at once
+            updates = orthogonal(torch.stack([look_ahead for _, look_ahead in pairs]))
+            step_size = 0.2 * group["lr"] * max(shape) ** 0.5
+            for (matrix, _), update in zip(pairs, updates):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.add_(step, alpha=-group["lr"] * step_scale)
-        super().step()
+                matrix.add_(update, alpha=-step_size)
 
 
 def orthogonal(matrix_stack: torch.Tensor) -> torch.Tensor:
@@ -304,6 +319,30 @@ def orthogonal(matrix_stack: torch.Tensor) -> torch.Tensor:
         gram = matrix_stack @ matrix_stack.mT
         matrix_stack = 3.4445 * matrix_stack + (2.0315 * gram @ gram - 4.775 * gram) @ matrix_stack
     return matrix_stack
+
+
+# ---- 4. The settings -----------------------------------------------------------------------------
+
+# Defaults for a small model from scratch ...
+SCRATCH = {
+    "steps": 6000,
+    "batch_size": 64,
+    "lr": 3e-3,
+    "optimizer": "muon",
+    "warmup": 100,
+    "weight_decay": 0.1,
+    "mask": "choice",
+}
+# ... and with --ckpt the paper's: 3 epochs of 500,000 rows, 16 on each of two devices.
+PAPER = {
+    "steps": 46875,
+    "batch_size": 16,
+    "lr": 1e-5,
+    "optimizer": "adamw",
+    "warmup": 1,
+    "weight_decay": 0.01,
+    "mask": "action",
+}
 
 
 # ==== Plumbing: a first reading may stop here =====================================================
@@ -324,8 +363,10 @@ def save(
         (staging / "record.json").write_text(json.dumps(record) + "\n")
         if state:
             weights = {name: value.detach() for name, value in model.named_parameters()}
-            with open(staging / RESUME, "wb") as resume_file:  # torch's own would hide an OSError
-                torch.save({**state, "weights": weights}, resume_file)
+            try:
+                torch.save({**state, "weights": weights}, staging / RESUME)
+            except RuntimeError as error:  # so torch calls a full disk
+                raise OSError(error) from None
     if not state:
         Path(folder, RESUME).unlink(missing_ok=True)  # it is of other weights than these
 
@@ -337,7 +378,7 @@ def load_state(folder: Path, model: Llama) -> dict:
         for name, value in state.pop("weights").items():
             model.get_parameter(name).data.copy_(value)
     except Exception as error:  # of a damaged file torch raises a dozen kinds
-        reason = str(error).split("\n")[0]
+        reason = str(error).split("\n")[0].split(" (1)")[0] or "it is empty"
         raise UserError(f"cannot resume from {folder / RESUME}: {reason}") from None
     return state
 
@@ -393,26 +434,6 @@ class Reporter:
 
 # ---- The command ---------------------------------------------------------------------------------
 
-SCRATCH = {
-    "steps": 6000,
-    "batch_size": 64,
-    "lr": 3e-3,
-    "optimizer": "muon",
-    "warmup": 100,
-    "weight_decay": 0.1,
-    "mask": "choice",
-}
-PAPER = {  # 3 epochs of 500,000 rows, 16 on each of two devices
-    "steps": 46875,
-    "batch_size": 16,
-    "lr": 1e-5,
-    "optimizer": "adamw",
-    "warmup": 1,
-    "weight_decay": 0.01,
-    "mask": "action",
-}
-"""Defaults: for a small model from scratch; with --ckpt, the paper's."""
-
 
 def arguments() -> argparse.Namespace:
     """The command line: --resume takes a run's own settings where none are given. Raises
@@ -447,7 +468,9 @@ def arguments() -> argparse.Namespace:
         "--compile", action="store_true", help="starts half a minute later, faster"
     )
     options.add_argument("--dtype", choices=DTYPES, help="of autocast; by itself the device's best")
-    options.add_argument("--hidden_size", type=number(int, 32), default=96, help="32 a head")
+    options.add_argument(
+        "--hidden_size", type=number(int, 32), default=96, help="from scratch; 32 a head"
+    )
     options.add_argument("--layers", type=number(int, 1), default=4, help="of a model from scratch")
     options.add_argument("--seed", type=number(int, 0), default=0)
     options.add_argument(
@@ -535,7 +558,9 @@ def main() -> None:
     model.model.gradient_checkpointing = options.gradient_checkpointing
 
     rows, record = training_rows(options)
-    settings = {key: value for key, value in vars(options).items() if key not in NOT_SETTINGS}
+    settings = vars(options).copy()
+    for name in ("ckpt", "out", "resume", "wandb"):
+        del settings[name]
     settings["hidden_size"] = model.config.hidden_size
     settings["layers"] = model.config.num_hidden_layers
     record = {**record, "settings": settings}  # --resume and improve.py go on with these
@@ -573,8 +598,6 @@ def main() -> None:
     )
     compare(model, tokenizer, validation, ["greedy", "self_backtrack"], Settings())
 
-
-NOT_SETTINGS = ("ckpt", "out", "resume", "wandb")
 
 if __name__ == "__main__":
     cli(main)

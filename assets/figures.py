@@ -39,7 +39,7 @@ def legend(ax, **settings) -> None:
 
 def searches(ax, lines: list[dict], split: str) -> None:
     """Accuracy against sampled tokens: a line for each b, a point for each n."""
-    lines = [line for line in lines if line["split"] == split and "paper" not in line]
+    lines = [line for line in lines if line["split"] == split and "independent" not in line]
     for line in lines:
         if line.get("decoder") == "greedy":
             height = percent(line, "selected")

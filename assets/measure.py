@@ -87,7 +87,7 @@ def line_name(line: dict) -> str:
     for flag in ("b", "n"):
         if flag in line:
             words.append(f"{flag}={line[flag]}")
-    if "paper" in line:
+    if "independent" in line:
         words.append("paper")
     return " ".join(words)
 

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import Tokenizer, load_rows, new_record  # noqa: E402
-from model import CachedRows, KVCache, Llama, LlamaConfig, Slot  # noqa: E402
+from model import CachedRows, KVCache, Llama, Slot, read_config  # noqa: E402
 from train import Batches, fit, save  # noqa: E402
 
 SHAPES = {
@@ -161,7 +161,7 @@ def full_config(size: str, layers: int | None) -> transformers.LlamaConfig:
 def write_random(config: transformers.LlamaConfig, folder: str) -> None:
     tokenizer = Tokenizer.digits()
     config.eos_token_id = tokenizer.eos
-    Llama(LlamaConfig.from_dict(config.to_dict())).save_pretrained(folder)
+    Llama(read_config(config.to_dict())).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

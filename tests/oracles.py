@@ -141,7 +141,7 @@ def expand(model, tokenizer, prompt: list[int], state, rank: int, key: int, sett
         samples.append(Sample(state.tokens, state.logps, point, 1 / state.count))
     going_on = samples
     while going_on:
-        if settings.paper:  # section 4.2: every sample draws for itself
+        if settings.independent:  # section 4.2: every sample draws for itself
             for group in same_so_far(going_on):
                 for sample, point in zip(group, np.sort(rng.random(len(group)))):
                     sample.point = float(point)
@@ -171,7 +171,7 @@ def self_backtrack(model, tokenizer, problem: dict, key: int, limit: int, settin
     expanded alone, in plain Python. Returns all samples (search.Path, with no slots)."""
     [prompt] = tokenizer.prompts([problem])
     b, n = settings.b, settings.n
-    algorithm = search.self_backtrack(tokenizer, b, n, limit, prompt_again=not settings.paper)
+    algorithm = search.self_backtrack(tokenizer, b, n, limit, settings.prompt_again)
     samples = None
     while True:
         try:

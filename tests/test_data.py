@@ -380,10 +380,10 @@ def test_solutions_are_canonical_and_detours_are_not():
     assert differ[True] > 50 * differ[False]
 
 
-def test_detours_are_at_every_depth_but_few_at_the_last():
+def test_detours_are_at_every_depth_where_there_is_another_way():
     depths = Counter(row["no_loss"][0] for row in rows_of(5000, [4]) if row["kind"] == "detour")
-    assert depths.keys() == {0, 1, 2}
-    assert depths[0] > depths[1] > 10 * depths[2]
+    assert depths[0] > depths[1] > 0
+    assert depths[1] > 10 * depths[2]  # two numbers seldom reach the target in two ways
 
 
 def test_rows_that_step_back_may_begin_with_a_detour():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers import LlamaConfig as HFConfig
 
-from model import INDEX, CachedRows, KVCache, Llama, LlamaConfig, UserError, attend
+from model import INDEX, CachedRows, KVCache, Llama, LlamaConfig, UserError, attend, read_config
 
 SCALING = {
     "rope_type": "llama3",
@@ -165,8 +165,8 @@ def test_a_vocabulary_grows_by_rows_that_are_the_mean(tmp_path, tied):
 
 
 def test_both_spellings_of_rope_mean_the_same():
-    old = LlamaConfig.from_dict({**SMALL, "rope_theta": 7e4, "rope_scaling": SCALING})
-    new = LlamaConfig.from_dict({**SMALL, "rope_parameters": {"rope_theta": 7e4, **SCALING}})
+    old = read_config({**SMALL, "rope_theta": 7e4, "rope_scaling": SCALING})
+    new = read_config({**SMALL, "rope_parameters": {"rope_theta": 7e4, **SCALING}})
     assert old == new
     assert old.rope_theta == 7e4
     assert old.rope_scaling == SCALING
@@ -174,13 +174,13 @@ def test_both_spellings_of_rope_mean_the_same():
 
 def test_rope_of_the_default_type_is_not_scaled():
     rope = {"rope_theta": 7e4, "rope_type": "default"}
-    assert LlamaConfig.from_dict({**SMALL, "rope_parameters": rope}).rope_scaling is None
+    assert read_config({**SMALL, "rope_parameters": rope}).rope_scaling is None
 
 
 def test_where_config_is_silent_transformers_defaults_hold():
     """Against transformers' own LlamaConfig of the same two fields."""
     raw = {"hidden_size": 96, "num_attention_heads": 4}
-    ours = LlamaConfig.from_dict(raw)
+    ours = read_config(raw)
     theirs = HFConfig(**raw)
     for name in ("num_key_value_heads", "head_dim", "tie_word_embeddings"):
         assert getattr(ours, name) == getattr(theirs, name), name
@@ -198,12 +198,12 @@ def test_where_config_is_silent_transformers_defaults_hold():
 )
 def test_what_this_llama_does_not_have_is_named(field, value, complaint):
     with pytest.raises(UserError, match=complaint):
-        LlamaConfig.from_dict({**SMALL, field: value})
+        read_config({**SMALL, field: value})
 
 
 def test_a_config_without_sizes_is_no_llamas():
     with pytest.raises(UserError, match="lacks hidden_size"):
-        LlamaConfig.from_dict({"model_type": "llama"})
+        read_config({"model_type": "llama"})
 
 
 # ---- Damaged checkpoints -------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from search import Path, Settings
 TOK = Tokenizer.digits()
 PROBLEMS = list(generate(new_record(5, [3, 4]), "train", 8))
 SHORT = Settings(b=2, n=9, temperature=0.8, min_p=0.0, max_new_tokens=18, cache_gib=0.02)
-PAPER = replace(SHORT, paper=True)
+RULE = {"independent": True, "prompt_again": False, "last_line": False}  # the paper's
+PAPER = replace(SHORT, **RULE)
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +294,7 @@ def test_no_candidate_is_no_answer():
 
 
 def test_the_judge_scores_by_the_papers_rule_where_asked():
-    row = search.judge(TOK, SUM, [finished(RIGHT)], Settings(paper=True))
+    row = search.judge(TOK, SUM, [finished(RIGHT)], Settings(**RULE))
     assert row["score"] == pytest.approx(-1.0)
 
 
@@ -308,20 +309,20 @@ def test_only_sampled_tokens_are_counted():
 
 def test_points_take_the_tokens_in_whose_intervals_they_lie():
     logits = torch.tensor([[0.5, 0.0, 0.3, 0.2], [0.0, 0.0, 1.0, 0.0]]).log()
-    paths = [Path(count=10, first=0.05, spacing=0.1), Path(count=2, first=0.2, spacing=0.6)]
-    draws = search.spread(logits, paths, temperature=1.0, min_p=0.0)
+    paths = [Path(count=10, offset=0.05, spacing=0.1), Path(count=2, offset=0.2, spacing=0.6)]
+    draws = search.spread(logits, paths, Settings(temperature=1.0, min_p=0.0))
     taken = [(draw.parent, draw.token, draw.count) for draw in draws]
     assert taken == [(0, 0, 5), (0, 2, 3), (0, 3, 2), (1, 2, 2)]
     # within a token's own interval: where the first of its points is, and how far to the next
-    assert [draw.first for draw in draws] == pytest.approx([0.1, 1 / 6, 0.25, 0.2], abs=1e-6)
+    assert [draw.offset for draw in draws] == pytest.approx([0.1, 1 / 6, 0.25, 0.2], abs=1e-6)
     assert [draw.spacing for draw in draws] == pytest.approx([0.2, 1 / 3, 0.5, 0.6], abs=1e-6)
 
 
 def test_temperature_and_min_p_change_what_is_drawn_and_no_log_probability():
     logits = torch.tensor([[0.5, 0.0, 0.3, 0.2]], dtype=torch.float64).log()
-    paths = [Path(count=10, first=0.05, spacing=0.1)]
+    paths = [Path(count=10, offset=0.05, spacing=0.1)]
     # 0.2 is less than half of 0.5; the roots of 0.5 and 0.3 are as 0.56 to 0.44
-    first, second = search.spread(logits, paths, temperature=2.0, min_p=0.5)
+    first, second = search.spread(logits, paths, Settings(temperature=2.0, min_p=0.5))
     assert (first.token, first.count) == (0, 6)
     assert (second.token, second.count) == (2, 4)
     assert torch.tensor([first.logp, second.logp]).exp().tolist() == pytest.approx([0.5, 0.3])
@@ -363,7 +364,7 @@ def test_samples_are_spread_as_evenly_as_can_be(precise, min_p):
 def test_spread_samples_differ_more_than_independent_ones(model):
     settings = replace(SHORT, b=0, n=1000)
     [spread] = decode(model, PROBLEMS[:1], [4], settings)
-    [independent] = decode(model, PROBLEMS[:1], [4], replace(settings, paper=True))
+    [independent] = decode(model, PROBLEMS[:1], [4], replace(settings, **RULE))
     assert len(independent) < len(spread)
 
 
@@ -424,14 +425,14 @@ def assert_same_samples(samples: list[Path], expected: list[Path]) -> None:
         assert path.logps == pytest.approx(other.logps, abs=1e-9)
 
 
-@pytest.mark.parametrize("paper", [True, False], ids=["independent", "spread"])
+@pytest.mark.parametrize("rule", [RULE, {}], ids=["independent", "spread"])
 @pytest.mark.parametrize(
     "b,n,asked,limit",  # the limit asked for, and the one that holds: int(sqrt(n)) by itself
     [(0, 6, None, 2), (1, 9, None, 3), (3, 4, None, 2), (2, 6, 1, 1), (2, 5, 5, 5)],
 )
-def test_self_backtracking_equals_the_plain_version(precise, paper, b, n, asked, limit):
+def test_self_backtracking_equals_the_plain_version(precise, rule, b, n, asked, limit):
     """Token for token, in order. The plain version: one sample at a time, without a cache."""
-    settings = replace(SHORT, paper=paper, b=b, n=n, limit=asked, seed=3)
+    settings = replace(SHORT, **rule, b=b, n=n, limit=asked, seed=3)
     keys = range(10, 16)
     found = decode(precise, PROBLEMS[:6], keys, settings)
     for key, problem, samples in zip(keys, PROBLEMS, found):
@@ -449,9 +450,9 @@ def test_the_plain_version_agrees_on_min_p_and_temperature(precise, min_p, tempe
         assert_same_samples(samples, expected)
 
 
-@pytest.mark.parametrize("paper", [True, False], ids=["independent", "spread"])
-def test_the_plain_version_agrees_where_samples_end_the_same(precise, paper):
-    settings = replace(SHORT, b=1, n=16, temperature=0.3, paper=paper)
+@pytest.mark.parametrize("rule", [RULE, {}], ids=["independent", "spread"])
+def test_the_plain_version_agrees_where_samples_end_the_same(precise, rule):
+    settings = replace(SHORT, b=1, n=16, temperature=0.3, **rule)
     found = decode(precise, PROBLEMS[:2], range(2), settings)
     for key, samples in enumerate(found):
         expected = self_backtrack(precise, TOK, PROBLEMS[key], key, 4, settings)
@@ -493,9 +494,9 @@ def test_best_of_n_is_a_search_that_never_steps_back(precise):
 # ---- Samples depend on their keys alone ----------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["independent", "spread"])
+@pytest.fixture(scope="module", params=[RULE, {}], ids=["independent", "spread"])
 def settings(request) -> Settings:
-    return replace(SHORT, paper=request.param, seed=1)
+    return replace(SHORT, **request.param, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -572,8 +573,8 @@ def branches_of(samples: list[Path]) -> dict[tuple, list[Path]]:
     return branches
 
 
-@pytest.mark.parametrize("paper", [True, False], ids=["independent", "spread"])
-def test_every_prefix_passes_the_model_once(model, monkeypatch, paper):
+@pytest.mark.parametrize("rule", [RULE, {}], ids=["independent", "spread"])
+def test_every_prefix_passes_the_model_once(model, monkeypatch, rule):
     """The prompts, each different prefix below a state, and one token more for each branch, whose
     logits no cache holds. Where a sample ends, its last token does not pass."""
     passed = []
@@ -585,7 +586,7 @@ def test_every_prefix_passes_the_model_once(model, monkeypatch, paper):
         return forward(self, input_ids, labels, cached, *rest, **others)
 
     monkeypatch.setattr(Llama, "forward", counting)
-    found = decode(model, PROBLEMS, range(8), replace(SHORT, n=16, paper=paper))
+    found = decode(model, PROBLEMS, range(8), replace(SHORT, n=16, **rule))
     expected = sum(map(len, TOK.prompts(PROBLEMS)))
     for samples in found:
         for (round, state), paths in branches_of(samples).items():
