@@ -1,8 +1,9 @@
 """Countdown: the task, its training rows, its tokens. Read after model.py, before search.py.
 
 The task is to combine all the numbers, each exactly once, so that the last result is the target.
-A row is a prompt and a response. Section 4.1 of arXiv 2502.04404 has two kinds of rows: in D_op the
-response solves the problem; in D_back it begins to, takes a wrong action and says `<backtrack>`.
+A row is a prompt and a response. Section 4.1 of arXiv 2502.04404 has rows of two kinds: in those of
+D_op the response solves the problem; in those of D_back it begins to, takes a wrong action and says
+`<backtrack>`.
 
     ###Question: numbers [2, 4, 10, 25]->target 60
     ###Response:
@@ -20,9 +21,9 @@ A response of each kind to this prompt, its lines side by side; lines in bracket
             rule_violation   4-2=2        [25*4=100]   <backtrack>
             false_goal       [25*10=250]  [4+2=6]      [250/6=60]   <backtrack>
 
-So the model learns to notice mistakes and never to make them. A detour is right, but it is not the
-canonical way: unless the model sees some, it takes every unusual action for a mistake. (With
---mask choice, which is ours, of a line like [25*4=100] only `25*4=` carries no loss.)
+So the model learns to notice mistakes and never to make them. Detours and false goals are ours. A
+detour is right, but it is not the canonical way: unless the model sees some, it takes every unusual
+action for a mistake. A row of D_back may begin with one.
 
     python data.py --num 500000 --out data/
 """
@@ -126,51 +127,54 @@ def verify(nums: list[int], target: int, response: str) -> Verdict:
 #     step 2: arrays (problems, 24, 12)       [p, 5, 7]: what choice 7 does after choice 5
 #     step 3: arrays (problems, 24, 12, 4)    [p, 5, 7, 2]: what choice 2 does after both
 #
-# All axes but the last are called a history: (problems, 24) at step 2. Shapes write it as H.
+# The axes before the last say what came before: the problem, and the choices of the steps before.
+# Shapes write them as "...": (..., choices) is (problems, 24, 12) at step 2.
 
 
 @dataclass
 class Step:
-    """Every choice of one step, after every history H."""
+    """Every choice of one step, after everything that may have come before."""
 
-    numbers: np.ndarray  # (H, m): the numbers that are left
-    a: np.ndarray  # (H, pairs): the larger number of each pair
-    b: np.ndarray  # (H, pairs): the smaller one
-    result: np.ndarray  # (H, C): first all pairs added, then all subtracted, ...: C = 4 * pairs
-    legal: np.ndarray  # (H, C) bool: this step and all before it obey the rules
+    numbers: np.ndarray  # (..., m): the numbers that are left
+    a: np.ndarray  # (..., pairs): the larger number of each pair
+    b: np.ndarray  # (..., pairs): the smaller one
+    result: np.ndarray  # (..., choices): first all pairs added, then all subtracted, ...
+    legal: np.ndarray  # (..., choices) bool: this step and all before it obey the rules
 
-    def after(self, history: tuple[np.ndarray, ...]) -> "Step":
-        """The choices of many rows, each after one history; numbers (rows, m) and so on.
-        history: an index (rows,) for each of its axes: the problem, the choice at step 1, ..."""
+    def take(self, index: tuple[np.ndarray, ...]) -> "Step":
+        """Of many rows the choices that remain to each, as arrays (rows, m), (rows, pairs), ...
+        index: the problem (rows,), the choice at step 1 (rows,), and so on. The first axes alone
+        may be given: (problem,) takes the problems whole."""
         fields = (self.numbers, self.a, self.b, self.result, self.legal)
-        taken = [field[history] for field in fields]
+        taken = [field[index] for field in fields]
         return Step(*taken)
 
 
 def take_step(numbers: np.ndarray, legal: np.ndarray) -> Step:
-    """Every choice that numbers (H, m) leave, after histories that are legal (H) bool or not."""
+    """Every choice that numbers (..., m) leave, after steps that were legal (...) bool or not."""
     first, second = np.triu_indices(numbers.shape[-1], 1)
-    a = np.maximum(numbers[..., first], numbers[..., second])  # (H, pairs)
+    a = np.maximum(numbers[..., first], numbers[..., second])  # (..., pairs)
     b = np.minimum(numbers[..., first], numbers[..., second])
-    shape = (*legal.shape, len(OPERATORS), len(first))
-    result = np.empty(shape, numbers.dtype)
-    allowed = np.empty(shape, bool)
+    by_operator = (*legal.shape, len(OPERATORS), len(first))
+    result = np.empty(by_operator, numbers.dtype)
+    allowed = np.empty(by_operator, bool)
     for index, operator in enumerate(OPERATORS):
         result[..., index, :], allowed[..., index, :] = calculate(a, operator, b)
     allowed &= legal[..., None, None]
-    choices_shape = (*legal.shape, len(OPERATORS) * len(first))  # (H, C)
-    return Step(numbers, a, b, result.reshape(choices_shape), allowed.reshape(choices_shape))
+    by_choice = (*legal.shape, len(OPERATORS) * len(first))  # (..., choices)
+    return Step(numbers, a, b, result.reshape(by_choice), allowed.reshape(by_choice))
 
 
 def remaining(step: Step) -> np.ndarray:
-    """(H, C, m - 1): the numbers that are left after each choice; its result comes last."""
+    """(..., choices, m - 1): the numbers that are left after each choice; its result comes last."""
     count_left = step.numbers.shape[-1]
     first, second = np.triu_indices(count_left, 1)
     not_in_pair = []
     for pair in zip(first, second):
         not_in_pair.append([index for index in range(count_left) if index not in pair])
     not_in_pair = np.array(not_in_pair, int)  # (pairs, m - 2)
-    others = step.numbers[..., np.tile(not_in_pair, (len(OPERATORS), 1))]  # (H, C, m - 2)
+    not_chosen = np.tile(not_in_pair, (len(OPERATORS), 1))  # (choices, m - 2)
+    others = step.numbers[..., not_chosen]  # (..., choices, m - 2)
     return np.concatenate([others, step.result[..., None]], -1)
 
 
@@ -179,7 +183,7 @@ def programs(nums: np.ndarray, stop_at: int = 1) -> tuple[list[Step], np.ndarray
     numbers that are left then. Down to one number these are k - 1 steps."""
     small = int(nums.max(initial=1)) ** nums.shape[1] < 2**31  # no product overflows
     left = nums.astype(np.int32 if small else np.int64)
-    left = -np.sort(-left, axis=1)
+    left = -np.sort(-left, axis=1)  # so that the order in which they are written decides nothing
     legal = np.ones(len(nums), bool)
     steps = []
     while left.shape[-1] > stop_at:
@@ -190,18 +194,18 @@ def programs(nums: np.ndarray, stop_at: int = 1) -> tuple[list[Step], np.ndarray
     return steps, left
 
 
-def for_histories(target: np.ndarray, dimensions: int) -> np.ndarray:
-    """target (problems,) as (problems, 1, 1, ...): it compares with arrays of all histories."""
-    return target.reshape(-1, *[1] * (dimensions - 1))
+def beside(target: np.ndarray, array: np.ndarray) -> np.ndarray:
+    """target (problems,) as (problems, 1, 1, ...), to be compared with array (problems, ...)."""
+    return target.reshape(-1, *[1] * (array.ndim - 1))
 
 
 def solvable(nums: np.ndarray, target: np.ndarray) -> np.ndarray:
     """(problems,) bool: can any program reach target (problems,)? Faster than `plan_efforts`: it
     stops at two numbers and compares what they give with the target, but stores none of it."""
     steps, left = programs(nums, stop_at=2)
-    a = np.maximum(left[..., 0], left[..., 1])  # (problems, C_1, ..., C_k-2)
+    a = np.maximum(left[..., 0], left[..., 1])  # (problems, choices of step 1, of step 2, ...)
     b = np.minimum(left[..., 0], left[..., 1])
-    wanted = for_histories(target.astype(a.dtype), a.ndim)
+    wanted = beside(target.astype(a.dtype), a)
     reached = np.zeros(a.shape, bool)
     for operator in OPERATORS:
         result, legal = calculate(a, operator, b)
@@ -212,21 +216,21 @@ def solvable(nums: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def plan_efforts(steps: list[Step], target: np.ndarray) -> list[np.ndarray]:
-    """For each step (H, C) float32: the effort of the simplest solution that makes this choice, inf
-    where no solution does. So a choice is right where its effort is finite.
+    """For each step (..., choices) float32: the effort of the simplest solution that makes this
+    choice, inf where no solution does. So the target can be reached where it is finite.
 
     By dynamic programming from the last step back. Simple is + and - before * and /, then small
     results: one canonical answer is far easier to learn than any one of many."""
     efforts = []
     for step in reversed(steps):
         pairs = step.a.shape[-1]
-        own_effort = np.repeat(np.array(list(EFFORT.values()), np.float32), pairs)  # (C,)
+        own_effort = np.repeat(np.array(list(EFFORT.values()), np.float32), pairs)  # (choices,)
         if efforts:
             possible = step.legal
-            onwards = efforts[0].min(-1)  # (H, C): of the simplest way on
+            onwards = efforts[0].min(-1)  # (..., choices): of the simplest way on
             total = own_effort + np.log2(step.result + 2, dtype=np.float32) + onwards
         else:
-            possible = step.legal & (step.result == for_histories(target, step.result.ndim))
+            possible = step.legal & (step.result == beside(target, step.result))
             total = own_effort  # the last result is the target, whatever the choice
         efforts.insert(0, np.where(possible, total, np.float32(np.inf)))
     return efforts
@@ -270,7 +274,7 @@ def draw_problems(rng, split: str, size: int, num: int, held_out: Sequence[int] 
 
 
 class Action(NamedTuple):
-    """One action of many rows at once: arrays (rows,), in the order in which it is written."""
+    """An action of each of many rows: arrays (rows,), in the order in which it is written."""
 
     a: np.ndarray
     operator: np.ndarray
@@ -279,7 +283,7 @@ class Action(NamedTuple):
 
 
 def choose(step: Step, choice: np.ndarray) -> Action:
-    """The action of each row's choice (rows,) among a step's (rows, C)."""
+    """The action of each row's choice (rows,) among a step's (rows, choices)."""
     row = np.arange(len(choice))
     operator_index, pair = np.divmod(choice, step.a.shape[1])
     operator = np.array(OPERATORS)[operator_index]
@@ -293,7 +297,7 @@ def write_actions(action: Action) -> list[str]:
 
 
 def pick_random(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
-    """(rows,): a random true place in each row of mask (rows, C); place 0 in a row without one."""
+    """(rows,): a random true place of each row of mask (rows, places); 0 in a row without one."""
     return (rng.random(mask.shape, np.float32) * mask).argmax(-1)
 
 
@@ -302,11 +306,11 @@ class Situation:
     """Where many rows stand, after the beginning of a solution, when they are to go wrong."""
 
     depth: int  # how many actions they have taken
-    step: Step  # (rows, C): the choices of the next step
-    right: np.ndarray  # (rows, C) bool: from which the target can still be reached
+    step: Step  # (rows, choices): what they can do next
+    reachable: np.ndarray  # (rows, choices) bool: can the target still be reached then?
     used_up: np.ndarray  # (rows, u): the numbers that are used up
     target: np.ndarray  # (rows,)
-    all_steps: list[Step]  # all choices from the problem's first step on
+    all_steps: list[Step]  # from the problem's first step on: (rows, choices of step 1, of 2, ...)
 
 
 class Mistake(NamedTuple):
@@ -317,71 +321,79 @@ class Mistake(NamedTuple):
 
 def exploratory(rng: np.random.Generator, here: Situation) -> Mistake:
     """A legal step from which the target cannot be reached any more."""
-    wrong = here.step.legal & ~here.right
+    wrong = here.step.legal & ~here.reachable
     return Mistake([choose(here.step, pick_random(rng, wrong))], here.depth, wrong.any(-1))
 
 
 def computational(rng: np.random.Generator, here: Situation) -> Mistake:
     """A legal step with a false result; or, half the time, a division that is not exact, the
     commonest lie of small models. A last step mostly claims the target."""
-    rows = len(here.target)
+    count = len(here.target)
     pairs = here.step.a.shape[1]
-    is_division = np.repeat([operator == "/" for operator in OPERATORS], pairs)  # (C,)
+    is_division = np.repeat([operator == "/" for operator in OPERATORS], pairs)  # (choices,)
     inexact = is_division & ~here.step.legal & np.tile(here.step.b > 0, len(OPERATORS))
-    divide = inexact.any(-1) & (rng.random(rows) < 0.5)
+    divide = inexact.any(-1) & (rng.random(count) < 0.5)
     choice = pick_random(rng, np.where(divide[:, None], inexact, here.step.legal))
     action = choose(here.step, choice)
 
     # The result is off by 1 ... 9, or by 10, 20 ... 90, upwards or downwards.
-    slip = rng.integers(1, 10, rows) * rng.choice([1, 1, 10], rows)
-    downwards = (rng.random(rows) < 0.5) & (slip <= action.result)
+    slip = rng.integers(1, 10, count) * rng.choice([1, 1, 10], count)
+    downwards = (rng.random(count) < 0.5) & (slip <= action.result)
     claimed = np.where(downwards, action.result - slip, action.result + slip)
     # Half of the inexact quotients are only rounded down.
-    rounded = divide & (rng.random(rows) < 0.5)
+    rounded = divide & (rng.random(count) < 0.5)
     claimed = np.where(rounded, action.result, claimed)
     # Three quarters of the last steps claim the target.
     if here.step.numbers.shape[-1] == 2:
-        claims_target = (rng.random(rows) < 0.75) & (action.result != here.target)
+        claims_target = (rng.random(count) < 0.75) & (action.result != here.target)
         claimed = np.where(claims_target, here.target, claimed)
-    return Mistake([action._replace(result=claimed)], here.depth, np.ones(rows, bool))
+    return Mistake([action._replace(result=claimed)], here.depth, np.ones(count, bool))
 
 
 def rule_violation(rng: np.random.Generator, here: Situation) -> Mistake:
-    """A step with a right result that takes a number that is not there, mostly a used one."""
-    rows = len(here.target)
+    """A step with a true result that takes a number that is not there, mostly a used one."""
+    count = len(here.target)
+    every_row = np.arange(count)
     numbers = here.step.numbers
-    missing_number = rng.integers(1, MAX_NUMBER + 1, rows)
+    missing_number = rng.integers(1, MAX_NUMBER + 1, count)
     if here.used_up.shape[1]:
-        used_number = here.used_up[np.arange(rows), rng.integers(0, here.used_up.shape[1], rows)]
-        missing_number = np.where(rng.random(rows) < 0.8, used_number, missing_number)
-    present_number = numbers[np.arange(rows), rng.integers(0, numbers.shape[1], rows)]
-    step = take_step(np.column_stack([missing_number, present_number]), np.ones(rows, bool))
+        used_number = here.used_up[every_row, rng.integers(0, here.used_up.shape[1], count)]
+        missing_number = np.where(rng.random(count) < 0.8, used_number, missing_number)
+    present_number = numbers[every_row, rng.integers(0, numbers.shape[1], count)]
+    step = take_step(np.column_stack([missing_number, present_number]), np.ones(count, bool))
     found = (numbers != missing_number[:, None]).all(-1)
     return Mistake([choose(step, pick_random(rng, step.legal))], here.depth, found)
 
 
 def false_goal(rng: np.random.Generator, here: Situation) -> Mistake:
-    """Beyond the paper: a whole path that has lost its way, as small models answer in the end. Its
-    steps are legal up to the last, a division that is not exact but claims the target, which is
-    within a factor of two. Such a path begins at the prompt, wherever the row stands."""
-    rows = np.arange(len(here.target))
+    """Beyond the paper: a whole path that has lost its way, as small models answer in the end:
+    `25*10=250`, `4+2=6`, `250/6=60`. It begins at the prompt, wherever the row stands. Its steps
+    are legal up to the last, a division that claims the target: it is not exact, and the quotient
+    is within a factor of two of the target."""
+    every_row = np.arange(len(here.target))
+
+    # Which beginnings, a choice at every step but the last, leave two numbers for such a division?
     last = here.all_steps[-1]
-    a = last.a[..., 0]  # (rows, C_1, ..., C_k-2): the two numbers left after every history
+    a = last.a[..., 0]  # (rows, choices of step 1, of step 2, ...): the larger of the two
     b = last.b[..., 0]
-    target = for_histories(here.target, a.ndim)
-    is_inexact = a % np.maximum(b, 1) != 0
-    is_near = (a < 2 * b * target) & (b * target < 2 * a)
-    fitting = is_inexact & is_near
+    target = beside(here.target, a)
+    inexact = a % np.maximum(b, 1) != 0
+    near = (a < 2 * b * target) & (b * target < 2 * a)
+    fitting = inexact & near
     if len(here.all_steps) > 1:
         fitting &= here.all_steps[-2].legal
-    histories = fitting.shape[1:]
-    fitting = fitting.reshape(len(rows), np.prod(histories, dtype=int))
+
+    # Pick one of them, by its number, and take that number apart into the choices.
+    choice_counts = fitting.shape[1:]
+    fitting = fitting.reshape(len(every_row), np.prod(choice_counts, dtype=int))
     picked = pick_random(rng, fitting)
-    choices = list(np.unravel_index(picked, histories)) if histories else []
-    choices.append(np.full(len(rows), OPERATORS.index("/")))  # one pair is left: choice = operator
+    choices = list(np.unravel_index(picked, choice_counts)) if choice_counts else []
+    choices.append(np.full(len(every_row), OPERATORS.index("/")))  # of the one pair that is left
+
+    # Write it down; the last action claims the target.
     actions = []
     for depth, choice in enumerate(choices):
-        step = here.all_steps[depth].after((rows, *choices[:depth]))
+        step = here.all_steps[depth].take((every_row, *choices[:depth]))
         actions.append(choose(step, choice))
     actions[-1] = actions[-1]._replace(result=here.target)
     return Mistake(actions, 0, fitting.any(-1))
@@ -410,36 +422,36 @@ def make_rows(
     rng, nums: np.ndarray, target: np.ndarray, kinds: Sequence[str] = KINDS
 ) -> list[dict]:
     """A row of D_op or D_back for each of nums (problems, k), target (problems,), all solvable:
-    {nums, target, search_path: the response, kind, no_loss: which of its actions carry no loss}."""
+    {nums, target, search_path: the response, kind, no_loss: which of its actions carry no loss}.
+    First every problem becomes a row of D_op; then some of these go wrong."""
     steps, _ = programs(nums)
     efforts = plan_efforts(steps, target)
     solutions = draw_solutions(rng, steps, efforts)
     rows = []
-    for problem in range(len(nums)):  # D_op: every problem with its solution
+    for problem in range(len(nums)):
         row = {"nums": nums[problem].tolist(), "target": int(target[problem])}
         no_loss = [depth for depth, detour in enumerate(solutions.detours) if detour[problem]]
         row["search_path"] = "".join(texts[problem] for texts in solutions.actions) + GOAL
         row["kind"] = "detour" if no_loss else "solution"
         row["no_loss"] = no_loss
         rows.append(row)
-    for kind, depth, chosen in draw_mistakes(rng, len(nums), len(steps), kinds):
+    for make_mistake, depth, chosen in draw_mistakes(rng, len(nums), len(steps), kinds):
         before = [choices[chosen] for choices in solutions.choices[:depth]]
-        history = (chosen, *before)
         here = Situation(
             depth=depth,
-            step=steps[depth].after(history),
-            right=np.isfinite(efforts[depth][history]),
+            step=steps[depth].take((chosen, *before)),
+            reachable=np.isfinite(efforts[depth][chosen, *before]),
             used_up=solutions.used_up[depth][chosen],
             target=target[chosen],
-            all_steps=[step.after((chosen,)) for step in steps],
+            all_steps=[step.take((chosen,)) for step in steps],
         )
-        mistake = kind(rng, here)
+        mistake = make_mistake(rng, here)
         wrong = [write_actions(action) for action in mistake.actions]
-        for place in np.flatnonzero(mistake.found):  # D_back: these begin like that and go wrong
+        for place in np.flatnonzero(mistake.found):
             problem = chosen[place]
             right_actions = [texts[problem] for texts in solutions.actions[: mistake.depth]]
             wrong_actions = [texts[place] for texts in wrong]
-            go_wrong(rows[problem], right_actions, wrong_actions, kind.__name__)
+            go_wrong(rows[problem], right_actions, wrong_actions, make_mistake.__name__)
     return rows
 
 
@@ -461,13 +473,13 @@ def draw_solutions(
     leave_at[rng.random(len(problems)) >= DETOUR] = len(steps)  # never
     solutions = Solutions([], [], [], [np.empty((len(problems), 0), int)])
     for depth, step in enumerate(steps):
-        history = (problems, *solutions.choices)
-        effort = efforts[depth][history]  # (problems, C)
+        so_far = (problems, *solutions.choices)
+        effort = efforts[depth][so_far]  # (problems, choices)
         simplest = effort.argmin(-1)
         others = np.isfinite(effort) & (effort > effort.min(-1, keepdims=True))
         detour = (leave_at == depth) & others.any(-1)
         choice = np.where(detour, pick_random(rng, others), simplest)
-        action = choose(step.after(history), choice)
+        action = choose(step.take(so_far), choice)
         solutions.choices.append(choice)
         solutions.detours.append(detour)
         solutions.actions.append(write_actions(action))
@@ -484,10 +496,10 @@ def draw_mistakes(rng: np.random.Generator, count: int, depths: int, kinds: Sequ
     shares = np.array([MISTAKES[mistake] for mistake in allowed])
     drawn = rng.choice(len(allowed), count, p=shares / shares.sum())
     drawn[rng.random(count) >= BACK] = -1  # none: these stay in D_op
-    depth_of = draw_depths(rng, depths, count)
+    drawn_depth = draw_depths(rng, depths, count)
     for depth in range(depths):
-        for index, mistake in enumerate(allowed):
-            yield mistake, depth, np.flatnonzero((drawn == index) & (depth_of == depth))
+        for index, make_mistake in enumerate(allowed):
+            yield make_mistake, depth, np.flatnonzero((drawn == index) & (drawn_depth == depth))
 
 
 def draw_depths(rng: np.random.Generator, depths: int, count: int) -> np.ndarray:
@@ -526,7 +538,7 @@ def make_block(record: dict, split: str, index: int) -> list[dict]:
 def generate(record: dict, split: str, num: int, offset: int = 0, over=map) -> Iterator[dict]:
     """Rows offset .. offset + num of a split's stream; `over` maps a function over blocks (a pool's
     imap: in parallel)."""
-    indices = range(offset // BLOCK, -(-(offset + num) // BLOCK))
+    indices = range(offset // BLOCK, -(-(offset + num) // BLOCK))  # -(-a // b) rounds up
     blocks = over(partial(make_block, record, split), indices)
     rows = itertools.chain.from_iterable(blocks)
     return itertools.islice(rows, offset % BLOCK, offset % BLOCK + num)
@@ -539,15 +551,16 @@ MASKS = ("none", "action", "choice")
 
 def no_loss_spans(row: dict, mask: str) -> list[tuple[int, int]]:
     """Where a row's text, prompt + response, carries no loss: [begin, end) in characters. The
-    prompt never does. Of an action that the row's `no_loss` names, say `25*4=100`, this much:
+    prompt never does. Of the actions that the row's `no_loss` names, this much:
 
-        mask="action"   25*4=100   all of it, with its newline: the paper's mask
-        mask="choice"   25*4=      what was chosen; the result is learned, if it is true
-        mask="none"                nothing
+        mask="action"   25*4=100 and its newline: the paper's mask
+        mask="choice"   25*4=, what was chosen; the result is learned. But a line that is false is
+                        masked whole: nobody is to learn 25*2=52
+        mask="none"     nothing
 
-    By the paper's mask every last step with a loss makes the target, so that small models come to
-    write the target after any last step. A row without `no_loss` is a stranger's: then it is the
-    action before `<backtrack>`."""
+    Why "choice", which is ours: by the paper's mask every last step with a loss makes the target,
+    so that small models come to write the target after any last step. A row without `no_loss` is a
+    stranger's: then it is the action before `<backtrack>`, if it says that."""
     begin = len(prompt_text(row["nums"], row["target"]))
     spans = [(0, begin)]
     if mask == "none":
@@ -598,19 +611,20 @@ class Tokenizer:
         return [encoding.ids for encoding in self.backend.encode_batch(texts)]
 
     def rows(self, rows: list[dict], mask: str = "action") -> list[tuple[list[int], list[int]]]:
-        """(input_ids, labels) of each row {nums, target, search_path}, end-of-text included.
+        """(input_ids, labels) of each row {nums, target, search_path}, end-of-text included, which
+        always carries a label: after `<backtrack>`, too.
 
         A label is the token's own id, or -100: no loss, where any of the token's characters is in
         one of `no_loss_spans`, or where the token has no characters."""
         texts = [prompt_text(row["nums"], row["target"]) + row["search_path"] for row in rows]
         encoded = []
         for row, text, encoding in zip(rows, texts, self.backend.encode_batch(texts)):
-            no_loss = bytearray(len(text))  # a character's byte is 1 where it carries none
+            masked = [False] * len(text)  # by character
             for begin, end in no_loss_spans(row, mask):
-                no_loss[begin:end] = b"\1" * (end - begin)
+                masked[begin:end] = [True] * (end - begin)
             labels = []
             for token, (begin, end) in zip(encoding.ids, encoding.offsets):
-                learned = begin < end and not any(no_loss[begin:end])
+                learned = begin < end and not any(masked[begin:end])
                 labels.append(token if learned else -100)
             encoded.append((encoding.ids + [self.eos], labels + [self.eos]))
         return encoded
@@ -622,8 +636,8 @@ class Tokenizer:
 
     @classmethod
     def digits(cls) -> "Tokenizer":
-        """One token a digit, one a fixed piece of text: with whole numbers as tokens a small model
-        fails on new targets."""
+        """Each digit and each sign is a token, and so is each fixed piece of text. (With whole
+        numbers as tokens a small model fails on new targets.)"""
         fixed = ["###Question: numbers [", ", ", "]->target ", "\n###Response:\n", GOAL]
         special = [PAD, EOS, BACKTRACK]
         pieces = [*special, *"0123456789", *OPERATORS, "=", "\n", *fixed]
@@ -731,23 +745,23 @@ def read_split(source: str, split: str) -> list[dict]:
     folder = checkpoint_folder(source, "dataset")
     if (folder / f"{split}.jsonl").exists():
         return read_rows(folder / f"{split}.jsonl")
-    kind = split.removesuffix("_new")
-    files = [file for file in sorted(folder.glob("*.json*")) if kind in file.name]
+    part = split.removesuffix("_new")
+    files = [file for file in sorted(folder.glob("*.json*")) if part in file.name]
     if not files:
-        raise UserError(f"{source} holds no JSON with {kind!r} in its name (parquet is not read)")
+        raise UserError(f"{source} holds no JSON with {part!r} in its name (parquet is not read)")
     files.sort(key=lambda file: "backtrack" not in file.name)  # the reference has files without it
     rows = read_rows(files[0])
     half = len(rows) // 2
     return {"train": rows, "val": rows[:half], "val_new": rows[half:]}[split]
 
 
-def load_record(name: str, kind: str = "model") -> dict:
+def load_record(name: str, repo_type: str = "model") -> dict:
     """What a checkpoint or dataset was made from; where nobody wrote it down: the reference's, or
     itself."""
-    path = checkpoint_folder(name, kind) / "record.json"
+    path = checkpoint_folder(name, repo_type) / "record.json"
     if path.exists():
         return read_json(path)
-    return {"source": REFERENCE if kind == "model" else str(name)}
+    return {"source": REFERENCE if repo_type == "model" else str(name)}
 
 
 def load_rows(data: str, record: dict, num: int, offset: int = 0) -> list[dict]:

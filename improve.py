@@ -10,7 +10,6 @@ validation problems that accuracy is reported on are never searched: no training
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,10 +20,26 @@ from search import Settings, compare, evaluate
 from train import Batches, fit, save
 
 
-def improve(model: Llama, tokenizer: Tokenizer, rows: list[dict], settings: Settings, learn) -> int:
-    """One round: search the problems of `rows`, keep what verifies, `learn` from it. Returns how
-    many problems were solved. Raises UserError if none was. `learn`: fine-tunes on a list of rows.
-    """
+def expert_iteration(
+    model: Llama, tokenizer: Tokenizer, record: dict, validation: dict, options: argparse.Namespace
+) -> None:
+    """Every round goes on from the model of the round before, with problems that are new and an
+    optimizer that is new. `record`: where the problems come from; `validation`: {split: problems}
+    to measure on. Raises UserError."""
+    settings = Settings(b=options.b, n=options.n, seed=options.seed)
+    measure(model, tokenizer, validation, settings, options, 0, "before")
+    for round_number in range(1, options.rounds + 1):
+        rows = load_rows("train", record, options.num, options.num * (round_number - 1))
+        solved = improve(model, tokenizer, rows, settings, record, options, round_number)
+        title = f"round {round_number} (solved {solved} of {len(rows)})"
+        measure(model, tokenizer, validation, settings, options, round_number, title)
+        if start()[1] == 0:  # one of the ranks is enough
+            save(options.out, model, tokenizer, record)
+
+
+def improve(model, tokenizer, rows, settings, record, options, round_number: int) -> int:
+    """One round: search the problems of `rows`, keep what verifies, fine-tune on it. Returns how
+    many problems were solved. Raises UserError if none was."""
     answers = evaluate(model, tokenizer, rows, settings)
     solved = solved_rows(rows, answers)
     mistakes = own_mistakes(rows, answers)
@@ -33,12 +48,14 @@ def improve(model: Llama, tokenizer: Tokenizer, rows: list[dict], settings: Sett
         raise UserError(message)
     # at most as many mistakes as answers; and, lest it forget how to step back, some of D_back
     back = [row for row in rows if row["search_path"].endswith(BACKTRACK)]
-    learn(solved + mistakes[: len(solved)] + back[: len(solved) // 10])
-    return sum(answer["verified"] for answer in answers)
+    kept_rows = solved + mistakes[: len(solved)] + back[: len(solved) // 10]
+    fine_tune(model, tokenizer, kept_rows, record, options, options.seed + round_number)
+    return len(solved)
 
 
 def solved_rows(rows: list[dict], answers: list[dict]) -> list[dict]:
-    """D_op from the answers that verify: of each problem the best, if there is one."""
+    """D_op from what the search found: of each problem the best candidate that verifies, if there
+    is one, even where the search chose another that does not."""
     kept_rows = []
     for row, answer in zip(rows, answers):
         for solution in answer["solutions"][:1]:
@@ -47,8 +64,8 @@ def solved_rows(rows: list[dict], answers: list[dict]) -> list[dict]:
 
 
 def own_mistakes(rows: list[dict], answers: list[dict]) -> list[dict]:
-    """D_back from chosen answers that are wrong, cut after their first false action. All actions up
-    to it are named in `no_loss`, for nobody knows which of them led astray."""
+    """D_back from chosen answers that are wrong, cut after the first action that fails. All actions
+    up to it are named in `no_loss`, for nobody knows which of them led astray."""
     kept_rows = []
     for row, answer in zip(rows, answers):
         if answer["failed_step"]:
@@ -63,7 +80,42 @@ def training_row(problem: dict, response: str, no_loss: list[int]) -> dict:
     return {"nums": nums, "target": target, "search_path": response, "no_loss": no_loss}
 
 
+def fine_tune(model, tokenizer, kept_rows, record, options, seed: int) -> None:
+    """A few epochs over what a round has kept, by the optimizer and the mask that the checkpoint
+    was trained with (where train.py made it, and its record says so)."""
+    device, rank, world = start()
+    training = record.get("settings", {})
+    uses_muon = training.get("optimizer") == "muon"
+    loss_mask = training.get("mask", "action")
+    learning_rate = options.lr or (2e-3 if uses_muon else 1e-5)
+    batches = Batches(kept_rows, tokenizer, options.batch_size, 1, seed, rank, world, loss_mask)
+    total_steps = -(-len(kept_rows) * options.epochs // batches.step_rows)  # rounded up
+    fit(
+        model,
+        batches,
+        total_steps,
+        learning_rate,
+        warmup=10,
+        muon=uses_muon,
+        dtype=best_dtype(device),
+    )
+
+
 # ==== Plumbing: a first reading may stop here =====================================================
+
+
+def measure(
+    model, tokenizer, validation: dict, settings: Settings, options, round_number: int, title: str
+) -> None:
+    """Print the table of greedy decoding and search, and add a line to log.jsonl."""
+    decoders = ["greedy", "self_backtrack"]
+    results = compare(model, tokenizer, validation, decoders, settings, title)
+    log_line = {"round": round_number}
+    for (split, decoder), rows in results.items():
+        log_line[f"{split}_{decoder}"] = sum(row["correct"] for row in rows) / len(rows)
+    if start()[1] == 0:
+        with open(options.out / "log.jsonl", "a") as log_file:
+            log_file.write(json.dumps(log_line) + "\n")
 
 
 def arguments() -> argparse.Namespace:
@@ -83,45 +135,9 @@ def arguments() -> argparse.Namespace:
     return options.parse_args()
 
 
-def fine_tune(
-    model: Llama, tokenizer: Tokenizer, kept_rows: list[dict], options, training: dict, seed: int
-) -> None:
-    """What a round does with what it has kept. `training`: the settings of the checkpoint's own
-    training, where train.py made it."""
-    device, rank, world = start()
-    uses_muon = training.get("optimizer") == "muon"
-    learning_rate = options.lr or (2e-3 if uses_muon else 1e-5)
-    loss_mask = training.get("mask", "action")
-    batches = Batches(kept_rows, tokenizer, options.batch_size, 1, seed, rank, world, loss_mask)
-    total_steps = -(-len(kept_rows) * options.epochs // batches.step_rows)
-    fit(
-        model,
-        batches,
-        total_steps,
-        learning_rate,
-        warmup=10,
-        muon=uses_muon,
-        dtype=best_dtype(device),
-    )
-
-
-def measure(
-    model, tokenizer, validation: dict, settings: Settings, options, round_number: int, title: str
-) -> None:
-    """Print the table of greedy decoding and search, and add a line to log.jsonl."""
-    decoders = ["greedy", "self_backtrack"]
-    results = compare(model, tokenizer, validation, decoders, settings, title)
-    log_line = {"round": round_number}
-    for (split, decoder), rows in results.items():
-        log_line[f"{split}_{decoder}"] = sum(row["correct"] for row in rows) / len(rows)
-    if start()[1] == 0:
-        with open(options.out / "log.jsonl", "a") as log_file:
-            log_file.write(json.dumps(log_line) + "\n")
-
-
 def main() -> None:
     options = arguments()
-    device, rank, _ = start()
+    device, _, _ = start()
     tokenizer = Tokenizer.from_pretrained(options.ckpt)
     model = Llama.from_pretrained(options.ckpt, device, torch.float32)
     model.model.gradient_checkpointing = options.gradient_checkpointing
@@ -129,21 +145,10 @@ def main() -> None:
         pass  # if it cannot be written to, say so now
     record = load_record(options.ckpt)
     validation = {split: load_rows(split, record, options.num_eval) for split in ("val", "val_new")}
-    settings = Settings(b=options.b, n=options.n, seed=options.seed)
     # Where data is generated: a stream that training never drew. It is saved, so that a later run
     # draws other rows again.
     record = {**record, "seed": record.get("seed", 0) + 1_000_000 * (options.seed + 1)}
-    training = record.get("settings", {})
-    measure(model, tokenizer, validation, settings, options, 0, "before")
-    for round_number in range(1, options.rounds + 1):
-        rows = load_rows("train", record, options.num, options.num * (round_number - 1))
-        seed = options.seed + round_number
-        learn = partial(fine_tune, model, tokenizer, options=options, training=training, seed=seed)
-        solved = improve(model, tokenizer, rows, settings, learn)
-        title = f"round {round_number} (solved {solved} of {len(rows)})"
-        measure(model, tokenizer, validation, settings, options, round_number, title)
-        if rank == 0:
-            save(options.out, model, tokenizer, record)
+    expert_iteration(model, tokenizer, record, validation, options)
 
 
 if __name__ == "__main__":

@@ -92,8 +92,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=full_mask, is_causal=mask is None, enable_gqa=H != K
         )
-    # The same by hand, for on CPUs PyTorch's own is far slower in bf16. Query heads h that share a
-    # key head, h // (H / K), are treated as so many more queries of it, so that no key is repeated.
+    # The same by hand, for on CPUs PyTorch's own is far slower in bf16. Of H = 8 query heads and
+    # K = 2 key heads, query heads 0 to 3 use key head 0: they are treated as four times as many
+    # queries of it, so that no key is repeated.
     if mask is None:
         mask = torch.ones(1, T, S, dtype=torch.bool).tril()
     queries = (q * D**-0.5).reshape(B, K, H // K * T, D)
@@ -115,15 +116,15 @@ class LlamaAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, mask, cached):
+    def forward(self, x, cos, sin, mask, cached_rows):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
-        if cached is not None:
-            k, v = cached.update(self.layer_idx, k, v)  # (B, K, S, D): all that the rows hold
+        if cached_rows is not None:
+            k, v = cached_rows.update(self.layer_idx, k, v)  # (B, K, S, D): all that the rows hold
         x = attend(q, k, v, mask)
         return self.o_proj(x.transpose(1, 2).reshape(B, T, -1))
 
@@ -149,8 +150,8 @@ class LlamaDecoderLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, mask, cached):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cached)
+    def forward(self, x, cos, sin, mask, cached_rows):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cached_rows)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -168,32 +169,34 @@ class LlamaModel(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.register_buffer("rope", rope_frequencies(config), persistent=False)
 
-    def forward(self, input_ids: torch.Tensor, cached: "CachedRows | None" = None) -> torch.Tensor:
+    def forward(
+        self, input_ids: torch.Tensor, cached_rows: "CachedRows | None" = None
+    ) -> torch.Tensor:
         T = input_ids.shape[1]
-        if cached is None:
+        if cached_rows is None:
             positions = torch.arange(T, device=input_ids.device)[None]  # (1, T)
             mask = None
         else:
-            positions = cached.positions  # (B, T)
-            columns = torch.arange(cached.slots.shape[1], device=input_ids.device)
+            positions = cached_rows.positions  # (B, T)
+            columns = torch.arange(cached_rows.slots.shape[1], device=input_ids.device)
             mask = columns <= positions[..., None]  # (B, T, S): up to the token's own position
         x = self.embed_tokens(input_ids)  # (B, T, C)
         angles = positions[:, None, :, None] * self.rope.float()  # (B or 1, 1, T, D / 2), fp32
         cos = angles.cos().to(x.dtype)
         sin = angles.sin().to(x.dtype)
         for layer in self.layers:
-            x = self.run(layer, x, cos, sin, mask, cached)
+            x = self.run(layer, x, cos, sin, mask, cached_rows)
         return self.norm(x)
 
-    def run(self, layer: LlamaDecoderLayer, x, cos, sin, mask, cached):
+    def run(self, layer: LlamaDecoderLayer, x, cos, sin, mask, cached_rows):
         """One layer, as the two options above say. It is the layer that is compiled, not the model:
         all layers share what is compiled once, and searches go on without it."""
         forward = layer
-        if self.compiled_layer and cached is None:
+        if self.compiled_layer and cached_rows is None:
             forward = partial(self.compiled_layer, layer)
         if self.gradient_checkpointing and x.requires_grad:
-            return checkpoint(forward, x, cos, sin, mask, cached, use_reentrant=False)
-        return forward(x, cos, sin, mask, cached)
+            return checkpoint(forward, x, cos, sin, mask, cached_rows, use_reentrant=False)
+        return forward(x, cos, sin, mask, cached_rows)
 
 
 class Llama(nn.Module):
@@ -214,17 +217,17 @@ class Llama(nn.Module):
         self,
         input_ids: torch.Tensor,
         labels: torch.Tensor | None = None,
-        cached: "CachedRows | None" = None,
+        cached_rows: "CachedRows | None" = None,
         last: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """input_ids (B, T) int64 -> logits (B, T, V), in the weights' dtype.
 
         labels (B, T) int64, -100 for no loss: return the *sum* of the cross-entropies instead, ()
             fp32 or wider. The vocabulary projection is computed at labelled positions only.
-        cached: the tokens continue rows of a cache, and are appended to it.
+        cached_rows: the tokens continue rows of a cache, and are appended to it.
         last (B,) int64: return the logits at that one position of each row only, (B, V).
         """
-        hidden = self.model(input_ids, cached)  # (B, T, C)
+        hidden = self.model(input_ids, cached_rows)  # (B, T, C)
         if labels is not None:
             labelled = labels[:, 1:] != -100  # position t predicts the token at t + 1
             logits = self.lm_head(hidden[:, :-1][labelled])  # (labelled, V)
@@ -263,8 +266,7 @@ class KVCache:
 
     def __init__(self, config: LlamaConfig, slots: int, device, dtype: torch.dtype):
         shape = (config.num_hidden_layers, 2, slots, config.num_key_value_heads, config.head_dim)
-        # The system hands out memory only as it is written to, so a large cache costs what it
-        # holds.
+        # The system hands out memory as it is written to: a large cache costs what it holds.
         self.kv = torch.empty(shape, device=device, dtype=dtype)
         self.kv[:, :, 0] = 0  # slot 0 fills up rows: it is masked, but must not be NaN
         self.free = list(range(slots - 1, 0, -1))
@@ -309,11 +311,10 @@ class CachedRows:
         self.slots = slots
         self.positions = positions
         self.new_slots = slots.gather(1, positions)  # (B, T)
-        # A layer's keys, (slots, K, D), are read as vectors (slots * K, D): head h of slot s is s *
-        # K + h.
+        # Of a layer's keys, (slots, K, D), the vector of head h in slot s is number s * K + h.
         heads = torch.arange(cache.kv.shape[3], device=slots.device)
-        vectors = slots[:, None, :] * len(heads) + heads[:, None]  # (B, K, S)
-        self.vectors = vectors.flatten()
+        vector_numbers = slots[:, None, :] * len(heads) + heads[:, None]  # (B, K, S)
+        self.vector_numbers = vector_numbers.flatten()
 
     def update(self, layer_idx: int, k: torch.Tensor, v: torch.Tensor):
         """Write the new tokens' k, v (B, K, T, D); return all that the rows hold, (B, K, S, D),
@@ -322,14 +323,13 @@ class CachedRows:
         stored[0][self.new_slots] = k.transpose(1, 2)
         stored[1][self.new_slots] = v.transpose(1, 2)
         B, K, _, D = k.shape
-        needed = 2 * len(self.vectors) * D
-        if (
-            len(self.cache.seen) < needed
-        ):  # one buffer for all layers and steps: fresh memory is slow
-            self.cache.seen = stored.new_empty(needed * 3 // 2)  # so that it seldom grows
+        needed = 2 * len(self.vector_numbers) * D
+        # one buffer for all layers and steps, for fresh memory is slow
+        if len(self.cache.seen) < needed:
+            self.cache.seen = stored.new_empty(needed * 3 // 2)  # larger, so that it seldom grows
         seen = self.cache.seen[:needed].view(2, -1, D)  # (2, B * K * S, D)
-        for vectors, out in zip(stored, seen):
-            torch.index_select(vectors.view(-1, D), 0, self.vectors, out=out)
+        for vectors, out in zip(stored, seen):  # keys, then values
+            torch.index_select(vectors.view(-1, D), 0, self.vector_numbers, out=out)
         return seen.view(2, B, K, -1, D).unbind()
 
 
@@ -422,9 +422,8 @@ def read_weights(folder: Path, device, dtype: torch.dtype | None, new_rows: int)
             opened = partial(safe_open, folder / name, framework="pt", device=str(device))
             with opened() as file:
                 keys = [key for key in file.keys() if "rotary" not in key]
-            keys.sort(
-                key=lambda key: ".layers." in key
-            )  # what grows comes first, while there is room
+            # what grows comes first, while there is room
+            keys.sort(key=lambda key: ".layers." in key)
             for key in keys:
                 with opened() as file:
                     value = file.get_tensor(key).to(dtype)
@@ -437,20 +436,22 @@ def read_weights(folder: Path, device, dtype: torch.dtype | None, new_rows: int)
     return weights
 
 
-def checkpoint_folder(name: str | Path, kind: str = "model") -> Path:
+def checkpoint_folder(name: str | Path, repo_type: str = "model") -> Path:
     """The folder `name` itself, or the cached download of the Hub's model or dataset of that name.
     Raises UserError."""
     if Path(name).is_dir():
         return Path(name)
     try:
-        return Path(snapshot_download(str(name), repo_type=kind, allow_patterns=NEEDED[kind]))
+        return Path(
+            snapshot_download(str(name), repo_type=repo_type, allow_patterns=NEEDED[repo_type])
+        )
     except GatedRepoError:
         address = f"https://huggingface.co/{name}"
         message = f"{name} is gated: ask for access at {address}, then `hf auth login`"
         raise UserError(message) from None
     except Exception as error:  # no network, no such repository, no disk: the client has dozens
         reason = str(error).split("\n")[0]
-        message = f"no {kind} at {name}: no such folder, and from the Hub: {reason}"
+        message = f"no {repo_type} at {name}: no such folder, and from the Hub: {reason}"
         raise UserError(message) from None
 
 
@@ -526,18 +527,18 @@ class Arguments(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")  # one line, in place of the whole usage
 
 
-def number(kind: type, low: float, strict: bool = False):
+def number(whole_or_real: type, low: float, strict: bool = False):
     """An argparse type: an int or a finite float that is at least `low` (`strict`: above it)."""
-    high = 2**62 if kind is int else math.inf
+    high = 2**62 if whole_or_real is int else math.inf
 
     def parse(text: str):
-        value = kind(text)  # argparse turns a ValueError into a line of its own
+        value = whole_or_real(text)  # argparse turns a ValueError into a line of its own
         if not low <= value < high or (strict and value == low):
             bound = "above" if strict else "at least"
             raise argparse.ArgumentTypeError(f"{text} is not {bound} {low}, or too large")
         return value
 
-    parse.__name__ = "whole number" if kind is int else "number"
+    parse.__name__ = "whole number" if whole_or_real is int else "number"
     return parse
 
 

@@ -1,14 +1,15 @@
 """Self-backtracking: search by sampling, stepping back and branching. Read after data.py.
 
-The model says `<backtrack>` when its last action was a mistake. The search of section 4.2 (arXiv
-2502.04404) believes it. Given a problem, b steps back and n samples a state:
+The model says `<backtrack>` when its last action was a mistake, and the search of section 4.2
+(arXiv 2502.04404) believes it. Given a problem, b steps back and n samples a state:
 
 1. Expand: sample n continuations of every state of the frontier, first of the prompt alone. Each
-   goes on until the model ends it, after `Goal Reached!`, or says `<backtrack>`.
-2. Collect: those that reached the goal are candidates.
-3. Step back: those that end in `<backtrack>` drop their last action. What is left is a state to
-   branch from; the first few that are new make the next frontier.
-4. Repeat b times.
+   goes on until the model ends it, after `Goal Reached!`, or says `<backtrack>`, or it becomes too
+   long.
+2. Collect: the samples that reached the goal are candidates.
+3. Step back: the samples that end in `<backtrack>` drop their last action. What is left is a state
+   to branch from. The first states that are new, at most `limit` of them, are the next frontier.
+4. Repeat steps 1 to 3 b times.
 5. Select: the candidate with the best score is the answer. No verifier takes part.
 
     python search.py
@@ -54,31 +55,34 @@ from model import (
 
 
 @dataclass(eq=False)
-class Path:
-    """A response so far, and how many samples have taken it. States and finished answers are paths,
-    too."""
+class Response:
+    """A response so far, and how many samples have taken it: samples that are the same so far are
+    one Response. A state to branch from is a Response, too, and so is a finished answer."""
 
-    tokens: tuple[int, ...] = ()  # of the response, from the prompt's end on
+    # what the algorithm asks for
+    tokens: tuple[int, ...] = ()  # from the prompt's end on
     logps: tuple[float, ...] = ()  # the log-probability of each token, at temperature 1
-    slots: tuple[Slot, ...] = ()  # where the cache holds the prompt and these tokens
     count: int = 1  # samples that are the same so far; of a state: samples to draw of it
-    inherited: int = 0  # how many of the tokens came with the state that this is a sample of
-    round: int = 0  # how often the search had stepped back before
-    expansion: "Expansion | None" = None  # of that state, until the samples end
-    offset: float = 0.0  # its samples are points in [0, 1): the first (see `spread`)
+    round: int = 0  # in which round it was sampled, from 0
+    inherited: int = 0  # how many of its tokens came with the state that it is a sample of
+    # what sampling rules and the engine keep in it while it grows
+    slots: tuple[Slot, ...] = ()  # where the cache holds the prompt and these tokens
+    expansion: "Expansion | None" = None  # of which state it is a sample, until it ends
+    first_point: float = 0.0  # its samples are points in [0, 1): the first (see `spread`) ...
     spacing: float = 1.0  # ... and the distance from each to the next
 
 
 def self_backtrack(
     tokenizer: Tokenizer, b: int, n: int, limit: int, prompt_again: bool
-) -> Generator[list[Path], list[Path], list[Path]]:
-    """Search one problem. A generator: it yields a frontier of states, and is sent their samples.
+) -> Generator[list[Response], list[Response], list[Response]]:
+    """Search one problem. A generator: it yields a frontier of states, is sent their samples, and
+    yields the next frontier.
 
     Returns all samples, candidates and others. A frontier holds at most `limit` states. Stepping
-    back from the first action leads to the prompt; with prompt_again that may be sampled once more;
-    in the paper it has been visited already.
+    back from a first action leads to the prompt: with prompt_again it may be sampled once more; in
+    the paper it has been visited already.
     """
-    frontier = [Path(count=n)]  # the first state is the prompt: no tokens yet
+    frontier = [Response(count=n)]  # the first state is the prompt: no tokens yet
     visited = set() if prompt_again else {()}
     all_samples = []
     for round in range(b + 1):
@@ -103,23 +107,23 @@ def self_backtrack(
     return all_samples
 
 
-def branching_order(sample: Path) -> float:
-    """A frontier holds only so many states. Whose come first? Those of the paths that most samples
-    have taken."""
+def branching_order(sample: Response) -> float:
+    """Which samples are asked first for a state to branch from? Those that came most often. (Each
+    different sample by itself: two that step back to the same state are not added up.)"""
     return -sample.count
 
 
-def roll_back(sample: Path, tokenizer: Tokenizer) -> Path:
-    """Drop `<backtrack>` and the last action: what is left ends with the newline of the action
-    before, or with the prompt. So `4-2=2 25*2=52 <backtrack>`, three lines, becomes `4-2=2`; and so
-    does `4-2=2 25*<backtrack>`, whose last action is unfinished."""
+def roll_back(sample: Response, tokenizer: Tokenizer) -> Response:
+    """Drop `<backtrack>` and the last action; what is left ends with the action before, or is the
+    prompt. Of the lines `4-2=2`, `25*2=52`, `<backtrack>` the first is left; and so it is where the
+    last action is unfinished: `4-2=2`, `25*<backtrack>`."""
     before = len(sample.tokens) - 1  # `<backtrack>`
     if before > 0 and sample.tokens[before - 1] in tokenizer.line_ends:
         before -= 1  # the last action's own newline
     kept = line_begin(sample.tokens[:before], tokenizer)
     dropped_slots = len(sample.tokens) - 1 - kept  # `<backtrack>` itself never came into the cache
     slots = sample.slots[: len(sample.slots) - dropped_slots]
-    return Path(sample.tokens[:kept], sample.logps[:kept], slots, inherited=kept)
+    return Response(sample.tokens[:kept], sample.logps[:kept], inherited=kept, slots=slots)
 
 
 def line_begin(tokens: tuple[int, ...], tokenizer: Tokenizer) -> int:
@@ -130,329 +134,33 @@ def line_begin(tokens: tuple[int, ...], tokenizer: Tokenizer) -> int:
     return begin
 
 
-def reached_goal(path: Path, tokenizer: Tokenizer) -> bool:
+def reached_goal(sample: Response, tokenizer: Tokenizer) -> bool:
     """Is this sample a candidate? One that the length limit cut off is not."""
-    if path.tokens[-1] != tokenizer.eos:
+    if sample.tokens[-1] != tokenizer.eos:
         return False
-    return tokenizer.decode(path.tokens).split("\n")[-1] == GOAL
+    return tokenizer.decode(sample.tokens).split("\n")[-1] == GOAL
 
 
-def rate(path: Path, tokenizer: Tokenizer, last_line: bool) -> float:
-    """The score of a response: the mean log-probability of its tokens, end-of-text included, as in
-    the paper. With last_line, ours, the last line's log-probability comes on top: where `Goal
-    Reached!` stands the model could have said `<backtrack>`, and this is how sure it was not to."""
-    score = sum(path.logps) / len(path.logps)
+def rate(sample: Response, tokenizer: Tokenizer, last_line: bool) -> float:
+    """The score: the mean log-probability of the response's tokens, end-of-text included, as in the
+    paper. With last_line, which is ours, plus the summed log-probability of its last line: where
+    the model wrote `Goal Reached!` it could have said `<backtrack>`, and this is how sure it was
+    not to."""
+    score = sum(sample.logps) / len(sample.logps)
     if last_line:
-        score += sum(path.logps[line_begin(path.tokens, tokenizer) :])
+        score += sum(sample.logps[line_begin(sample.tokens, tokenizer) :])
     return score
 
 
-def select(samples: list[Path], tokenizer: Tokenizer, last_line: bool) -> Path | None:
+def select(samples: list[Response], tokenizer: Tokenizer, last_line: bool) -> Response | None:
     """The answer: the candidate with the best score."""
     candidates = [sample for sample in samples if reached_goal(sample, tokenizer)]
-    return max(candidates, key=lambda path: rate(path, tokenizer, last_line), default=None)
-
-
-# ---- 2. One step: which tokens the samples take --------------------------------------------------
-# A sampling rule is given R paths and the logits (R, V) of what follows each. It returns a draw for
-# every different continuation: samples that take the same token stay one path.
-
-
-class Draw(NamedTuple):
-    parent: int  # which of the paths goes on
-    token: int
-    count: int  # how many of its samples take this token
-    logp: float  # the token's log-probability, at temperature 1
-    offset: float = 0.0  # where these samples are now, see Path
-    spacing: float = 1.0
-
-
-def spread(logits: torch.Tensor, paths: list[Path], settings: "Settings") -> list[Draw]:
-    """Samples spread evenly (arithmetic sampling, Vilnis et al., 2023).
-
-    All responses tile [0, 1), in order: one that is sampled with probability p covers an interval
-    of length p. The n samples of a state are n points, 1 / n apart, so that floor(n p) or ceil(n p)
-    of them take it, and they differ as much as they can. Four samples at 0.1, 0.35, 0.6, 0.85, and
-    two tokens of shares 0.4 and 0.6: the first two take the first token. Within its interval [0,
-    0.4), scaled to [0, 1) again, they are at 0.25 and 0.875: offset 0.25, spacing 0.25 / 0.4."""
-    widest = max(path.count for path in paths)
-    offset = np.array([path.offset for path in paths])
-    spacing = np.array([path.spacing for path in paths])
-    points = offset[:, None] + spacing[:, None] * np.arange(widest)  # (R, M); see `look_up`
-    return look_up(logits, points, spacing, paths, settings)
-
-
-def independent(logits: torch.Tensor, paths: list[Path], settings: "Settings") -> list[Draw]:
-    """The paper's rule: every sample draws for itself."""
-    widest = max(path.count for path in paths)
-    points = np.ones((len(paths), widest))  # (R, M)
-    for own_points, path in zip(points, paths):
-        own_points[: path.count] = np.sort(path.expansion.rng.random(path.count))
-    return look_up(logits, points, np.zeros(len(paths)), paths, settings)
-
-
-def look_up(logits, points, spacing, paths: list[Path], settings: "Settings") -> list[Draw]:
-    """Where do points fall in the cumulative distributions of the next tokens? A path has as many
-    points (R, M), in order, as it has samples; what stands beyond them in its row is ignored.
-
-    Tokens less than min_p times as probable as the best, at temperature 1, are out of the question
-    (min-p sampling, Nguyen et al., 2024)."""
-    precision = torch.float32 if logits.device.type == "mps" else torch.float64
-    logps = logits.to(precision).log_softmax(-1)  # (R, V)
-    too_rare = logps < logps.amax(-1, keepdim=True) + math.log(max(settings.min_p, 1e-30))
-    shares = logps / settings.temperature
-    shares = shares.masked_fill(too_rare, -torch.inf).softmax(-1)  # (R, V)
-    ends = shares.cumsum(-1)  # token t covers [end - share, end)
-
-    below_one = 1 - torch.finfo(precision).eps
-    points = torch.from_numpy(points).to(logits.device, precision).clamp(max=below_one)
-    points = points * ends[:, -1:]  # rounding leaves the last end a little off 1
-    token = torch.searchsorted(ends, points, right=True)  # (R, M)
-    share = shares.gather(1, token)
-    offset = 1 - (ends.gather(1, token) - points) / share  # within the token's own interval
-    offset = offset.clamp(0, below_one)
-    logp = logps.gather(1, token)
-    token, share, offset, logp = (value.cpu().numpy() for value in (token, share, offset, logp))
-    parent, sample, count = runs_of_equals(token, [path.count for path in paths])
-    begins = (parent, sample)
-    columns = [
-        parent,
-        token[begins],
-        count,
-        logp[begins],
-        offset[begins],
-        spacing[parent] / share[begins],
-    ]
-    columns = [column.tolist() for column in columns]
-    return [Draw(*values) for values in zip(*columns)]
-
-
-def runs_of_equals(token: np.ndarray, counts: list[int]):
-    """The first counts[r] tokens of each row r of token (R, M), in which equal ones stand side by
-    side: for every run of equals its row, where in the row it begins, and its length."""
-    is_sample = np.arange(token.shape[1]) < np.array(counts)[:, None]  # (R, M)
-    row, column = np.nonzero(is_sample)
-    token = token[row, column]
-    other_row = np.diff(row, prepend=-1) != 0
-    other_token = np.diff(token, prepend=-1) != 0
-    begins = np.flatnonzero(other_row | other_token)
-    return row[begins], column[begins], np.diff(begins, append=len(row))
-
-
-def beams(logits: torch.Tensor, paths: list[Path], settings: "Settings") -> list[Draw]:
-    """Not samples, but the n most probable continuations of a state. Those that have ended are
-    among the n. With n = 1 this is greedy decoding. (Paths of a state stand side by side.)"""
-    logps = logits.float().log_softmax(-1)  # (R, V)
-    draws = []
-    begin = 0
-    for expansion, siblings in groupby(paths, key=lambda path: path.expansion):
-        totals = torch.tensor([[sum(path.logps)] for path in siblings], device=logits.device)
-        own_logps = logps[begin : begin + len(totals)]  # (beams, V)
-        wanted = min(settings.width() - len(expansion.ended), own_logps.numel())
-        most_probable = (totals + own_logps).flatten().topk(wanted).indices
-        for index in most_probable.tolist():
-            beam_number, token = divmod(index, logits.shape[1])
-            draws.append(Draw(begin + beam_number, token, 1, float(own_logps[beam_number, token])))
-        begin += len(totals)
-    return draws
-
-
-# ---- 3. The engine: the states of many problems, one token a step --------------------------------
-
-
-@dataclass(eq=False)
-class Search:
-    """One problem's search, waiting for the samples of a frontier."""
-
-    problem: int  # its number
-    prompt: list[int]
-    key: int  # of its random numbers
-    algorithm: Generator[list[Path], list[Path], list[Path]]
-    frontier: list["Expansion"] = field(default_factory=list)
-    all_samples: list[Path] | None = None  # all samples, when it has ended
-
-    def send(self, samples: list[Path] | None) -> None:
-        """Give the algorithm the samples that it asked for; it asks for more, or ends."""
-        try:
-            states = self.algorithm.send(samples)
-            self.frontier = [Expansion(self, state, rank) for rank, state in enumerate(states)]
-        except StopIteration as result:
-            self.frontier = []
-            self.all_samples = result.value
-
-
-@dataclass(eq=False)
-class Expansion:
-    """A state whose samples are drawn, or are to be drawn."""
-
-    search: Search
-    state: Path
-    rank: int  # its place in the frontier
-    rng: np.random.Generator | None = None
-    ended: list[Path] = field(default_factory=list)  # the samples that have ended
-    finished: bool = False  # have all?
-
-
-class Engine:
-    """Expands states one token a step. Samples that are the same so far are one path and one row of
-    the batch: nothing is computed twice. States join whenever there is room.
-
-    The rows of `slot_table` and `logits` belong to the paths of `live`, in order.
-    """
-
-    def __init__(self, model: Llama, tokenizer: Tokenizer, settings: "Settings", longest: int):
-        """longest: the tokens of the longest prompt."""
-        head = model.lm_head.weight  # (V, C)
-        self.model = model
-        self.tokenizer = tokenizer
-        self.settings = settings
-        self.sampling_rule = settings.sampling_rule()
-        cache_bytes = int(settings.cache_gib * 2**30)
-        slots = cache_bytes // KVCache.bytes_per_slot(model.config, head.dtype)
-        self.cache = KVCache(model.config, max(slots, 1), head.device, head.dtype)
-        self.expansions = []  # the oldest first
-        self.live = []  # R paths, whose samples go on
-        width = longest + settings.max_new_tokens
-        no_slots = torch.zeros(0, width, dtype=torch.int64, device=head.device)
-        self.slot_table = no_slots  # (R, width): the numbers of each path's slots
-        self.logits = head.new_zeros(0, len(head))  # (R, V): what follows each path
-
-    def add(self, expansions: list[Expansion]) -> None:
-        """Begin to expand states: prompts that are all new, or states whose tokens the cache holds.
-        Of those the last token passes the model again, for a cache holds no logits."""
-        paths, new_tokens = [], []
-        slot_table = torch.zeros(len(expansions), self.slot_table.shape[1], dtype=torch.int64)
-        for own_slots, expansion in zip(slot_table, expansions):
-            search, state = expansion.search, expansion.state
-            seed = [self.settings.seed, search.key, state.round, expansion.rank]
-            expansion.rng = np.random.default_rng(seed)
-            held = state.slots[:-1]
-            tokens = search.prompt + list(state.tokens)
-            new_tokens.append(tokens[len(held) :])
-            path = replace(state, expansion=expansion)
-            path.slots = held + tuple(self.cache.lend() for _ in new_tokens[-1])
-            path.spacing = 1 / state.count
-            path.offset = path.spacing * expansion.rng.random()
-            own_slots[: len(path.slots)] = torch.tensor([slot.number for slot in path.slots])
-            paths.append(path)
-        slot_table = slot_table.to(self.slot_table.device)
-        logits = self.feed(paths, new_tokens, slot_table)
-        self.expansions += expansions
-        self.live += paths
-        self.slot_table = torch.cat([self.slot_table, slot_table])
-        self.logits = torch.cat([self.logits, logits])
-
-    def step(self) -> list[Expansion]:
-        """One token for every sample: the samples of a path that draw the same token go on
-        together, as one path. Returns the expansions whose samples have now all ended."""
-        parents, children = [], []
-        for draw in self.sampling_rule(self.logits, self.live, self.settings):
-            parent = self.live[draw.parent]
-            child = self.extend(parent, draw)
-            if self.has_ended(child):
-                parent.expansion.ended.append(child)
-            else:
-                child.slots = parent.slots + (self.cache.lend(),)
-                child.expansion = (
-                    parent.expansion
-                )  # an ended path has none: no cycle keeps its slots
-                parents.append(draw.parent)
-                children.append(child)
-        self.live = children
-        self.logits = self.logits[:0]
-        device = self.slot_table.device
-        parents = torch.tensor(parents, dtype=torch.int64, device=device)
-        self.slot_table = self.slot_table[parents]  # a fork copies the numbers of slots, no more
-        if children:
-            columns = torch.tensor([[len(path.slots) - 1] for path in children], device=device)
-            numbers = torch.tensor([[path.slots[-1].number] for path in children], device=device)
-            self.slot_table.scatter_(1, columns, numbers)
-            new_tokens = [[path.tokens[-1]] for path in children]
-            self.logits = self.feed(children, new_tokens, self.slot_table)
-        going_on = {path.expansion for path in children}
-        finished = [expansion for expansion in self.expansions if expansion not in going_on]
-        self.expansions = [expansion for expansion in self.expansions if expansion in going_on]
-        return finished
-
-    def extend(self, parent: Path, draw: Draw) -> Path:
-        """The path of the samples that take a token."""
-        offset = draw.offset
-        if draw.spacing > 1:  # a single sample: its digits are used up, so it draws new ones
-            offset = parent.expansion.rng.random()
-        return Path(
-            tokens=parent.tokens + (draw.token,),
-            logps=parent.logps + (draw.logp,),
-            slots=parent.slots,
-            count=draw.count,
-            inherited=parent.inherited,
-            round=parent.round,
-            offset=offset,
-            spacing=draw.spacing,
-        )
-
-    def has_ended(self, path: Path) -> bool:
-        if len(path.tokens) == self.settings.max_new_tokens:
-            return True
-        return path.tokens[-1] in (self.tokenizer.eos, self.tokenizer.backtrack)
-
-    def feed(
-        self, paths: list[Path], new_tokens: list[list[int]], slot_table: torch.Tensor
-    ) -> torch.Tensor:
-        """Pass the last tokens of each path through the model; the logits after each, (R, V).
-        Shapes are filled up, so that few recur: libraries build, and keep, a kernel for every new
-        one."""
-        device = slot_table.device
-        filler = [[0]] * (-len(paths) % 16)  # rows in 16s: of one token in slot 0
-        begins = [len(path.slots) - len(new) for path, new in zip(paths, new_tokens)]
-        begins = torch.tensor(begins + [0] * len(filler), device=device)
-        new_tokens = new_tokens + filler
-        longest = max(len(new) for new in new_tokens)
-        input_ids = [new + [0] * (longest - len(new)) for new in new_tokens]
-        input_ids = torch.tensor(input_ids, device=device)  # (rows, T), padded on the right
-        last = torch.tensor([len(new) - 1 for new in new_tokens], device=device)
-        positions = begins[:, None] + torch.arange(longest, device=device)
-        width = max(len(path.slots) for path in paths)
-        width = min(width + -width % 8, slot_table.shape[1])  # columns in 8s
-        slots = F.pad(slot_table[:, :width], (0, 0, 0, len(filler)))  # (rows, S)
-        cached = CachedRows(self.cache, slots, positions)
-        return self.model(input_ids, cached=cached, last=last)[: len(paths)]
-
-    def free_places(self) -> int:
-        """How many more states to expand now: at most batch_size at a time, and only while half of
-        the cache is free for what they will need; but one, if there is none."""
-        if not self.expansions:
-            return max(1, min(self.settings.batch_size, self.places_in_cache()))
-        return min(self.settings.batch_size - len(self.expansions), self.places_in_cache())
-
-    def places_in_cache(self) -> int:
-        """How many states half of the cache has room for: a state needs a response and, as trained
-        models share beginnings, about eight tokens more a sample (if not: see make_room)."""
-        slots_a_state = self.slot_table.shape[1] + 8 * self.settings.width()
-        return (len(self.cache.free) - self.cache.kv.shape[2] // 2) // slots_a_state
-
-    def make_room(self) -> list[Expansion]:
-        """Before a step: while the cache might run out of slots, give up the youngest expansion. It
-        is to be added again, and its samples will be the same. Raises UserError if it is the
-        last."""
-        given_up = []
-        while sum(path.count for path in self.live) > len(self.cache.free):
-            if len(self.expansions) == 1:
-                raise UserError("the cache is too small for one state's samples: more --cache_gib")
-            youngest = self.expansions.pop()
-            youngest.ended = []
-            given_up.append(youngest)
-            self.live = [path for path in self.live if path.expansion is not youngest]
-            self.slot_table = self.slot_table[: len(self.live)]  # its paths were the last ones
-            self.logits = self.logits[: len(self.live)]
-        return given_up
-
-
-# ---- 4. Many problems ----------------------------------------------------------------------------
+    return max(candidates, key=lambda sample: rate(sample, tokenizer, last_line), default=None)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to search. The defaults are what finds most on the shipped model; PAPER is the paper's
+    """How to search. The defaults are what finds most with the shipped model; PAPER is the paper's
     rule."""
 
     decoder: str = "self_backtrack"  # one of DECODERS
@@ -462,17 +170,15 @@ class Settings:
     min_p: float = 0.02  # leaves out tokens so much rarer than the best
     independent: bool = False  # samples that draw for themselves, in place of evenly spread ones
     prompt_again: bool = True  # may the prompt be sampled once more?
-    last_line: bool = True  # does the last line count twice in the score?
-    limit: int | None = (
-        None  # states in a frontier; None: int(sqrt(n)), as at first in the reference
-    )
+    last_line: bool = True  # is the last line's summed log-probability added to the score?
+    limit: int | None = None  # states in a frontier; None: int(sqrt(n)), as the reference had it
     max_new_tokens: int = 64  # of a response
     seed: int = 0
     batch_size: int = 128  # states expanded together
     cache_gib: float = 1.0  # memory for keys and values
 
-    def width(self) -> int:
-        """Samples a state, or beams: greedy decoding is a single beam."""
+    def samples_a_state(self) -> int:
+        """Or beams: greedy decoding is a single beam."""
         return 1 if self.decoder == "greedy" else self.n
 
     def algorithm(self, tokenizer: Tokenizer):
@@ -480,9 +186,9 @@ class Settings:
         that never steps back."""
         b = self.b if self.decoder == "self_backtrack" else 0
         limit = self.limit or math.isqrt(self.n)
-        return self_backtrack(tokenizer, b, self.width(), limit, self.prompt_again)
+        return self_backtrack(tokenizer, b, self.samples_a_state(), limit, self.prompt_again)
 
-    def sampling_rule(self) -> Callable[..., list[Draw]]:
+    def sampling_rule(self) -> Callable[..., list["Draw"]]:
         if self.decoder in ("greedy", "beam"):
             return beams
         return independent if self.independent else spread
@@ -498,6 +204,358 @@ PAPER = {
 }
 
 
+# ---- 2. One step: which tokens the samples take --------------------------------------------------
+# A sampling rule is given R responses and the logits (R, V) of what follows each. It returns a draw
+# for every different continuation: samples that take the same token stay one Response.
+
+
+class Draw(NamedTuple):
+    parent: int  # which of the R responses goes on
+    token: int
+    count: int  # how many of its samples take this token
+    logp: float  # the token's log-probability, at temperature 1
+    first_point: float = 0.0  # where these samples are now, as in Response
+    spacing: float = 1.0
+
+
+def spread(logits: torch.Tensor, responses: list[Response], settings: Settings) -> list[Draw]:
+    """Samples spread evenly (arithmetic sampling, Vilnis et al., 2023).
+
+    All possible responses tile [0, 1), in order: one of probability p covers an interval of length
+    p. The n samples of a state are n points, 1 / n apart, so that floor(n p) or ceil(n p) of them
+    take it, and they differ as much as they can. A step finds the token in whose interval each
+    point lies, and stretches that interval to [0, 1) for the next step.
+
+    Four samples at 0.1, 0.35, 0.6, 0.85, and two tokens of shares 0.4 and 0.6: the first two take
+    the first token. Its interval [0, 0.4) stretched to [0, 1), they are at 0.25 and 0.875: their
+    first point is 0.25 and their spacing 0.25 / 0.4."""
+    most = max(response.count for response in responses)
+    first_point = np.array([response.first_point for response in responses])
+    spacing = np.array([response.spacing for response in responses])
+    points = first_point[:, None] + spacing[:, None] * np.arange(most)  # (R, M)
+    return look_up(logits, points, spacing, responses, settings)
+
+
+def independent(logits: torch.Tensor, responses: list[Response], settings: Settings) -> list[Draw]:
+    """The paper's rule: every sample draws for itself. (Sorted, for `look_up` wants points that
+    ascend; which of equal samples is which does not matter.)"""
+    most = max(response.count for response in responses)
+    points = np.ones((len(responses), most))  # (R, M)
+    for own_points, response in zip(points, responses):
+        drawn = response.expansion.rng.random(response.count)
+        own_points[: response.count] = np.sort(drawn)
+    no_spacing = np.zeros(len(responses))
+    return look_up(logits, points, no_spacing, responses, settings)
+
+
+def look_up(logits, points, spacing, responses: list[Response], settings: Settings) -> list[Draw]:
+    """In which token's interval does each point fall? points (R, M) in [0, 1) ascend in each row. A
+    response has as many as it has samples; beyond them its row is filler, computed and ignored.
+
+    Tokens less than min_p times as probable as the best, at temperature 1, are never drawn (min-p
+    sampling, Nguyen et al., 2024)."""
+    precision = torch.float32 if logits.device.type == "mps" else torch.float64
+    logps = logits.to(precision).log_softmax(-1)  # (R, V)
+    shares = logps / settings.temperature
+    if settings.min_p > 0:
+        too_rare = logps < logps.amax(-1, keepdim=True) + math.log(settings.min_p)
+        shares = shares.masked_fill(too_rare, -torch.inf)
+    shares = shares.softmax(-1)  # (R, V)
+    ends = shares.cumsum(-1)  # a token covers [begin, end)
+    begins = ends - shares
+
+    below_one = 1 - torch.finfo(precision).eps
+    points = torch.from_numpy(points).to(logits.device, precision).clamp(max=below_one)
+    points = points * ends[:, -1:]  # by rounding the last end is not quite 1
+    token = torch.searchsorted(ends, points, right=True)  # (R, M): the first whose end lies beyond
+    share = shares.gather(1, token)
+    stretched = (points - begins.gather(1, token)) / share  # [begin, end) becomes [0, 1)
+    stretched = stretched.clamp(0, below_one)
+    logp = logps.gather(1, token)
+
+    # Points ascend, so tokens do: the samples that take the same token stand side by side.
+    token, share, stretched, logp = [
+        values.cpu().numpy() for values in (token, share, stretched, logp)
+    ]
+    parent, first, count = runs_of_equals(token, [response.count for response in responses])
+    draws = zip(
+        parent.tolist(),
+        token[parent, first].tolist(),
+        count.tolist(),
+        logp[parent, first].tolist(),
+        stretched[parent, first].tolist(),
+        (spacing[parent] / share[parent, first]).tolist(),
+    )
+    return [Draw(*values) for values in draws]
+
+
+def runs_of_equals(token: np.ndarray, counts: list[int]):
+    """Row r of token (R, M) holds counts[r] tokens, equal ones side by side, then filler. For every
+    run of equals: its row, the column at which it begins, and its length."""
+    is_sample = np.arange(token.shape[1]) < np.array(counts)[:, None]  # (R, M)
+    row, column = np.nonzero(is_sample)
+    token = token[row, column]
+    other_row = np.diff(row, prepend=-1) != 0
+    other_token = np.diff(token, prepend=-1) != 0
+    begins = np.flatnonzero(other_row | other_token)
+    return row[begins], column[begins], np.diff(begins, append=len(row))
+
+
+def beams(logits: torch.Tensor, responses: list[Response], settings: Settings) -> list[Draw]:
+    """Not samples, but the n most probable continuations of a state; those that have ended are
+    among the n. With n = 1 this is greedy decoding. (Responses of a state stand side by side.)"""
+    logps = logits.float().log_softmax(-1)  # (R, V)
+    draws = []
+    begin = 0
+    for expansion, siblings in groupby(responses, key=lambda response: response.expansion):
+        totals = torch.tensor([[sum(beam.logps)] for beam in siblings], device=logits.device)
+        own_logps = logps[begin : begin + len(totals)]  # (beams, V)
+        wanted = min(settings.samples_a_state() - len(expansion.ended), own_logps.numel())
+        most_probable = (totals + own_logps).flatten().topk(wanted).indices
+        for index in most_probable.tolist():
+            beam_number, token = divmod(index, logits.shape[1])
+            draws.append(Draw(begin + beam_number, token, 1, float(own_logps[beam_number, token])))
+        begin += len(totals)
+    return draws
+
+
+# ---- 3. The engine: the states of many problems, one token a step --------------------------------
+# For one problem alone, slowly, and without a cache, the generator above would be driven like this:
+#
+#     frontier = next(algorithm)                      # the prompt
+#     while True:
+#         samples = []
+#         for state in frontier:
+#             growing = [state]
+#             while growing:
+#                 logits = what the model says after the prompt and each of `growing`
+#                 growing = a longer Response for each draw of sampling_rule(logits, growing, ...)
+#                 samples += those of `growing` that have ended, which are taken out of it
+#         frontier = algorithm.send(samples)          # StopIteration: its value is all samples
+#
+# The engine does the same for all states of many problems together, and passes every token through
+# the model once: what a state or a shared beginning has computed, the cache keeps.
+
+
+@dataclass(eq=False)
+class Search:
+    """One problem's search."""
+
+    index: int  # the problem's place among those given
+    prompt: list[int]
+    key: int  # of its random numbers
+    algorithm: Generator[list[Response], list[Response], list[Response]]
+    frontier: list["Expansion"] = field(default_factory=list)  # whose samples it waits for
+    all_samples: list[Response] | None = None  # when it has ended
+
+    def send(self, samples: list[Response] | None) -> None:
+        """Give the algorithm the samples that it waits for (first None: a generator is started so).
+        It yields the next frontier, or returns."""
+        try:
+            states = self.algorithm.send(samples)
+        except StopIteration as result:
+            states = []
+            self.all_samples = result.value
+        self.frontier = [Expansion(self, state, place) for place, state in enumerate(states)]
+
+
+@dataclass(eq=False)
+class Expansion:
+    """A state whose samples are drawn, or are to be drawn."""
+
+    search: Search
+    state: Response
+    place: int  # in the frontier
+    rng: np.random.Generator | None = None
+    ended: list[Response] = field(default_factory=list)  # the samples that have ended
+    finished: bool = False  # have all?
+
+
+class Engine:
+    """Expands states one token a step. Samples that are the same so far are one Response and one
+    row of the batch, so nothing is computed twice. States join whenever there is room.
+
+    The rows of `slot_table` and `logits` belong to the responses of `growing`, in order.
+    """
+
+    def __init__(self, model: Llama, tokenizer: Tokenizer, settings: Settings, longest: int):
+        """longest: the tokens of the longest prompt."""
+        head = model.lm_head.weight  # (V, C)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.sampling_rule = settings.sampling_rule()
+        cache_bytes = int(settings.cache_gib * 2**30)
+        slots = cache_bytes // KVCache.bytes_per_slot(model.config, head.dtype)
+        self.cache = KVCache(model.config, max(slots, 1), head.device, head.dtype)
+        self.new_prompts = deque()  # expansions that wait: of prompts,
+        self.branches = deque()  # and of states whose tokens the cache holds
+        self.expansions = []  # those whose samples are drawn, the oldest first
+        self.growing = []  # R responses: their samples that have not ended
+        width = longest + settings.max_new_tokens
+        no_slots = torch.zeros(0, width, dtype=torch.int64, device=head.device)
+        self.slot_table = no_slots  # (R, width): the numbers of each response's slots
+        self.logits = head.new_zeros(0, len(head))  # (R, V): what follows each response
+
+    def submit(self, expansions: list[Expansion]) -> None:
+        """Take states in; they are begun when there is room."""
+        for expansion in expansions:
+            queue = self.branches if expansion.state.slots else self.new_prompts
+            queue.append(expansion)
+
+    def step(self) -> list[Expansion]:
+        """One token for every sample: samples of a response that draw the same token go on
+        together, as one Response. Returns the expansions whose samples have now all ended."""
+        self.let_join()
+        self.make_room()
+        parents, children = [], []
+        for draw in self.sampling_rule(self.logits, self.growing, self.settings):
+            parent = self.growing[draw.parent]
+            child = self.extend(parent, draw)
+            if self.has_ended(child):
+                parent.expansion.ended.append(child)
+            else:
+                child.slots = parent.slots + (self.cache.lend(),)
+                # only here: an ended sample and its expansion must not hold each other (see Slot)
+                child.expansion = parent.expansion
+                parents.append(draw.parent)
+                children.append(child)
+        self.growing = children
+        self.logits = self.logits[:0]
+        device = self.slot_table.device
+        parents = torch.tensor(parents, dtype=torch.int64, device=device)
+        self.slot_table = self.slot_table[parents]  # a fork copies the numbers of slots, no more
+        if children:
+            columns = torch.tensor([[len(child.slots) - 1] for child in children], device=device)
+            numbers = torch.tensor([[child.slots[-1].number] for child in children], device=device)
+            self.slot_table.scatter_(1, columns, numbers)
+            new_tokens = [[child.tokens[-1]] for child in children]
+            self.logits = self.feed(children, new_tokens, self.slot_table)
+        going_on = {child.expansion for child in children}
+        finished = [expansion for expansion in self.expansions if expansion not in going_on]
+        self.expansions = [expansion for expansion in self.expansions if expansion in going_on]
+        for expansion in finished:
+            expansion.finished = True
+            expansion.state.slots = ()
+        return finished
+
+    def extend(self, parent: Response, draw: Draw) -> Response:
+        """The Response of the samples that take a token."""
+        first_point = draw.first_point
+        if draw.spacing > 1:  # at most one point falls into [0, 1): any is as good, so a new one
+            first_point = parent.expansion.rng.random()
+        return Response(
+            tokens=parent.tokens + (draw.token,),
+            logps=parent.logps + (draw.logp,),
+            count=draw.count,
+            round=parent.round,
+            inherited=parent.inherited,
+            slots=parent.slots,
+            first_point=first_point,
+            spacing=draw.spacing,
+        )
+
+    def has_ended(self, response: Response) -> bool:
+        if len(response.tokens) == self.settings.max_new_tokens:
+            return True
+        return response.tokens[-1] in (self.tokenizer.eos, self.tokenizer.backtrack)
+
+    def begin(self, expansions: list[Expansion]) -> None:
+        """Begin to expand states: *either* new prompts, which pass the model whole, *or* branches,
+        whose last token passes it again, for a cache holds no logits. (Not both at once: rows of a
+        batch get equally many new tokens, and for the filler a branch's row has no columns.)"""
+        beginnings, new_tokens = [], []
+        slot_table = torch.zeros(len(expansions), self.slot_table.shape[1], dtype=torch.int64)
+        for own_slots, expansion in zip(slot_table, expansions):
+            search, state = expansion.search, expansion.state
+            seed = [self.settings.seed, search.key, state.round, expansion.place]
+            expansion.rng = np.random.default_rng(seed)
+            reused_slots = state.slots[:-1]  # of a new prompt: none
+            to_feed = (search.prompt + list(state.tokens))[len(reused_slots) :]
+            new_slots = tuple(self.cache.lend() for _ in to_feed)
+            spacing = 1 / state.count
+            beginning = replace(
+                state,
+                slots=reused_slots + new_slots,
+                expansion=expansion,
+                first_point=spacing * expansion.rng.random(),
+                spacing=spacing,
+            )
+            numbers = [slot.number for slot in beginning.slots]
+            own_slots[: len(numbers)] = torch.tensor(numbers)
+            beginnings.append(beginning)
+            new_tokens.append(to_feed)
+        slot_table = slot_table.to(self.slot_table.device)
+        logits = self.feed(beginnings, new_tokens, slot_table)
+        self.expansions += expansions
+        self.growing += beginnings
+        self.slot_table = torch.cat([self.slot_table, slot_table])
+        self.logits = torch.cat([self.logits, logits])
+
+    def feed(
+        self, responses: list[Response], new_tokens: list[list[int]], slot_table: torch.Tensor
+    ) -> torch.Tensor:
+        """Pass the last tokens of each response through the model; the logits after each, (R, V).
+        Shapes are filled up, so that few recur: libraries build, and keep, a kernel for every new
+        one."""
+        device = slot_table.device
+        filler = [[0]] * (-len(responses) % 16)  # rows in 16s: of one token in slot 0
+        begins = [len(response.slots) - len(new) for response, new in zip(responses, new_tokens)]
+        begins = torch.tensor(begins + [0] * len(filler), device=device)
+        new_tokens = new_tokens + filler
+        longest = max(len(new) for new in new_tokens)
+        input_ids = [new + [0] * (longest - len(new)) for new in new_tokens]
+        input_ids = torch.tensor(input_ids, device=device)  # (rows, T), padded on the right
+        last = torch.tensor([len(new) - 1 for new in new_tokens], device=device)
+        positions = begins[:, None] + torch.arange(longest, device=device)
+        width = max(len(response.slots) for response in responses)
+        width = min(width + -width % 8, slot_table.shape[1])  # columns in 8s
+        slots = F.pad(slot_table[:, :width], (0, 0, 0, len(filler)))  # (rows, S)
+        cached = CachedRows(self.cache, slots, positions)
+        return self.model(input_ids, cached_rows=cached, last=last)[: len(responses)]
+
+    # Memory: how many states are expanded together. A first reading may pass over what follows.
+
+    def let_join(self) -> None:
+        """Begin to expand states that wait: branches first, for they hold slots."""
+        for queue in (self.branches, self.new_prompts):
+            free_places = self.free_places()
+            # in groups, not one by one: each call of the model costs much the same
+            is_group = free_places > self.settings.batch_size // 4 or not self.expansions
+            if queue and is_group:
+                self.begin([queue.popleft() for _ in range(min(free_places, len(queue)))])
+
+    def free_places(self) -> int:
+        """How many more states to expand now: at most batch_size at a time, and only while half of
+        the cache is free for what they will need; but one, if there is none.
+
+        A state is reckoned to need slots for one response and, as trained models share beginnings,
+        eight more a sample. (If it needs more: see make_room.)"""
+        slots_a_state = self.slot_table.shape[1] + 8 * self.settings.samples_a_state()
+        spare_slots = len(self.cache.free) - self.cache.kv.shape[2] // 2
+        places = min(self.settings.batch_size - len(self.expansions), spare_slots // slots_a_state)
+        return places if self.expansions else max(places, 1)
+
+    def make_room(self) -> None:
+        """While the cache might run out of slots at this step, give up the youngest expansion. It
+        waits again, and its samples will be the same. Raises UserError if it is the last."""
+        while sum(response.count for response in self.growing) > len(self.cache.free):
+            if len(self.expansions) == 1:
+                raise UserError("the cache is too small for one state's samples: more --cache_gib")
+            youngest = self.expansions.pop()
+            youngest.ended = []
+            self.growing = [
+                response for response in self.growing if response.expansion is not youngest
+            ]
+            self.slot_table = self.slot_table[: len(self.growing)]  # its rows were the last ones
+            self.logits = self.logits[: len(self.growing)]
+            queue = self.branches if youngest.state.slots else self.new_prompts
+            queue.appendleft(youngest)
+
+
+# ---- 4. Many problems ----------------------------------------------------------------------------
+
+
 @torch.inference_mode()
 def decode(
     model: Llama,
@@ -505,70 +563,59 @@ def decode(
     problems: list[dict],
     keys: Sequence[int],
     settings: Settings,
-) -> Iterator[tuple[int, list[Path]]]:
+) -> Iterator[tuple[int, list[Response]]]:
     """(i, all samples) of problem i {nums, target}, when its search is done. A state's random
     numbers depend on the seed, keys[i], its round and its place in the frontier alone, so that who
     shares its batch changes nothing. Raises UserError."""
     prompts = tokenizer.prompts(problems)
     engine = Engine(model, tokenizer, settings, longest=max(map(len, prompts), default=0))
-    waiting = deque()  # expansions of prompts that are new,
-    branches = deque()  # and of states that the cache holds: these first, for they hold slots
-    for problem, (prompt, key) in enumerate(zip(prompts, keys)):
-        search = Search(problem, prompt, key, settings.algorithm(tokenizer))
+    for index, (prompt, key) in enumerate(zip(prompts, keys)):
+        search = Search(index, prompt, key, settings.algorithm(tokenizer))
         search.send(None)
-        waiting += search.frontier
-    while engine.expansions or branches or waiting:
-        for queue in (branches, waiting):
-            free_places = engine.free_places()
-            # states join in groups, not one by one
-            if queue and (free_places > settings.batch_size // 4 or not engine.expansions):
-                engine.add([queue.popleft() for _ in range(min(free_places, len(queue)))])
-        for expansion in engine.make_room():
-            queue = branches if expansion.state.slots else waiting
-            queue.appendleft(expansion)
+        engine.submit(search.frontier)
+    while engine.expansions or engine.branches or engine.new_prompts:
         for expansion in engine.step():
-            expansion.finished = True
-            expansion.state.slots = ()
             search = expansion.search
-            if all(sibling.finished for sibling in search.frontier):
-                samples = [path for sibling in search.frontier for path in sibling.ended]
-                search.send(samples)
-                branches += search.frontier
-                if search.all_samples is not None:
-                    yield search.problem, search.all_samples
+            if not all(sibling.finished for sibling in search.frontier):
+                continue
+            samples = [sample for sibling in search.frontier for sample in sibling.ended]
+            search.send(samples)
+            engine.submit(search.frontier)
+            if search.all_samples is not None:
+                yield search.index, search.all_samples
 
 
 # ---- 5. Measuring --------------------------------------------------------------------------------
 
 
-def judge(tokenizer: Tokenizer, problem: dict, samples: list[Path], settings: Settings) -> dict:
+def judge(tokenizer: Tokenizer, problem: dict, samples: list[Response], settings: Settings) -> dict:
     """The answer selected, and whether and why (not) it is right. `verified`: is at least one
     candidate right? `solutions`: those that are, the best first. `tokens`: drawn by the samples,
     each counted by itself."""
     nums, target = problem["nums"], problem["target"]
-    candidates = [sample for sample in samples if reached_goal(sample, tokenizer)]
-    candidates.sort(key=lambda path: -rate(path, tokenizer, settings.last_line))
-    texts = [tokenizer.decode(candidate.tokens) for candidate in candidates]
-    solutions = [text for text in texts if verify(nums, target, text).correct]
-    verdict = Verdict(False, "no sample reached the goal")
-    response = ""
-    score = None
     answer = select(samples, tokenizer, settings.last_line)
+    text = ""
+    score = None
+    verdict = Verdict(False, "no sample reached the goal")
     if answer:
-        response = tokenizer.decode(answer.tokens)
-        verdict = verify(nums, target, response)
+        text = tokenizer.decode(answer.tokens)
         score = rate(answer, tokenizer, settings.last_line)
+        verdict = verify(nums, target, text)
+    candidates = [sample for sample in samples if reached_goal(sample, tokenizer)]
+    candidates.sort(key=lambda sample: -rate(sample, tokenizer, settings.last_line))
+    candidate_texts = [tokenizer.decode(candidate.tokens) for candidate in candidates]
+    solutions = [one for one in candidate_texts if verify(nums, target, one).correct]
     return {
         "nums": nums,
         "target": target,
-        "response": response,
+        "response": text,
         "score": score,
         "correct": verdict.correct,
         "reason": verdict.reason,
         "failed_step": verdict.failed_step,
         "verified": bool(solutions),
         "solutions": list(dict.fromkeys(solutions)),
-        "tokens": sum(path.count * (len(path.tokens) - path.inherited) for path in samples),
+        "tokens": sum(sample.count * (len(sample.tokens) - sample.inherited) for sample in samples),
     }
 
 
@@ -638,18 +685,18 @@ def compare(
 # ---- Figures in the table ------------------------------------------------------------------------
 
 
-def wilson_interval(share: float, count: int, deviations: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of `count` problems: (low, high)."""
+def wilson_interval(share: float, problems: int, deviations: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of so many problems: (low, high)."""
     square = deviations * deviations
-    middle = share + square / 2 / count
-    half_width = deviations * math.sqrt(share * (1 - share) / count + square / 4 / count**2)
-    whole = 1 + square / count
+    middle = share + square / 2 / problems
+    half_width = deviations * math.sqrt(share * (1 - share) / problems + square / 4 / problems**2)
+    whole = 1 + square / problems
     return max(middle - half_width, 0.0) / whole, (middle + half_width) / whole
 
 
-def percent(share: float, count: int) -> str:
-    """A share of `count` problems in percent, with its interval."""
-    low, high = wilson_interval(share, count)
+def percent(share: float, problems: int) -> str:
+    """A share of so many problems in percent, with its interval."""
+    low, high = wilson_interval(share, problems)
     return f"{100 * share:6.1f} [{100 * low:4.1f}, {100 * high:5.1f}]"
 
 
@@ -662,7 +709,7 @@ class Tree:
     """The actions of all samples of one search. A node is a tuple of actions."""
 
     def __init__(
-        self, tokenizer: Tokenizer, problem: dict, samples: list[Path], settings: Settings
+        self, tokenizer: Tokenizer, problem: dict, samples: list[Response], settings: Settings
     ):
         self.chosen = Counter()  # node: how many samples chose its last action
         self.outcomes = defaultdict(Counter)  # node: {(what happens, colour): how many samples}
@@ -689,7 +736,9 @@ class Tree:
         actions = response.removesuffix(BACKTRACK).removesuffix(GOAL).removesuffix("\n")
         return tuple(actions.split("\n")) if actions else ()
 
-    def outcome_of(self, sample: Path, nums: list[int], target: int, text: str) -> tuple[str, str]:
+    def outcome_of(
+        self, sample: Response, nums: list[int], target: int, text: str
+    ) -> tuple[str, str]:
         """How a sample ended: (words, a key of COLOURS)."""
         if sample.tokens[-1] == self.tokenizer.backtrack:
             return BACKTRACK, "stopped"
@@ -706,18 +755,18 @@ class Tree:
         """The way to the answer first, then what most samples chose."""
         return node != self.answer[: len(node)], -self.chosen[node]
 
-    def lines(self, node: tuple[str, ...] = (), indent: str = "", width: int = 5) -> Iterator[str]:
-        """A line for every action below a node, at most `width` a node."""
+    def lines(self, node: tuple[str, ...] = (), indent: str = "", most: int = 5) -> Iterator[str]:
+        """A line for every action below a node, at most `most` a node."""
         children = self.children[node]
-        for child in children[:width]:
+        for child in children[:most]:
             is_last = child == children[-1]
             branch = indent + ("└─ " if is_last else "├─ ") + child[-1][:22]
             outcomes = "; ".join(self.words_at(child))
             yield f"{branch:30}{self.chosen[child]:<5}{outcomes}"
-            yield from self.lines(child, indent + ("   " if is_last else "│  "), width)
-        if children[width:]:
-            not_shown = sum(self.chosen[child] for child in children[width:])
-            yield f"{indent}└─ {len(children) - width} more, x{not_shown}"
+            yield from self.lines(child, indent + ("   " if is_last else "│  "), most)
+        if children[most:]:
+            not_shown = sum(self.chosen[child] for child in children[most:])
+            yield f"{indent}└─ {len(children) - most} more, x{not_shown}"
 
     def words_at(self, node: tuple[str, ...]) -> Iterator[str]:
         """What happens at a node, in colour where a terminal shows it."""
@@ -727,7 +776,9 @@ class Tree:
             yield f"{outcome if plain else coloured} x{count}"
 
 
-def draw_tree(tokenizer: Tokenizer, problem: dict, samples: list[Path], settings: Settings) -> str:
+def draw_tree(
+    tokenizer: Tokenizer, problem: dict, samples: list[Response], settings: Settings
+) -> str:
     """The search as text, in 100 columns."""
     tree = Tree(tokenizer, problem, samples, settings)
     header = f"numbers {problem['nums']}  target {problem['target']}"

@@ -61,14 +61,20 @@ from search import Settings, compare, evaluate
 
 
 class Batches(Dataset):
-    """Item i holds the batches of 16 optimizer steps: a list of steps, each a list of `accum`
-    batches, each a tensor (2, B, T) int64 of input_ids and labels. The rows of an item are sorted
-    by length before they are cut into steps, so that little is padding.
+    """Training rows as batches. An item is a list of 16 steps, a step a list of `accum` parts
+    (gradients of parts are added up), a part one batch: a tensor (2, B, T) int64, the input_ids
+    and the labels.
 
-    All ranks draw the same rows, batch_size * accum * world a step, and take their shares of them:
-    so a step learns the same however it is cut.
-    rows: a list, of which epoch after epoch is shuffled; or the record of generated data, an
-    endless stream.
+        item 0   step 0   part 0   (2, B, T)
+                          part 1   (2, B, T)
+                 step 1   part 0   ...
+
+    Items are the unit because the rows of 16 steps are sorted by length before they are cut into
+    steps: so little is padding. All ranks draw the same rows, batch_size * accum * world a step,
+    and take their shares of them: a step learns the same however it is cut.
+
+    rows: a list, gone through epoch after epoch, each shuffled anew; or the record of generated
+        data, an endless stream of which every row is seen once.
     """
 
     STEPS = 16
@@ -94,9 +100,8 @@ class Batches(Dataset):
         steps = []
         for begin in range(0, count, self.step_rows):
             own_rows = encoded[begin : begin + self.step_rows][self.rank :: self.world]
-            steps.append(
-                [self.pad_rows(own_rows[part :: self.accum]) for part in range(self.accum)]
-            )
+            parts = [self.pad_rows(own_rows[part :: self.accum]) for part in range(self.accum)]
+            steps.append(parts)
         order = np.random.default_rng([self.seed, item_number]).permutation(self.STEPS)
         return [steps[step] for step in order]
 
@@ -149,9 +154,9 @@ def fit(
     parallel = model
     if world > 1:
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    scaled = (
-        dtype == torch.float16
-    )  # its gradients would underflow; fused AdamW cannot unscale them
+    # In fp16 small gradients would become 0: the loss is scaled up, and the gradients down again,
+    # which fused AdamW has no part in.
+    scaled = dtype == torch.float16
     optimizer = make_optimizer(model, muon, lr, weight_decay, fused=not scaled)
     scaler = torch.amp.GradScaler(device.type, enabled=scaled)
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
@@ -171,9 +176,9 @@ def fit(
 
         # Forward and backward. DDP averages gradients over the ranks, where they are to be added.
         loss = torch.zeros((), device=device)
-        for i, (input_ids, labels) in enumerate(step_parts):
+        for part, (input_ids, labels) in enumerate(step_parts):
             if world > 1:  # ranks meet once a step, at its last part
-                parallel.require_backward_grad_sync = i == len(step_parts) - 1
+                parallel.require_backward_grad_sync = part == len(step_parts) - 1
             with autocast():
                 part_loss = parallel(input_ids, labels=labels) / labelled
             scaler.scale(part_loss * world).backward()
@@ -192,8 +197,7 @@ def fit(
         # Report.
         loss = sum_over_ranks(loss)
         smooth_loss = loss if smooth_loss is None else torch.lerp(loss, smooth_loss, 0.98)
-        if rank == 0 and step % 20 == 0:
-            # the one place that waits for the device
+        if rank == 0 and step % 20 == 0:  # seldom, for it waits for the device
             progress.set_postfix(loss=f"{float(smooth_loss):.4f}")
         if report and ((step + 1) % report_every == 0 or step + 1 == steps):
             report(float(smooth_loss), {"step": step + 1, "optimizer": optimizer_state(optimizer)})
@@ -323,8 +327,10 @@ def orthogonal(matrix_stack: torch.Tensor) -> torch.Tensor:
 
 # ---- 4. The settings -----------------------------------------------------------------------------
 
-# Defaults for a small model from scratch ...
+# Defaults for a small model from scratch (on three numbers, see --sizes) ...
 SCRATCH = {
+    "hidden_size": 96,
+    "layers": 4,
     "steps": 6000,
     "batch_size": 64,
     "lr": 3e-3,
@@ -468,10 +474,8 @@ def arguments() -> argparse.Namespace:
         "--compile", action="store_true", help="starts half a minute later, faster"
     )
     options.add_argument("--dtype", choices=DTYPES, help="of autocast; by itself the device's best")
-    options.add_argument(
-        "--hidden_size", type=number(int, 32), default=96, help="from scratch; 32 a head"
-    )
-    options.add_argument("--layers", type=number(int, 1), default=4, help="of a model from scratch")
+    options.add_argument("--hidden_size", type=number(int, 32), help="from scratch; 32 a head")
+    options.add_argument("--layers", type=number(int, 1), help="of a model from scratch")
     options.add_argument("--seed", type=number(int, 0), default=0)
     options.add_argument(
         "--eval_every", type=number(int, 1), default=1200, help="steps; saves, too"
@@ -483,7 +487,10 @@ def arguments() -> argparse.Namespace:
     known, _ = options.parse_known_args()
     if known.resume:
         options.set_defaults(**load_record(known.out).get("settings", {}))
-    return options.parse_args()
+    options = options.parse_args()
+    if from_checkpoint and not options.resume and (options.hidden_size or options.layers):
+        raise UserError("--hidden_size and --layers are of a model from scratch, not of --ckpt's")
+    return options
 
 
 def build_model(options, tokenizer: Tokenizer) -> Llama:

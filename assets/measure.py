@@ -222,21 +222,21 @@ def legal_actions(problems: list[dict], depth: int) -> dict[str, int]:
     steps, _ = programs(nums)
     efforts = plan_efforts(steps, target)
     texts = [prompt_text(problem["nums"], problem["target"]) for problem in problems]
-    history = (np.arange(len(problems)),)
+    so_far = (np.arange(len(problems)),)
     for step, effort in zip(steps[:depth], efforts):
-        canonical = effort[history].argmin(-1)
-        actions = write_actions(choose(step.after(history), canonical))
+        canonical = effort[so_far].argmin(-1)
+        actions = write_actions(choose(step.take(so_far), canonical))
         texts = [text + action for text, action in zip(texts, actions)]
-        history = (*history, canonical)
+        so_far = (*so_far, canonical)
 
-    step = steps[depth].after(history)  # (problems, C)
-    effort = efforts[depth][history]
+    step = steps[depth].take(so_far)  # (problems, choices)
+    effort = efforts[depth][so_far]
     canonical = effort.argmin(-1)  # (problems,)
     problem, choice = np.nonzero(step.legal)  # both (actions,)
     right = np.isfinite(effort[problem, choice])
     kind = np.where(right, OTHER_RIGHT, WRONG)
     kind[right & (choice == canonical[problem])] = CANONICAL
-    actions = write_actions(choose(step.after((problem,)), choice))
+    actions = write_actions(choose(step.take((problem,)), choice))
 
     kinds = {}
     for i, action in enumerate(actions):

@@ -110,11 +110,11 @@ def counted(model: Llama):
     count = {"steps": 0, "tokens": 0, "cached": 0}
 
     def hook(module, arguments, keywords):
-        cached = keywords["cached"]
-        tokens = int((cached.new_slots > 0).sum())
+        cached_rows = keywords["cached_rows"]
+        tokens = int((cached_rows.new_slots > 0).sum())
         count["steps"] += 1
         count["tokens"] += tokens
-        count["cached"] += tokens * cached.slots.shape[1]
+        count["cached"] += tokens * cached_rows.slots.shape[1]
 
     handle = model.register_forward_pre_hook(hook, with_kwargs=True)
     yield count

@@ -102,8 +102,8 @@ def feed(
     for numbers, row in zip(slots, rows):
         numbers[:] = torch.tensor([slot.number for slot in row])
     positions = torch.arange(length - len(texts[0]), length).expand(len(rows), -1)
-    cached = CachedRows(cache, slots, positions)
-    return model(torch.tensor(texts), cached=cached)[:, -1]
+    cached_rows = CachedRows(cache, slots, positions)
+    return model(torch.tensor(texts), cached_rows=cached_rows)[:, -1]
 
 
 @torch.inference_mode()

@@ -131,8 +131,8 @@ def same_so_far(samples: list[Sample]) -> list[list[Sample]]:
 
 
 def expand(model, tokenizer, prompt: list[int], state, rank: int, key: int, settings):
-    """The samples of one state (a search.Path), each by itself; merged, at last, as the engine
-    reports them: short ones first, equal ones as one Path."""
+    """The samples of one state (a search.Response), each by itself; merged, at last, as the engine
+    reports them: short ones first, equal ones as one Response."""
     rng = np.random.default_rng([settings.seed, key, state.round, rank])
     first = rng.random() / state.count
     samples = []
@@ -159,7 +159,7 @@ def expand(model, tokenizer, prompt: list[int], state, rank: int, key: int, sett
         ]
     paths = []
     for group in same_so_far(sorted(samples, key=lambda sample: len(sample.tokens))):
-        path = search.Path(group[0].tokens, group[0].logps, count=len(group))
+        path = search.Response(group[0].tokens, group[0].logps, count=len(group))
         path.inherited = len(state.tokens)
         path.round = state.round
         paths.append(path)
@@ -168,7 +168,7 @@ def expand(model, tokenizer, prompt: list[int], state, rank: int, key: int, sett
 
 def self_backtrack(model, tokenizer, problem: dict, key: int, limit: int, settings) -> list:
     """Section 4.2 of arXiv 2502.04404 for one problem: the same algorithm, but every state is
-    expanded alone, in plain Python. Returns all samples (search.Path, with no slots)."""
+    expanded alone, in plain Python. Returns all samples (search.Response, with no slots)."""
     [prompt] = tokenizer.prompts([problem])
     b, n = settings.b, settings.n
     algorithm = search.self_backtrack(tokenizer, b, n, limit, settings.prompt_again)

@@ -236,10 +236,11 @@ def test_flags_reach_the_loop(program, fitted, tmp_path):
     assert call["batches"].rows["mistakes"] == []
 
 
-def test_the_record_tells_the_size_of_the_model_not_of_the_flags(program, no_table, ckpt, tmp_path):
-    """--layers and --hidden_size are of a model from scratch."""
-    args = ("--ckpt", ckpt, *TRAIN, "--layers", 3, "--hidden_size", 64)
-    program(train, *args, "--out", tmp_path / "out")
+def test_the_record_tells_the_size_of_the_model_not_of_the_defaults(
+    program, no_table, ckpt, tmp_path
+):
+    args = "--batch_size 4 --num_eval 2 --steps 2".split()
+    program(train, "--ckpt", ckpt, *args, "--out", tmp_path / "out")
     settings = record_of(tmp_path / "out")["settings"]
     assert (settings["layers"], settings["hidden_size"]) == (1, 32)
 
@@ -503,6 +504,7 @@ BAD_TRAININGS = [
     ("--optimizer sgd", "--optimizer: invalid choice: 'sgd'"),
     ("--dtype fp8", "--dtype: invalid choice: 'fp8'"),
     ("--step 3", "unrecognized arguments: --step 3"),
+    ("--ckpt {tmp}/empty --layers 2", "of a model from scratch"),
     ("--ckpt {tmp}/empty", "cannot be read"),
     ("--data {tmp}/none.jsonl", "row 1 lacks the column nums"),
     ("--data {tmp}/good.jsonl", "row 1 lacks the column search_path"),

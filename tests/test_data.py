@@ -215,7 +215,7 @@ def test_the_effort_of_a_first_choice_is_that_of_the_simplest_solution(size, cou
         for action, effort, after in legal_actions(tuple(nums[problem].tolist())):
             expected[action] = effort + least_effort(after, goal)
         choices = np.arange(efforts.shape[1])
-        first = steps[0].after((np.full(len(choices), problem),))
+        first = steps[0].take((np.full(len(choices), problem),))
         texts = data.write_actions(data.choose(first, choices))
         for text, effort in zip(texts, efforts[problem]):
             assert effort == pytest.approx(expected.get(text.strip(), math.inf), abs=1e-4)
@@ -360,12 +360,12 @@ def text_of_the_simplest(row: dict) -> str:
     """The response that `plan_efforts` calls the simplest."""
     steps, _ = data.programs(np.array([row["nums"]]))
     efforts = data.plan_efforts(steps, np.array([row["target"]]))
-    history = (np.zeros(1, int),)
+    so_far = (np.zeros(1, int),)
     text = ""
     for step, effort in zip(steps, efforts):
-        choice = effort[history].argmin(-1)
-        text += data.write_actions(data.choose(step.after(history), choice))[0]
-        history = (*history, choice)
+        choice = effort[so_far].argmin(-1)
+        text += data.write_actions(data.choose(step.take(so_far), choice))[0]
+        so_far = (*so_far, choice)
     return text + GOAL
 
 

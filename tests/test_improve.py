@@ -1,11 +1,12 @@
 """What a round of self-improvement learns from."""
 
+from argparse import Namespace
 import pytest
 
 import improve
 from data import BACKTRACK, GOAL, Tokenizer
 from model import UserError
-from search import Path, Settings, judge
+from search import Response, Settings, judge
 
 TOKENIZER = Tokenizer.digits()
 RIGHT = f"45-39=6\n10*6=60\n2+60=62\n{GOAL}"
@@ -23,7 +24,7 @@ def answer_to(row: dict, *responses: str) -> dict:
     for rank, text in enumerate(responses):
         tokens = (*TOKENIZER.backend.encode(text).ids, TOKENIZER.eos)
         logps = (-0.1 * (rank + 1),) * len(tokens)
-        samples.append(Path(tokens=tokens, logps=logps))
+        samples.append(Response(tokens=tokens, logps=logps))
     return judge(TOKENIZER, row, samples, Settings())
 
 
@@ -94,11 +95,17 @@ def test_each_answer_goes_with_its_own_problem():
 # ---- A round -------------------------------------------------------------------------------------
 
 
+OPTIONS = Namespace(seed=0)
+
+
 def one_round(monkeypatch, rows: list[dict], answers: list[dict]) -> tuple[int, list[str]]:
     """What a round returns and learns, if its search finds these answers."""
     learned = []
     monkeypatch.setattr(improve, "evaluate", lambda model, tokenizer, problems, settings: answers)
-    count = improve.improve(None, TOKENIZER, rows, Settings(), learned.extend)
+    monkeypatch.setattr(
+        improve, "fine_tune", lambda model, tokenizer, kept, *rest: learned.extend(kept)
+    )
+    count = improve.improve(None, TOKENIZER, rows, Settings(), {}, OPTIONS, 1)
     return count, [row["search_path"] for row in learned]
 
 
@@ -140,7 +147,8 @@ def test_a_round_searches_the_problems_by_the_settings(monkeypatch):
     rows = [problem()]
     settings = Settings(n=3, seed=7)
     monkeypatch.setattr(improve, "evaluate", evaluate)
-    improve.improve("the model", TOKENIZER, rows, settings, lambda kept: None)
+    monkeypatch.setattr(improve, "fine_tune", lambda *given: None)
+    improve.improve("the model", TOKENIZER, rows, settings, {}, OPTIONS, 1)
     assert seen == [("the model", TOKENIZER, rows, settings)]
 
 

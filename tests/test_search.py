@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import search
 from data import Tokenizer, generate, new_record
 from model import KVCache, Llama, LlamaConfig, UserError
-from search import Path, Settings
+from search import Response, Settings
 
 TOK = Tokenizer.digits()
 PROBLEMS = list(generate(new_record(5, [3, 4]), "train", 8))
@@ -54,13 +54,13 @@ def precise(model) -> Llama:
     return copy.deepcopy(model).double()
 
 
-def decode(model, problems: list[dict], keys, settings: Settings) -> list[list[Path]]:
+def decode(model, problems: list[dict], keys, settings: Settings) -> list[list[Response]]:
     """The samples of each problem, in the problems' order."""
     found = dict(search.decode(model, TOK, problems, keys, settings))
     return [found[number] for number in range(len(problems))]
 
 
-def facts(samples: list[Path]) -> list[tuple]:
+def facts(samples: list[Response]) -> list[tuple]:
     """All that is exact about samples."""
     return [(path.tokens, path.count, path.round, path.inherited) for path in samples]
 
@@ -80,16 +80,16 @@ def backtracking(b=1, n=5, limit=2, prompt_again=False):
     return algorithm
 
 
-def sampled(text: str, count: int = 1) -> Path:
+def sampled(text: str, count: int = 1) -> Response:
     tokens = ids(text)
-    return Path(tokens, (-0.5,) * len(tokens), count=count)
+    return Response(tokens, (-0.5,) * len(tokens), count=count)
 
 
-def texts_of(frontier: list[Path]) -> list[str]:
+def texts_of(frontier: list[Response]) -> list[str]:
     return [TOK.decode(state.tokens) for state in frontier]
 
 
-def result_of(algorithm, samples: list[Path]) -> list[Path]:
+def result_of(algorithm, samples: list[Response]) -> list[Response]:
     """What the algorithm returns; fails if it asks for more samples."""
     with pytest.raises(StopIteration) as end:
         algorithm.send(samples)
@@ -196,9 +196,9 @@ def test_rolling_back_keeps_the_slots_of_the_prompt_and_the_state(text, state):
 # ---- Candidates, their scores, the answer --------------------------------------------------------
 
 
-def finished(text: str, logp: float = -1.0, **fields) -> Path:
+def finished(text: str, logp: float = -1.0, **fields) -> Response:
     tokens = (*ids(text), TOK.eos)
-    return Path(tokens, (logp,) * len(tokens), **fields)
+    return Response(tokens, (logp,) * len(tokens), **fields)
 
 
 @pytest.mark.parametrize(
@@ -249,8 +249,8 @@ def test_the_answer_is_the_candidate_with_the_best_score():
 
 
 def test_the_last_line_may_decide():
-    even = Path((*ids("1\nGoal Reached!"), TOK.eos), (-0.5, -0.5, -0.5, -0.5))
-    sure_of_its_end = Path((*ids("2\nGoal Reached!"), TOK.eos), (-2.0, -2.0, 0.0, 0.0))
+    even = Response((*ids("1\nGoal Reached!"), TOK.eos), (-0.5, -0.5, -0.5, -0.5))
+    sure_of_its_end = Response((*ids("2\nGoal Reached!"), TOK.eos), (-2.0, -2.0, 0.0, 0.0))
     assert search.select([even, sure_of_its_end], TOK, False) is even
     assert search.select([even, sure_of_its_end], TOK, True) is sure_of_its_end
 
@@ -309,18 +309,21 @@ def test_only_sampled_tokens_are_counted():
 
 def test_points_take_the_tokens_in_whose_intervals_they_lie():
     logits = torch.tensor([[0.5, 0.0, 0.3, 0.2], [0.0, 0.0, 1.0, 0.0]]).log()
-    paths = [Path(count=10, offset=0.05, spacing=0.1), Path(count=2, offset=0.2, spacing=0.6)]
+    paths = [
+        Response(count=10, first_point=0.05, spacing=0.1),
+        Response(count=2, first_point=0.2, spacing=0.6),
+    ]
     draws = search.spread(logits, paths, Settings(temperature=1.0, min_p=0.0))
     taken = [(draw.parent, draw.token, draw.count) for draw in draws]
     assert taken == [(0, 0, 5), (0, 2, 3), (0, 3, 2), (1, 2, 2)]
     # within a token's own interval: where the first of its points is, and how far to the next
-    assert [draw.offset for draw in draws] == pytest.approx([0.1, 1 / 6, 0.25, 0.2], abs=1e-6)
+    assert [draw.first_point for draw in draws] == pytest.approx([0.1, 1 / 6, 0.25, 0.2], abs=1e-6)
     assert [draw.spacing for draw in draws] == pytest.approx([0.2, 1 / 3, 0.5, 0.6], abs=1e-6)
 
 
 def test_temperature_and_min_p_change_what_is_drawn_and_no_log_probability():
     logits = torch.tensor([[0.5, 0.0, 0.3, 0.2]], dtype=torch.float64).log()
-    paths = [Path(count=10, offset=0.05, spacing=0.1)]
+    paths = [Response(count=10, first_point=0.05, spacing=0.1)]
     # 0.2 is less than half of 0.5; the roots of 0.5 and 0.3 are as 0.56 to 0.44
     first, second = search.spread(logits, paths, Settings(temperature=2.0, min_p=0.5))
     assert (first.token, first.count) == (0, 6)
@@ -328,7 +331,7 @@ def test_temperature_and_min_p_change_what_is_drawn_and_no_log_probability():
     assert torch.tensor([first.logp, second.logp]).exp().tolist() == pytest.approx([0.5, 0.3])
 
 
-def prefix_counts(samples: list[Path]) -> Counter:
+def prefix_counts(samples: list[Response]) -> Counter:
     """How many samples took each path, whatever its length."""
     counts = Counter()
     for path in samples:
@@ -419,7 +422,7 @@ def test_samples_of_the_random_model_end_in_every_way(precise):
     assert sum(ends.values()) < len(samples)  # the length limit cut off the others
 
 
-def assert_same_samples(samples: list[Path], expected: list[Path]) -> None:
+def assert_same_samples(samples: list[Response], expected: list[Response]) -> None:
     assert facts(samples) == facts(expected)
     for path, other in zip(samples, expected):
         assert path.logps == pytest.approx(other.logps, abs=1e-9)
@@ -564,7 +567,7 @@ def test_no_problems_no_samples(model):
 # ---- What passes the model, and what the cache holds ---------------------------------------------
 
 
-def branches_of(samples: list[Path]) -> dict[tuple, list[Path]]:
+def branches_of(samples: list[Response]) -> dict[tuple, list[Response]]:
     """{(round, state): its samples}"""
     branches = {}
     for path in samples:
@@ -580,10 +583,10 @@ def test_every_prefix_passes_the_model_once(model, monkeypatch, rule):
     passed = []
     forward = Llama.forward
 
-    def counting(self, input_ids, labels=None, cached=None, *rest, **others):
-        places = cached.slots.gather(1, cached.positions)
+    def counting(self, input_ids, labels=None, cached_rows=None, *rest, **others):
+        places = cached_rows.slots.gather(1, cached_rows.positions)
         passed.append(int((places > 0).sum()))  # 0 is where padding goes
-        return forward(self, input_ids, labels, cached, *rest, **others)
+        return forward(self, input_ids, labels, cached_rows, *rest, **others)
 
     monkeypatch.setattr(Llama, "forward", counting)
     found = decode(model, PROBLEMS, range(8), replace(SHORT, n=16, **rule))
@@ -612,14 +615,11 @@ def engines(monkeypatch) -> list:
             self.given_up = 0
             engines.append(self)
 
-        def step(self):
-            self.sizes.append(len(self.expansions))
-            return super().step()
-
         def make_room(self):
-            given_up = super().make_room()
-            self.given_up += len(given_up)
-            return given_up
+            expanded = len(self.expansions)
+            self.sizes.append(expanded)
+            super().make_room()
+            self.given_up += expanded - len(self.expansions)
 
     monkeypatch.setattr(search, "Engine", Watched)
     return engines
