@@ -12,7 +12,8 @@ D_op the response solves the problem; in those of D_back it begins to, takes a w
     50+10=60
     Goal Reached!
 
-A response of each kind to this prompt, its lines side by side; lines in brackets carry no loss:
+A response of each kind to this prompt, its lines side by side. Lines in brackets carry no loss (by
+the paper's mask; see `no_loss_spans`):
 
     D_op    solution         4-2=2        25*2=50      50+10=60     Goal Reached!
             detour           [25*4=100]   100/2=50     50+10=60     Goal Reached!
@@ -21,19 +22,20 @@ A response of each kind to this prompt, its lines side by side; lines in bracket
             rule_violation   4-2=2        [25*4=100]   <backtrack>
             false_goal       [25*10=250]  [4+2=6]      [250/6=60]   <backtrack>
 
-So the model learns to notice mistakes and never to make them. Detours and false goals are ours. A
-detour is right, but it is not the canonical way: unless the model sees some, it takes every unusual
-action for a mistake. A row of D_back may begin with one.
+So the model learns to notice mistakes, but is not trained to make them. Detours and false goals are
+ours. A detour is right, but not the canonical way: unless the model sees some, it takes every
+unusual action for a mistake. A row of D_back may begin with one.
 
     python data.py --num 500000 --out data/
 """
 
 import itertools
 import json
+import math
+import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
@@ -52,8 +54,6 @@ GOAL = "Goal Reached!"
 BACKTRACK = "<backtrack>"
 EOS = "<|end_of_text|>"
 PAD = "<|pad|>"
-EFFORT = {"+": 0.0, "-": 0.0, "*": 4.0, "/": 4.0}  # of a step: see `plan_efforts`
-OPERATORS = list(EFFORT)
 
 
 def prompt_text(nums: list[int], target: int) -> str:
@@ -61,19 +61,39 @@ def prompt_text(nums: list[int], target: int) -> str:
     return f"###Question: numbers {list(nums)}->target {target}\n###Response:\n"
 
 
+# The rules of each operator: (a operator b, is it allowed?), for whole numbers or, elementwise, for
+# arrays of them. The solver takes the larger number as a, so a rule has to refuse a < b wherever
+# that gives another result.
+
+
+def add(a, b):
+    return a + b, True
+
+
+def subtract(a, b):
+    return a - b, a >= b  # no negative number ever appears
+
+
+def multiply(a, b):
+    return a * b, True
+
+
+def divide(a, b):
+    quotient, rest = divmod(a, b + (b == 0))
+    return quotient, (b != 0) & (rest == 0)  # it must be exact
+
+
+OPERATORS = {  # and the effort that each costs, see `plan_efforts`
+    "+": (add, 0.0),
+    "-": (subtract, 0.0),
+    "*": (multiply, 4.0),
+    "/": (divide, 4.0),
+}
+
+
 def calculate(a, operator: str, b):
-    """(a operator b, whether the rules allow it), for whole numbers or, elementwise, arrays of
-    them. No negative number ever appears, and a division must be exact."""
-    if operator == "+":
-        return a + b, True
-    if operator == "-":
-        return a - b, a >= b
-    if operator == "*":
-        return a * b, True
-    if operator == "/":
-        quotient, rest = divmod(a, b + (b == 0))
-        return quotient, (b != 0) & (rest == 0)
-    raise ValueError(f"no such operator: {operator}")
+    rule, _ = OPERATORS[operator]
+    return rule(a, b)
 
 
 ACTION = re.compile(
@@ -90,122 +110,346 @@ class Verdict(NamedTuple):
 def verify(nums: list[int], target: int, response: str) -> Verdict:
     """Does the response solve the problem? Exact, on integers, and never part of the search.
 
-    Every action must be `a-b=c` (or + * /) on numbers that are there, each copy used once, with the
-    right result; all numbers must be used, and `Goal Reached!` must follow when the target is left.
+    Every action must be `a-b=c` (or + * /) on numbers that are left, each copy used once, with the
+    right result. All numbers must be used, and `Goal Reached!` must follow when the target is left.
     """
     *actions, end = response.split("\n")
-    left = Counter(nums)
+    numbers_left = Counter(nums)
     for step_number, action in enumerate(actions, 1):
         match = ACTION.fullmatch(action)
         if not match:
             return Verdict(False, f"{action!r} is no action", step_number)
         a, operator, b, claimed = match.groups()
         for operand in (int(a), int(b)):
-            if left[operand] == 0:
+            if numbers_left[operand] == 0:
                 return Verdict(False, f"{action}: there is no {operand} (left)", step_number)
-            left[operand] -= 1
+            numbers_left[operand] -= 1
         result, legal = calculate(int(a), operator, int(b))
         if not legal:
             return Verdict(False, f"{action}: the rules allow no such step", step_number)
         if result != int(claimed):
             return Verdict(False, f"{action}: false, it is {result}", step_number)
-        left[result] += 1
+        numbers_left[result] += 1
     if end != GOAL:
         return Verdict(False, f"it ends in {end!r}, not in {GOAL!r}")
-    if list(left.elements()) != [target]:
-        return Verdict(False, f"{list(left.elements())} left, not {target} alone")
+    if list(numbers_left.elements()) != [target]:
+        return Verdict(False, f"{list(numbers_left.elements())} left, not {target} alone")
     return Verdict(True)
 
 
-# ---- The exact solver: all programs of a batch of problems, as arrays ----------------------------
-# A program is a choice at each step: of a pair of the numbers that are left, and of an operator.
-# Four numbers have 6 pairs, so that step 1 has 6 * 4 = 24 choices; then three numbers have 3 pairs,
-# step 2 has 12 choices; and step 3 has 4: 24 * 12 * 4 = 1,152 programs a problem, all of them
-# computed.
+# ---- Rows (paper, section 4.1) -------------------------------------------------------------------
+# Everything here is about one response to one problem. What can follow it, and whether the target
+# can still be reached then, has been worked out before: see the exact solver, below.
+
+
+class Action(NamedTuple):
+    """One line of a response: `45-39=6`."""
+
+    a: int
+    operator: str
+    b: int
+    result: int  # as it is written: a mistake may claim a false one
+
+    def text(self) -> str:
+        return f"{self.a}{self.operator}{self.b}={self.result}\n"
+
+
+class SolvedProblem(NamedTuple):
+    """One problem of a block that the solver has solved."""
+
+    nums: list[int]
+    target: int
+    index: int  # its place in the block, the first axis of the solver's arrays
+    steps: list["Step"]  # every choice of each step
+    efforts: list[np.ndarray]  # and its effort
+
+
+class State:
+    """Where a response stands after some legal actions, and how it can go on: choice number i has
+    `action(i)`, `legal[i]` and `effort[i]`."""
+
+    def __init__(self, problem: SolvedProblem, path=(), used_up=()):
+        self.problem = problem
+        # the number of each choice so far: the solver's arrays are indexed by them
+        self.path = path
+        self.used_up = used_up  # the numbers that are used up
+        place = (problem.index, *path)
+        step = problem.steps[len(path)]
+        self.numbers = step.numbers[place].tolist()  # the numbers that are left
+        self.a = step.a[place].tolist()  # of each pair of them the larger one
+        self.b = step.b[place].tolist()  # and the smaller one
+        self.result = step.result[place].tolist()
+        self.legal = step.legal[place].tolist()
+        # of the simplest solution that goes on with this choice; inf: the target is lost
+        self.effort = problem.efforts[len(path)][place].tolist()
+        self.choices = range(len(self.legal))
+
+    def action(self, choice: int) -> Action:
+        operator_index, pair = divmod(choice, len(self.a))
+        operator = list(OPERATORS)[operator_index]
+        return Action(self.a[pair], operator, self.b[pair], self.result[choice])
+
+    def after(self, choice: int) -> "State":
+        """The state that a choice leads to."""
+        action = self.action(choice)
+        return State(self.problem, (*self.path, choice), (*self.used_up, action.a, action.b))
+
+
+def make_row(rng: random.Random, problem: SolvedProblem, kinds: Sequence[str]) -> dict:
+    """A row of D_op or, BACK of the time, of D_back: {nums, target, search_path: the response,
+    kind, no_loss: which of its actions carry no loss, by their numbers from 0}."""
+    states, actions, detour = draw_solution(rng, problem)
+    row = {"nums": problem.nums, "target": problem.target}
+    row["search_path"] = "".join(action.text() for action in actions) + GOAL
+    row["kind"] = "solution" if detour is None else "detour"
+    row["no_loss"] = [] if detour is None else [detour]
+
+    # The row is one of D_op. Now let it go wrong.
+    if rng.random() >= BACK:
+        return row
+    state = states[draw_depth(rng, len(actions))]
+    kind, mistake = draw_mistake(rng, state, kinds)
+    if mistake is None:
+        return row
+    spoilt = [*actions[: mistake.depth], *mistake.actions]
+    row["search_path"] = "".join(action.text() for action in spoilt) + BACKTRACK
+    row["kind"] = kind
+    row["no_loss"] = [depth for depth in row["no_loss"] if depth < mistake.depth]
+    row["no_loss"] += range(mistake.depth, len(spoilt))
+    return row
+
+
+def draw_solution(
+    rng: random.Random, problem: SolvedProblem
+) -> tuple[list[State], list[Action], int | None]:
+    """The canonical solution, of least effort; or, DETOUR of the time, one that leaves it once for
+    any other right action, where there is one, and goes on by the simplest way from there.
+
+    Returns the states before each action, the actions, and which of them, if any, is the detour."""
+    leave_at = draw_depth(rng, len(problem.steps)) if rng.random() < DETOUR else None
+    states = [State(problem)]
+    actions = []
+    detour = None
+    for depth in range(len(problem.steps)):
+        state = states[-1]
+        least = min(state.effort)
+        chosen = state.effort.index(least)
+        if depth == leave_at:
+            others = [choice for choice in state.choices if least < state.effort[choice] < math.inf]
+            if others:
+                chosen = rng.choice(others)
+                detour = depth
+        actions.append(state.action(chosen))
+        if len(actions) < len(problem.steps):
+            states.append(state.after(chosen))
+    return states, actions, detour
+
+
+def draw_depth(rng: random.Random, depths: int) -> int:
+    """A random depth, early ones more often: the first action is the hardest to judge."""
+    return rng.choices(range(depths), range(depths, 0, -1))[0]
+
+
+# ---- Mistakes: how a row of D_back goes wrong ----------------------------------------------------
+
+
+class Mistake(NamedTuple):
+    depth: int  # how many actions of the solution stand before it
+    actions: list[Action]  # the wrong one, or ones
+
+
+def exploratory(rng: random.Random, state: State) -> Mistake | None:
+    """A legal action after which the target cannot be reached any more."""
+    wrong = []
+    for choice in state.choices:
+        if state.legal[choice] and state.effort[choice] == math.inf:
+            wrong.append(choice)
+    if not wrong:
+        return None
+    return Mistake(len(state.path), [state.action(rng.choice(wrong))])
+
+
+def computational(rng: random.Random, state: State) -> Mistake:
+    """A false result: of a legal action; or, half of the time, of a division that is not exact, the
+    commonest lie of small models."""
+    target = state.problem.target
+    legal = []
+    inexact = []
+    for choice in state.choices:
+        action = state.action(choice)
+        if state.legal[choice]:
+            legal.append(action)
+        elif action.operator == "/" and action.b > 0:
+            inexact.append(action)
+    divides = len(inexact) > 0 and rng.random() < 0.5
+    action = rng.choice(inexact if divides else legal)
+
+    # What it claims: mostly the target, if it is the last action. Else an inexact quotient is
+    # rounded down, half of the time. Else the result is off by 1 ... 9, or by 10, 20 ... 90.
+    if len(state.numbers) == 2 and action.result != target and rng.random() < 0.75:
+        claimed = target
+    elif divides and rng.random() < 0.5:
+        claimed = action.result
+    else:
+        slip = rng.randint(1, 9) * rng.choice([1, 1, 10])
+        downwards = slip <= action.result and rng.random() < 0.5
+        claimed = action.result - slip if downwards else action.result + slip
+    return Mistake(len(state.path), [action._replace(result=claimed)])
+
+
+def rule_violation(rng: random.Random, state: State) -> Mistake:
+    """A true equation with a number that is not there, mostly one that is used up."""
+    used_up = [number for number in state.used_up if number not in state.numbers]
+    if used_up and rng.random() < 0.8:
+        missing = rng.choice(used_up)
+    else:
+        every_number = range(1, MAX_NUMBER + 1)
+        missing = rng.choice([number for number in every_number if number not in state.numbers])
+    b, a = sorted([missing, rng.choice(state.numbers)])
+    actions = []
+    for operator in OPERATORS:
+        result, legal = calculate(a, operator, b)
+        if legal:
+            actions.append(Action(a, operator, b, result))
+    return Mistake(len(state.path), [rng.choice(actions)])
+
+
+def false_goal(rng: random.Random, state: State) -> Mistake | None:
+    """Ours: a whole path that has lost its way, as small models answer in the end: `25*10=250`,
+    `4+2=6`, `250/6=60`. It begins at the prompt, wherever the row stands. Its actions are legal up
+    to the last, a division that claims the target: it is not exact, and the true quotient is
+    between half of the target and twice the target."""
+    problem = state.problem
+    last = problem.steps[-1]
+    a = last.a[problem.index][..., 0]  # (choices of step 1, of step 2, ...): the larger number,
+    b = last.b[problem.index][..., 0]  # and the smaller, of the two that are left after them
+    inexact = a % np.maximum(b, 1) != 0
+    near = (a < 2 * b * problem.target) & (b * problem.target < 2 * a)
+    fitting = inexact & near
+    if len(problem.steps) > 1:
+        fitting &= problem.steps[-2].legal[problem.index]
+    paths = np.argwhere(fitting)  # (paths, steps - 1)
+    if len(paths) == 0:
+        return None
+    here = State(problem)
+    actions = []
+    for choice in rng.choice(paths).tolist():
+        actions.append(here.action(choice))
+        here = here.after(choice)
+    b, a = sorted(here.numbers)
+    return Mistake(0, [*actions, Action(a, "/", b, problem.target)])
+
+
+MISTAKES = {  # and their shares, which need not add up to 1
+    exploratory: 0.45,
+    computational: 0.25,
+    rule_violation: 0.1,
+    false_goal: 0.2,
+}
+KINDS = [mistake.__name__ for mistake in MISTAKES]
+BACK = 0.5  # the share of D_back in all rows
+DETOUR = 0.5  # how often a solution leaves the canonical way, where there is another
+
+
+def draw_mistake(
+    rng: random.Random, state: State, kinds: Sequence[str]
+) -> tuple[str, Mistake | None]:
+    """The name of a kind of mistake, by the shares of those in `kinds`, and such a mistake. Where
+    there is none of a kind, another is drawn."""
+    allowed = [make_mistake for make_mistake in MISTAKES if make_mistake.__name__ in kinds]
+    while allowed:
+        shares = [MISTAKES[make_mistake] for make_mistake in allowed]
+        [make_mistake] = rng.choices(allowed, shares)
+        mistake = make_mistake(rng, state)
+        if mistake:
+            return make_mistake.__name__, mistake
+        allowed.remove(make_mistake)
+    return "", None
+
+
+# ---- The exact solver: all programs of a block of problems, as arrays ----------------------------
+# A program is a choice at each step: of an operator, and of a pair of the numbers that are left.
+# Four numbers have 6 pairs, so that step 1 has 4 * 6 = 24 choices; then three numbers have 3 pairs,
+# and step 2 has 12 choices; and step 3 has 4: 24 * 12 * 4 = 1,152 programs a problem. All of them
+# are computed, because arrays do that 20 times faster than a recursion that stops early.
 #
 #     step 1: arrays (problems, 24)           [p, 5]: what choice 5 does in problem p
 #     step 2: arrays (problems, 24, 12)       [p, 5, 7]: what choice 7 does after choice 5
 #     step 3: arrays (problems, 24, 12, 4)    [p, 5, 7, 2]: what choice 2 does after both
 #
-# The axes before the last say what came before: the problem, and the choices of the steps before.
-# Shapes write them as "...": (..., choices) is (problems, 24, 12) at step 2.
+# The axes before the last say what came before: the problem, and the choice of each earlier step.
+# Shapes write these axes as "...": at step 2, (..., choices) is (problems, 24, 12).
 
 
-@dataclass
-class Step:
+class Step(NamedTuple):
     """Every choice of one step, after everything that may have come before."""
 
-    numbers: np.ndarray  # (..., m): the numbers that are left
+    numbers: np.ndarray  # (..., m): the m numbers that are left
     a: np.ndarray  # (..., pairs): the larger number of each pair
-    b: np.ndarray  # (..., pairs): the smaller one
-    result: np.ndarray  # (..., choices): first all pairs added, then all subtracted, ...
-    legal: np.ndarray  # (..., choices) bool: this step and all before it obey the rules
-
-    def take(self, index: tuple[np.ndarray, ...]) -> "Step":
-        """Of many rows the choices that remain to each, as arrays (rows, m), (rows, pairs), ...
-        index: the problem (rows,), the choice at step 1 (rows,), and so on. The first axes alone
-        may be given: (problem,) takes the problems whole."""
-        fields = (self.numbers, self.a, self.b, self.result, self.legal)
-        taken = [field[index] for field in fields]
-        return Step(*taken)
+    b: np.ndarray  # (..., pairs): the smaller number
+    result: np.ndarray  # (..., choices): all pairs added, then all subtracted, and so on
+    legal: np.ndarray  # (..., choices) bool: do this step and all steps before it obey the rules?
 
 
-def take_step(numbers: np.ndarray, legal: np.ndarray) -> Step:
-    """Every choice that numbers (..., m) leave, after steps that were legal (...) bool or not."""
-    first, second = np.triu_indices(numbers.shape[-1], 1)
+def all_choices(numbers: np.ndarray, legal: np.ndarray) -> Step:
+    """Every choice where numbers (..., m) are left. legal (...) bool: were the steps up to here?"""
+    first, second = np.triu_indices(numbers.shape[-1], 1)  # the pairs, by their places in `numbers`
     a = np.maximum(numbers[..., first], numbers[..., second])  # (..., pairs)
     b = np.minimum(numbers[..., first], numbers[..., second])
-    by_operator = (*legal.shape, len(OPERATORS), len(first))
-    result = np.empty(by_operator, numbers.dtype)
-    allowed = np.empty(by_operator, bool)
-    for index, operator in enumerate(OPERATORS):
-        result[..., index, :], allowed[..., index, :] = calculate(a, operator, b)
-    allowed &= legal[..., None, None]
-    by_choice = (*legal.shape, len(OPERATORS) * len(first))  # (..., choices)
-    return Step(numbers, a, b, result.reshape(by_choice), allowed.reshape(by_choice))
+    results = []
+    allowed = []
+    for operator in OPERATORS:
+        result, obeys_rules = calculate(a, operator, b)
+        results.append(result)
+        allowed.append(np.broadcast_to(obeys_rules, a.shape))  # of + and * it is True alone
+    # (..., choices): the number of a choice is pairs * (number of the operator) + pair
+    legal = np.concatenate(allowed, -1) & legal[..., None]
+    return Step(numbers, a, b, np.concatenate(results, -1), legal)
 
 
 def remaining(step: Step) -> np.ndarray:
     """(..., choices, m - 1): the numbers that are left after each choice; its result comes last."""
-    count_left = step.numbers.shape[-1]
-    first, second = np.triu_indices(count_left, 1)
-    not_in_pair = []
-    for pair in zip(first, second):
-        not_in_pair.append([index for index in range(count_left) if index not in pair])
-    not_in_pair = np.array(not_in_pair, int)  # (pairs, m - 2)
-    not_chosen = np.tile(not_in_pair, (len(OPERATORS), 1))  # (choices, m - 2)
-    others = step.numbers[..., not_chosen]  # (..., choices, m - 2)
+    count = step.numbers.shape[-1]
+    unused = []  # of each pair: the places of the other numbers
+    for pair in zip(*np.triu_indices(count, 1)):
+        unused.append([place for place in range(count) if place not in pair])
+    unused = np.array(unused * len(OPERATORS), int)  # (choices, m - 2): for every operator the same
+    others = step.numbers[..., unused]  # (..., choices, m - 2)
     return np.concatenate([others, step.result[..., None]], -1)
 
 
 def programs(nums: np.ndarray, stop_at: int = 1) -> tuple[list[Step], np.ndarray]:
     """All ways to combine nums (problems, k) until `stop_at` numbers are left: the steps, and the
-    numbers that are left then. Down to one number these are k - 1 steps."""
-    small = int(nums.max(initial=1)) ** nums.shape[1] < 2**31  # no product overflows
-    left = nums.astype(np.int32 if small else np.int64)
-    left = -np.sort(-left, axis=1)  # so that the order in which they are written decides nothing
+    numbers that are left after them."""
+    largest = int(nums.max(initial=1)) ** nums.shape[1]  # no result exceeds the product of all
+    numbers_left = nums.astype(np.int32 if largest < 2**31 else np.int64)
+    numbers_left = -np.sort(
+        -numbers_left, axis=1
+    )  # so that it does not matter in which order they are written
     legal = np.ones(len(nums), bool)
     steps = []
-    while left.shape[-1] > stop_at:
-        step = take_step(left, legal)
+    while numbers_left.shape[-1] > stop_at:
+        step = all_choices(numbers_left, legal)
         steps.append(step)
-        left = remaining(step)
+        numbers_left = remaining(step)
         legal = step.legal
-    return steps, left
+    return steps, numbers_left
 
 
-def beside(target: np.ndarray, array: np.ndarray) -> np.ndarray:
-    """target (problems,) as (problems, 1, 1, ...), to be compared with array (problems, ...)."""
+def expand_like(target: np.ndarray, array: np.ndarray) -> np.ndarray:
+    """target (problems,) as (problems, 1, 1, ...): so it compares with array (problems, ...)."""
     return target.reshape(-1, *[1] * (array.ndim - 1))
 
 
 def solvable(nums: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """(problems,) bool: can any program reach target (problems,)? Faster than `plan_efforts`: it
-    stops at two numbers and compares what they give with the target, but stores none of it."""
-    steps, left = programs(nums, stop_at=2)
-    a = np.maximum(left[..., 0], left[..., 1])  # (problems, choices of step 1, of step 2, ...)
-    b = np.minimum(left[..., 0], left[..., 1])
-    wanted = beside(target.astype(a.dtype), a)
+    """(problems,) bool: can any program reach target (problems,)? Faster than `plan_efforts`: what
+    the last step gives is compared with the target at once, and not stored."""
+    steps, numbers_left = programs(nums, stop_at=2)
+    a = np.maximum(
+        numbers_left[..., 0], numbers_left[..., 1]
+    )  # (problems, choices of step 1, of step 2, ...)
+    b = np.minimum(numbers_left[..., 0], numbers_left[..., 1])
+    wanted = expand_like(target.astype(a.dtype), a)
     reached = np.zeros(a.shape, bool)
     for operator in OPERATORS:
         result, legal = calculate(a, operator, b)
@@ -217,21 +461,24 @@ def solvable(nums: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 def plan_efforts(steps: list[Step], target: np.ndarray) -> list[np.ndarray]:
     """For each step (..., choices) float32: the effort of the simplest solution that makes this
-    choice, inf where no solution does. So the target can be reached where it is finite.
+    choice after what came before; inf if no solution does, and the target (problems,) is lost.
 
-    By dynamic programming from the last step back. Simple is + and - before * and /, then small
-    results: one canonical answer is far easier to learn than any one of many."""
+    A solution's effort: 4 for each * and /, and log2(result + 2) for each result but the last. One
+    canonical solution, the simplest, is far easier to learn than any one of many.
+
+    From the last step back, by dynamic programming."""
     efforts = []
     for step in reversed(steps):
         pairs = step.a.shape[-1]
-        own_effort = np.repeat(np.array(list(EFFORT.values()), np.float32), pairs)  # (choices,)
+        own_effort = [np.full(pairs, effort, np.float32) for _, effort in OPERATORS.values()]
+        own_effort = np.concatenate(own_effort)  # (choices,)
         if efforts:
             possible = step.legal
-            onwards = efforts[0].min(-1)  # (..., choices): of the simplest way on
+            onwards = efforts[0].min(-1)  # (..., choices): of the best choice at the next step
             total = own_effort + np.log2(step.result + 2, dtype=np.float32) + onwards
         else:
-            possible = step.legal & (step.result == beside(target, step.result))
-            total = own_effort  # the last result is the target, whatever the choice
+            possible = step.legal & (step.result == expand_like(target, step.result))
+            total = own_effort
         efforts.insert(0, np.where(possible, total, np.float32(np.inf)))
     return efforts
 
@@ -240,7 +487,7 @@ def plan_efforts(steps: list[Step], target: np.ndarray) -> list[np.ndarray]:
 
 MAX_NUMBER = 99
 TARGETS = range(10, 101)
-HELD_OUT = (18, 21, 28, 42, 56, 81, 89, 96, 98)  # a tenth of the targets, never trained on: *new*
+HELD_OUT = (18, 21, 28, 42, 56, 81, 89, 96, 98)  # a tenth of the targets, never trained on: "new"
 SPLITS = ("train", "val", "val_new")  # val: validation problems of seen targets; val_new: of new
 
 
@@ -270,249 +517,11 @@ def draw_problems(rng, split: str, size: int, num: int, held_out: Sequence[int] 
     return found[:num, :-1], found[:num, -1]
 
 
-# ---- Mistakes: the wrong actions of D_back (paper, section 4.1) ----------------------------------
-
-
-class Action(NamedTuple):
-    """An action of each of many rows: arrays (rows,), in the order in which it is written."""
-
-    a: np.ndarray
-    operator: np.ndarray
-    b: np.ndarray
-    result: np.ndarray
-
-
-def choose(step: Step, choice: np.ndarray) -> Action:
-    """The action of each row's choice (rows,) among a step's (rows, choices)."""
-    row = np.arange(len(choice))
-    operator_index, pair = np.divmod(choice, step.a.shape[1])
-    operator = np.array(OPERATORS)[operator_index]
-    return Action(step.a[row, pair], operator, step.b[row, pair], step.result[row, choice])
-
-
-def write_actions(action: Action) -> list[str]:
-    """The text of each row's action: `45-39=6` and a newline."""
-    columns = [column.tolist() for column in action]
-    return [f"{a}{operator}{b}={result}\n" for a, operator, b, result in zip(*columns)]
-
-
-def pick_random(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
-    """(rows,): a random true place of each row of mask (rows, places); 0 in a row without one."""
-    return (rng.random(mask.shape, np.float32) * mask).argmax(-1)
-
-
-@dataclass
-class Situation:
-    """Where many rows stand, after the beginning of a solution, when they are to go wrong."""
-
-    depth: int  # how many actions they have taken
-    step: Step  # (rows, choices): what they can do next
-    reachable: np.ndarray  # (rows, choices) bool: can the target still be reached then?
-    used_up: np.ndarray  # (rows, u): the numbers that are used up
-    target: np.ndarray  # (rows,)
-    all_steps: list[Step]  # from the problem's first step on: (rows, choices of step 1, of 2, ...)
-
-
-class Mistake(NamedTuple):
-    actions: list[Action]  # the wrong ones, mostly one
-    depth: int  # how many actions of the solution stand before them
-    found: np.ndarray  # (rows,) bool: is there such a mistake? Else the row stays in D_op
-
-
-def exploratory(rng: np.random.Generator, here: Situation) -> Mistake:
-    """A legal step from which the target cannot be reached any more."""
-    wrong = here.step.legal & ~here.reachable
-    return Mistake([choose(here.step, pick_random(rng, wrong))], here.depth, wrong.any(-1))
-
-
-def computational(rng: np.random.Generator, here: Situation) -> Mistake:
-    """A legal step with a false result; or, half the time, a division that is not exact, the
-    commonest lie of small models. A last step mostly claims the target."""
-    count = len(here.target)
-    pairs = here.step.a.shape[1]
-    is_division = np.repeat([operator == "/" for operator in OPERATORS], pairs)  # (choices,)
-    inexact = is_division & ~here.step.legal & np.tile(here.step.b > 0, len(OPERATORS))
-    divide = inexact.any(-1) & (rng.random(count) < 0.5)
-    choice = pick_random(rng, np.where(divide[:, None], inexact, here.step.legal))
-    action = choose(here.step, choice)
-
-    # The result is off by 1 ... 9, or by 10, 20 ... 90, upwards or downwards.
-    slip = rng.integers(1, 10, count) * rng.choice([1, 1, 10], count)
-    downwards = (rng.random(count) < 0.5) & (slip <= action.result)
-    claimed = np.where(downwards, action.result - slip, action.result + slip)
-    # Half of the inexact quotients are only rounded down.
-    rounded = divide & (rng.random(count) < 0.5)
-    claimed = np.where(rounded, action.result, claimed)
-    # Three quarters of the last steps claim the target.
-    if here.step.numbers.shape[-1] == 2:
-        claims_target = (rng.random(count) < 0.75) & (action.result != here.target)
-        claimed = np.where(claims_target, here.target, claimed)
-    return Mistake([action._replace(result=claimed)], here.depth, np.ones(count, bool))
-
-
-def rule_violation(rng: np.random.Generator, here: Situation) -> Mistake:
-    """A step with a true result that takes a number that is not there, mostly a used one."""
-    count = len(here.target)
-    every_row = np.arange(count)
-    numbers = here.step.numbers
-    missing_number = rng.integers(1, MAX_NUMBER + 1, count)
-    if here.used_up.shape[1]:
-        used_number = here.used_up[every_row, rng.integers(0, here.used_up.shape[1], count)]
-        missing_number = np.where(rng.random(count) < 0.8, used_number, missing_number)
-    present_number = numbers[every_row, rng.integers(0, numbers.shape[1], count)]
-    step = take_step(np.column_stack([missing_number, present_number]), np.ones(count, bool))
-    found = (numbers != missing_number[:, None]).all(-1)
-    return Mistake([choose(step, pick_random(rng, step.legal))], here.depth, found)
-
-
-def false_goal(rng: np.random.Generator, here: Situation) -> Mistake:
-    """Beyond the paper: a whole path that has lost its way, as small models answer in the end:
-    `25*10=250`, `4+2=6`, `250/6=60`. It begins at the prompt, wherever the row stands. Its steps
-    are legal up to the last, a division that claims the target: it is not exact, and the quotient
-    is within a factor of two of the target."""
-    every_row = np.arange(len(here.target))
-
-    # Which beginnings, a choice at every step but the last, leave two numbers for such a division?
-    last = here.all_steps[-1]
-    a = last.a[..., 0]  # (rows, choices of step 1, of step 2, ...): the larger of the two
-    b = last.b[..., 0]
-    target = beside(here.target, a)
-    inexact = a % np.maximum(b, 1) != 0
-    near = (a < 2 * b * target) & (b * target < 2 * a)
-    fitting = inexact & near
-    if len(here.all_steps) > 1:
-        fitting &= here.all_steps[-2].legal
-
-    # Pick one of them, by its number, and take that number apart into the choices.
-    choice_counts = fitting.shape[1:]
-    fitting = fitting.reshape(len(every_row), np.prod(choice_counts, dtype=int))
-    picked = pick_random(rng, fitting)
-    choices = list(np.unravel_index(picked, choice_counts)) if choice_counts else []
-    choices.append(np.full(len(every_row), OPERATORS.index("/")))  # of the one pair that is left
-
-    # Write it down; the last action claims the target.
-    actions = []
-    for depth, choice in enumerate(choices):
-        step = here.all_steps[depth].take((every_row, *choices[:depth]))
-        actions.append(choose(step, choice))
-    actions[-1] = actions[-1]._replace(result=here.target)
-    return Mistake(actions, 0, fitting.any(-1))
-
-
-MISTAKES = {exploratory: 0.45, computational: 0.25, rule_violation: 0.1, false_goal: 0.2}  # shares
-KINDS = [mistake.__name__ for mistake in MISTAKES]
-BACK = 0.5  # the share of D_back in all rows
-DETOUR = 0.5  # the share of rows that leave the canonical way, where there is another
-
-
-# ---- Rows ----------------------------------------------------------------------------------------
-
-
-@dataclass
-class Solutions:
-    """A solution of each of many problems, step by step."""
-
-    choices: list[np.ndarray]  # (problems,) by step
-    detours: list[np.ndarray]  # (problems,) bool by step: is it not the simplest choice?
-    actions: list[list[str]]  # by step, the text of each problem's action
-    used_up: list[np.ndarray]  # (problems, u) by step: the numbers used up before
-
-
-def make_rows(
-    rng, nums: np.ndarray, target: np.ndarray, kinds: Sequence[str] = KINDS
-) -> list[dict]:
-    """A row of D_op or D_back for each of nums (problems, k), target (problems,), all solvable:
-    {nums, target, search_path: the response, kind, no_loss: which of its actions carry no loss}.
-    First every problem becomes a row of D_op; then some of these go wrong."""
-    steps, _ = programs(nums)
-    efforts = plan_efforts(steps, target)
-    solutions = draw_solutions(rng, steps, efforts)
-    rows = []
-    for problem in range(len(nums)):
-        row = {"nums": nums[problem].tolist(), "target": int(target[problem])}
-        no_loss = [depth for depth, detour in enumerate(solutions.detours) if detour[problem]]
-        row["search_path"] = "".join(texts[problem] for texts in solutions.actions) + GOAL
-        row["kind"] = "detour" if no_loss else "solution"
-        row["no_loss"] = no_loss
-        rows.append(row)
-    for make_mistake, depth, chosen in draw_mistakes(rng, len(nums), len(steps), kinds):
-        before = [choices[chosen] for choices in solutions.choices[:depth]]
-        here = Situation(
-            depth=depth,
-            step=steps[depth].take((chosen, *before)),
-            reachable=np.isfinite(efforts[depth][chosen, *before]),
-            used_up=solutions.used_up[depth][chosen],
-            target=target[chosen],
-            all_steps=[step.take((chosen,)) for step in steps],
-        )
-        mistake = make_mistake(rng, here)
-        wrong = [write_actions(action) for action in mistake.actions]
-        for place in np.flatnonzero(mistake.found):
-            problem = chosen[place]
-            right_actions = [texts[problem] for texts in solutions.actions[: mistake.depth]]
-            wrong_actions = [texts[place] for texts in wrong]
-            go_wrong(rows[problem], right_actions, wrong_actions, make_mistake.__name__)
-    return rows
-
-
-def go_wrong(row: dict, right_actions: list[str], wrong_actions: list[str], kind: str) -> None:
-    """Make a row of D_op, which begins with right_actions, one of D_back."""
-    depth = len(right_actions)
-    row["search_path"] = "".join(right_actions + wrong_actions) + BACKTRACK
-    row["kind"] = kind
-    row["no_loss"] = [earlier for earlier in row["no_loss"] if earlier < depth]
-    row["no_loss"] += range(depth, depth + len(wrong_actions))
-
-
-def draw_solutions(
-    rng: np.random.Generator, steps: list[Step], efforts: list[np.ndarray]
-) -> Solutions:
-    """The simplest solution of each problem; some leave it once, for any other right choice."""
-    problems = np.arange(len(efforts[0]))
-    leave_at = draw_depths(rng, len(steps), len(problems))
-    leave_at[rng.random(len(problems)) >= DETOUR] = len(steps)  # never
-    solutions = Solutions([], [], [], [np.empty((len(problems), 0), int)])
-    for depth, step in enumerate(steps):
-        so_far = (problems, *solutions.choices)
-        effort = efforts[depth][so_far]  # (problems, choices)
-        simplest = effort.argmin(-1)
-        others = np.isfinite(effort) & (effort > effort.min(-1, keepdims=True))
-        detour = (leave_at == depth) & others.any(-1)
-        choice = np.where(detour, pick_random(rng, others), simplest)
-        action = choose(step.take(so_far), choice)
-        solutions.choices.append(choice)
-        solutions.detours.append(detour)
-        solutions.actions.append(write_actions(action))
-        solutions.used_up.append(np.column_stack([solutions.used_up[-1], action.a, action.b]))
-    return solutions
-
-
-def draw_mistakes(rng: np.random.Generator, count: int, depths: int, kinds: Sequence[str]):
-    """Which of `count` problems go wrong, how, and after how many actions (fewer than `depths`):
-    yields (function of MISTAKES, depth, problems (rows,) int64) for every mistake and depth."""
-    allowed = [mistake for mistake in MISTAKES if mistake.__name__ in kinds]
-    if not allowed:
-        return
-    shares = np.array([MISTAKES[mistake] for mistake in allowed])
-    drawn = rng.choice(len(allowed), count, p=shares / shares.sum())
-    drawn[rng.random(count) >= BACK] = -1  # none: these stay in D_op
-    drawn_depth = draw_depths(rng, depths, count)
-    for depth in range(depths):
-        for index, make_mistake in enumerate(allowed):
-            yield make_mistake, depth, np.flatnonzero((drawn == index) & (drawn_depth == depth))
-
-
-def draw_depths(rng: np.random.Generator, depths: int, count: int) -> np.ndarray:
-    """(count,): random depths, early ones more often: the first step is the hardest to judge."""
-    weights = np.arange(depths, 0, -1)
-    return rng.choice(depths, count, p=weights / weights.sum())
-
-
 # ---- Streams of rows -----------------------------------------------------------------------------
 
 
 def new_record(seed: int, sizes: list[int], mistakes: Sequence[str] = KINDS) -> dict:
-    """What a checkpoint remembers of its data, so that nobody measures "new" on seen targets."""
+    """What a checkpoint remembers of its data, so that held-out targets stay held out."""
     return {
         "source": "generated",
         "seed": seed,
@@ -522,17 +531,29 @@ def new_record(seed: int, sizes: list[int], mistakes: Sequence[str] = KINDS) -> 
     }
 
 
-BLOCK = 256  # rows are drawn so many at a time
+BLOCK = 256  # rows a block: the solver's arrays are of one block
 
 
 def make_block(record: dict, split: str, index: int) -> list[dict]:
-    """A block of a split's endless stream, of sizes[index % len(sizes)] numbers. The seed moves
-    training rows only."""
+    """Block number `index` of a split's endless stream of rows. Its problems have sizes[index %
+    len(sizes)] numbers. Only training rows depend on the record's seed."""
     seed = record["seed"] if split == "train" else 0
     rng = np.random.default_rng([SPLITS.index(split), seed, index])
     size = record["sizes"][index % len(record["sizes"])]
     nums, target = draw_problems(rng, split, size, BLOCK, record["held_out"])
     return make_rows(rng, nums, target, record.get("mistakes", KINDS))
+
+
+def make_rows(rng, nums: np.ndarray, target: np.ndarray, kinds=KINDS) -> list[dict]:
+    """`make_row` for each of nums (problems, k) and target (problems,), all solvable."""
+    steps, _ = programs(nums)
+    efforts = plan_efforts(steps, target)
+    row_rng = random.Random(int(rng.integers(2**62)))  # for one number at a time it is faster
+    rows = []
+    for index, (own_nums, own_target) in enumerate(zip(nums.tolist(), target.tolist())):
+        problem = SolvedProblem(own_nums, own_target, index, steps, efforts)
+        rows.append(make_row(row_rng, problem, kinds))
+    return rows
 
 
 def generate(record: dict, split: str, num: int, offset: int = 0, over=map) -> Iterator[dict]:
@@ -554,13 +575,15 @@ def no_loss_spans(row: dict, mask: str) -> list[tuple[int, int]]:
     prompt never does. Of the actions that the row's `no_loss` names, this much:
 
         mask="action"   25*4=100 and its newline: the paper's mask
-        mask="choice"   25*4=, what was chosen; the result is learned. But a line that is false is
-                        masked whole: nobody is to learn 25*2=52
+        mask="choice"   25*4=, what was chosen. The result is learned; but a line that is false,
+                        like 25*2=52, is masked whole
         mask="none"     nothing
 
-    Why "choice", which is ours: by the paper's mask every last step with a loss makes the target,
-    so that small models come to write the target after any last step. A row without `no_loss` is a
-    stranger's: then it is the action before `<backtrack>`, if it says that."""
+    Why "choice", which is ours: with the paper's mask the only last lines that are learned are
+    those of solutions, whose result is the target, and so a small model comes to write the target
+    after any last line. "choice" shows it last lines with other results.
+
+    Rows from elsewhere have no `no_loss`: then it is the action before `<backtrack>`, if any."""
     begin = len(prompt_text(row["nums"], row["target"]))
     spans = [(0, begin)]
     if mask == "none":
@@ -606,16 +629,18 @@ class Tokenizer:
         self.line_ends = {token for token, piece in enumerate(pieces) if piece.endswith("\n")}
 
     def prompts(self, problems: list[dict]) -> list[list[int]]:
-        """The token ids of each problem's prompt."""
+        """The token ids of each problem's prompt. problems: {nums, target}."""
         texts = [prompt_text(problem["nums"], problem["target"]) for problem in problems]
         return [encoding.ids for encoding in self.backend.encode_batch(texts)]
 
-    def rows(self, rows: list[dict], mask: str = "action") -> list[tuple[list[int], list[int]]]:
-        """(input_ids, labels) of each row {nums, target, search_path}, end-of-text included, which
-        always carries a label: after `<backtrack>`, too.
+    def encode_rows(
+        self, rows: list[dict], mask: str = "action"
+    ) -> list[tuple[list[int], list[int]]]:
+        """(input_ids, labels) of each row {nums, target, search_path}.
 
-        A label is the token's own id, or -100: no loss, where any of the token's characters is in
-        one of `no_loss_spans`, or where the token has no characters."""
+        A token's label is its id if all of its characters carry loss, and else -100; -100, too, if
+        it has no characters, like begin-of-text. End-of-text is added, and always learned: after
+        `<backtrack>` as after `Goal Reached!`."""
         texts = [prompt_text(row["nums"], row["target"]) + row["search_path"] for row in rows]
         encoded = []
         for row, text, encoding in zip(rows, texts, self.backend.encode_batch(texts)):

@@ -1,9 +1,14 @@
 """Self-improvement: expert iteration turns slow search into fast answers (paper, section 4.3). Read
 last.
 
-Each round searches fresh training problems (of a dataset: its training rows), keeps the answers
-that verify and fine-tunes on them; beyond the paper, it learns from its failures, too. The
-validation problems that accuracy is reported on are never searched: no training stream holds them.
+A search may find an answer only after stepping back. The row that is kept holds this answer alone,
+and neither the mistakes nor the steps back that led to it. A model that is trained on such rows
+comes to give the answer at once, by greedy decoding.
+
+A round keeps three kinds of rows: of each problem that the search solved the best right answer
+(the paper's), and, beyond the paper, wrong answers, cut at the action that fails, and a few rows of
+D_back, so that stepping back is not forgotten. The problems are training problems, unseen if they
+are generated. The validation problems that accuracy is reported on are never searched.
 
     python improve.py --ckpt checkpoint
 """
@@ -15,7 +20,17 @@ from pathlib import Path
 import torch
 
 from data import BACKTRACK, Tokenizer, load_record, load_rows
-from model import Arguments, Llama, UserError, best_dtype, cli, number, replacing, start
+from model import (
+    Arguments,
+    Llama,
+    UserError,
+    best_dtype,
+    cli,
+    device_rank_world,
+    is_main,
+    number,
+    replacing,
+)
 from search import Settings, compare, evaluate
 from train import Batches, fit, save
 
@@ -23,34 +38,34 @@ from train import Batches, fit, save
 def expert_iteration(
     model: Llama, tokenizer: Tokenizer, record: dict, validation: dict, options: argparse.Namespace
 ) -> None:
-    """Every round goes on from the model of the round before, with problems that are new and an
-    optimizer that is new. `record`: where the problems come from; `validation`: {split: problems}
-    to measure on. Raises UserError."""
+    """Every round goes on from the model of the round before, with the next problems and a new
+    optimizer. record: where problems come from; validation: {split: problems} to measure on.
+    Raises UserError."""
     settings = Settings(b=options.b, n=options.n, seed=options.seed)
     measure(model, tokenizer, validation, settings, options, 0, "before")
     for round_number in range(1, options.rounds + 1):
         rows = load_rows("train", record, options.num, options.num * (round_number - 1))
-        solved = improve(model, tokenizer, rows, settings, record, options, round_number)
-        title = f"round {round_number} (solved {solved} of {len(rows)})"
+        count = improve(model, tokenizer, rows, settings, record, options, round_number)
+        title = f"round {round_number} (solved {count} of {len(rows)})"
         measure(model, tokenizer, validation, settings, options, round_number, title)
-        if start()[1] == 0:  # one of the ranks is enough
+        if is_main():  # one of the ranks is enough
             save(options.out, model, tokenizer, record)
 
 
 def improve(model, tokenizer, rows, settings, record, options, round_number: int) -> int:
     """One round: search the problems of `rows`, keep what verifies, fine-tune on it. Returns how
-    many problems were solved. Raises UserError if none was."""
+    many problems the search solved. Raises UserError if it solved none."""
     answers = evaluate(model, tokenizer, rows, settings)
     solved = solved_rows(rows, answers)
     mistakes = own_mistakes(rows, answers)
     if not solved:
         message = "the search solved nothing to learn from: start from a better checkpoint"
         raise UserError(message)
-    # at most as many mistakes as answers; and, lest it forget how to step back, some of D_back
+    # at most as many mistakes as solutions, and some of D_back
     back = [row for row in rows if row["search_path"].endswith(BACKTRACK)]
     kept_rows = solved + mistakes[: len(solved)] + back[: len(solved) // 10]
     fine_tune(model, tokenizer, kept_rows, record, options, options.seed + round_number)
-    return len(solved)
+    return sum(answer["verified"] for answer in answers)
 
 
 def solved_rows(rows: list[dict], answers: list[dict]) -> list[dict]:
@@ -58,14 +73,15 @@ def solved_rows(rows: list[dict], answers: list[dict]) -> list[dict]:
     is one, even where the search chose another that does not."""
     kept_rows = []
     for row, answer in zip(rows, answers):
-        for solution in answer["solutions"][:1]:
+        for solution in answer["solutions"][:1]:  # one, or none
             kept_rows.append(training_row(row, solution, no_loss=[]))
     return kept_rows
 
 
 def own_mistakes(rows: list[dict], answers: list[dict]) -> list[dict]:
-    """D_back from chosen answers that are wrong, cut after the first action that fails. All actions
-    up to it are named in `no_loss`, for nobody knows which of them led astray."""
+    """D_back from chosen answers in which an action fails, cut after that action. All actions up to
+    it are named in `no_loss`, because nobody knows which of them led astray. (A wrong answer whose
+    actions are all right, but which misses the target, teaches nothing here.)"""
     kept_rows = []
     for row, answer in zip(rows, answers):
         if answer["failed_step"]:
@@ -83,7 +99,7 @@ def training_row(problem: dict, response: str, no_loss: list[int]) -> dict:
 def fine_tune(model, tokenizer, kept_rows, record, options, seed: int) -> None:
     """A few epochs over what a round has kept, by the optimizer and the mask that the checkpoint
     was trained with (where train.py made it, and its record says so)."""
-    device, rank, world = start()
+    device, rank, world = device_rank_world()
     training = record.get("settings", {})
     uses_muon = training.get("optimizer") == "muon"
     loss_mask = training.get("mask", "action")
@@ -113,7 +129,7 @@ def measure(
     log_line = {"round": round_number}
     for (split, decoder), rows in results.items():
         log_line[f"{split}_{decoder}"] = sum(row["correct"] for row in rows) / len(rows)
-    if start()[1] == 0:
+    if is_main():
         with open(options.out / "log.jsonl", "a") as log_file:
             log_file.write(json.dumps(log_line) + "\n")
 
@@ -137,7 +153,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
-    device, _, _ = start()
+    device, _, _ = device_rank_world()
     tokenizer = Tokenizer.from_pretrained(options.ckpt)
     model = Llama.from_pretrained(options.ckpt, device, torch.float32)
     model.model.gradient_checkpointing = options.gradient_checkpointing
@@ -145,8 +161,8 @@ def main() -> None:
         pass  # if it cannot be written to, say so now
     record = load_record(options.ckpt)
     validation = {split: load_rows(split, record, options.num_eval) for split in ("val", "val_new")}
-    # Where data is generated: a stream that training never drew. It is saved, so that a later run
-    # draws other rows again.
+    # Of generated data: another seed than training had, so that its problems are unseen. It is
+    # saved with the model, so that improving that one again takes still another.
     record = {**record, "seed": record.get("seed", 0) + 1_000_000 * (options.seed + 1)}
     expert_iteration(model, tokenizer, record, validation, options)
 

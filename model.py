@@ -1,11 +1,17 @@
 """The language model: Llama, written by hand. Read this file first, then data.py.
 
-Self-backtracking (arXiv 2502.04404) asks two things of a language model: one more token,
-`<backtrack>`, and a cache of keys and values in which stepping back costs nothing. Modules carry
-Hugging Face's names, so that checkpoints pass from here to transformers and back.
+Self-backtracking (arXiv 2502.04404) in five files:
 
-Shapes: B rows, T new tokens, S tokens in sight, H query heads, K key/value heads, D head size,
-C hidden size, V vocabulary.
+    model.py     a language model, and a cache in which stepping back costs nothing
+    data.py      what it is trained on: solutions, and mistakes that end in `<backtrack>`
+    search.py    sample answers; where the model says `<backtrack>`, drop its last line and branch
+    train.py     the training loop
+    improve.py   train on what the search found, so that fast answers become good, too
+
+Modules carry Hugging Face's names, so that checkpoints pass from here to transformers and back.
+
+Shapes: B rows, T new tokens, S columns that they see, H query heads, K key/value heads, D head
+size, C hidden size, V vocabulary.
 """
 
 import argparse
@@ -58,9 +64,9 @@ class LlamaConfig:
 def rope_frequencies(config: LlamaConfig) -> torch.Tensor:
     """(D / 2,) fp32: the radians by which a position turns each pair of dimensions.
 
-    Llama 3 stretches the slow ones: a pair that turns less than `low_freq_factor` times within the
-    old context turns `factor` times more slowly; one that turns more than `high_freq_factor` times
-    stays as it is; those between are blended.
+    Llama 3 stretches the slow ones, to see further than it was first trained to. A pair that turns
+    less than `low_freq_factor` times over the original context turns `factor` times more slowly. A
+    pair that turns more than `high_freq_factor` times stays as it is. Pairs in between are blended.
     """
     # on the CPU even where a checkpoint is opened without memory (see load_llama)
     exponent = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
@@ -92,9 +98,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=full_mask, is_causal=mask is None, enable_gqa=H != K
         )
-    # The same by hand, for on CPUs PyTorch's own is far slower in bf16. Of H = 8 query heads and
-    # K = 2 key heads, query heads 0 to 3 use key head 0: they are treated as four times as many
-    # queries of it, so that no key is repeated.
+    # The same by hand, because on CPUs PyTorch's own is far slower in bf16. With H = 8 and K = 2,
+    # query heads 0 to 3 share key head 0: they become 4 * T queries of it, and no key is copied.
     if mask is None:
         mask = torch.ones(1, T, S, dtype=torch.bool).tril()
     queries = (q * D**-0.5).reshape(B, K, H // K * T, D)
@@ -124,7 +129,7 @@ class LlamaAttention(nn.Module):
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
         if cached_rows is not None:
-            k, v = cached_rows.update(self.layer_idx, k, v)  # (B, K, S, D): all that the rows hold
+            k, v = cached_rows.update(self.layer_idx, k, v)  # (B, K, S, D)
         x = attend(q, k, v, mask)
         return self.o_proj(x.transpose(1, 2).reshape(B, T, -1))
 
@@ -158,8 +163,8 @@ class LlamaDecoderLayer(nn.Module):
 class LlamaModel(nn.Module):
     """Embedding, layers, last norm: token ids (B, T) -> hidden states (B, T, C)."""
 
-    gradient_checkpointing = False  # keep only each layer's input; compute the rest again, backward
-    compiled_layer = None  # LlamaDecoderLayer.forward, compiled for training (see train.py)
+    gradient_checkpointing = False  # keep each layer's input, recompute the rest in backward
+    compiled_layer = None  # LlamaDecoderLayer.forward as torch.compile made it, see train.py
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -179,7 +184,7 @@ class LlamaModel(nn.Module):
         else:
             positions = cached_rows.positions  # (B, T)
             columns = torch.arange(cached_rows.slots.shape[1], device=input_ids.device)
-            mask = columns <= positions[..., None]  # (B, T, S): up to the token's own position
+            mask = columns <= positions[..., None]  # (B, T, S): columns up to its own
         x = self.embed_tokens(input_ids)  # (B, T, C)
         angles = positions[:, None, :, None] * self.rope.float()  # (B or 1, 1, T, D / 2), fp32
         cos = angles.cos().to(x.dtype)
@@ -189,8 +194,9 @@ class LlamaModel(nn.Module):
         return self.norm(x)
 
     def run(self, layer: LlamaDecoderLayer, x, cos, sin, mask, cached_rows):
-        """One layer, as the two options above say. It is the layer that is compiled, not the model:
-        all layers share what is compiled once, and searches go on without it."""
+        """One layer: compiled, or with gradient checkpointing, if the attributes above say so. The
+        layer is compiled, not the model, so that all layers share the compiled code. Searches use
+        the plain layer."""
         forward = layer
         if self.compiled_layer and cached_rows is None:
             forward = partial(self.compiled_layer, layer)
@@ -222,10 +228,10 @@ class Llama(nn.Module):
     ) -> torch.Tensor:
         """input_ids (B, T) int64 -> logits (B, T, V), in the weights' dtype.
 
-        labels (B, T) int64, -100 for no loss: return the *sum* of the cross-entropies instead, ()
-            fp32 or wider. The vocabulary projection is computed at labelled positions only.
-        cached_rows: the tokens continue rows of a cache, and are appended to it.
-        last (B,) int64: return the logits at that one position of each row only, (B, V).
+        labels (B, T) int64, -100 for no loss: return the *sum* of the cross-entropies instead, a
+            scalar in fp32 or wider. Logits are computed at labelled positions only.
+        cached_rows: the tokens go on from cached ones, and their keys and values are cached, too.
+        last (B,) int64: return the logits at this one position of each row only, (B, V).
         """
         hidden = self.model(input_ids, cached_rows)  # (B, T, C)
         if labels is not None:
@@ -259,18 +265,23 @@ class KVCache:
     """Keys and values of every layer, a slot for each token.
 
     A row of a batch owns no memory. It is a list of slots, one for each of its tokens, so that rows
-    that begin alike share their beginning, and the search's two operations touch no key or value: a
-    fork copies the list, a step back cuts it. (Paged attention, Kwon et al. 2023, by pages of one
-    token.)
+    which begin alike share their beginning. The two operations of the search move no key or value:
+
+        row [3, 5, 6]  takes two different tokens     -> [3, 5, 6, 9] and [3, 5, 6, 4]: a fork
+        row [3, 5, 6, 4]  drops its last two tokens   -> [3, 5]: a step back
+
+    (This is paged attention, Kwon et al. 2023, with pages of one token.)
     """
 
     def __init__(self, config: LlamaConfig, slots: int, device, dtype: torch.dtype):
         shape = (config.num_hidden_layers, 2, slots, config.num_key_value_heads, config.head_dim)
         # The system hands out memory as it is written to: a large cache costs what it holds.
         self.kv = torch.empty(shape, device=device, dtype=dtype)
-        self.kv[:, :, 0] = 0  # slot 0 fills up rows: it is masked, but must not be NaN
+        # Slot 0 is nobody's: padding is read from it, and written to it. What is read is masked,
+        # but 0 * NaN would still be NaN.
+        self.kv[:, :, 0] = 0
         self.free = list(range(slots - 1, 0, -1))
-        self.seen = self.kv.new_empty(0)  # where `CachedRows.update` puts what a layer sees
+        self.seen = self.kv.new_empty(0)  # a buffer of `CachedRows.update`, used again and again
 
     @staticmethod
     def bytes_per_slot(config: LlamaConfig, dtype: torch.dtype) -> int:
@@ -278,15 +289,16 @@ class KVCache:
         return heads * config.head_dim * dtype.itemsize
 
     def lend(self) -> "Slot":
-        """Raises UserError where none is free."""
+        """A free slot, for one token. Raises UserError if there is none."""
         if not self.free:
             raise UserError("the cache is too small for this search: give it more --cache_gib")
         return Slot(self.free)
 
 
 class Slot:
-    """A token's place in the cache, lent until nobody holds it any more: then Python deletes it.
-    (At once, as long as no cycle of references holds it; search.py takes care of that.)"""
+    """A token's place in the cache, lent until nobody refers to it any more: then Python deletes
+    the Slot, and the place is free again. (At once, unless a cycle of references keeps it alive;
+    search.py takes care that there is none.)"""
 
     __slots__ = ("number", "free")
 
@@ -317,14 +329,15 @@ class CachedRows:
         self.vector_numbers = vector_numbers.flatten()
 
     def update(self, layer_idx: int, k: torch.Tensor, v: torch.Tensor):
-        """Write the new tokens' k, v (B, K, T, D); return all that the rows hold, (B, K, S, D),
-        valid until the next layer's update."""
+        """Write the new tokens' k, v (B, K, T, D); return the keys and values of all columns, (B,
+        K, S, D), valid until the next layer's update."""
         stored = self.cache.kv[layer_idx]  # (2, slots, K, D)
         stored[0][self.new_slots] = k.transpose(1, 2)
         stored[1][self.new_slots] = v.transpose(1, 2)
+        # What is returned is stored[:, slots].transpose(2, 3), read into one buffer for all layers
+        # and steps, because fresh memory is slow.
         B, K, _, D = k.shape
         needed = 2 * len(self.vector_numbers) * D
-        # one buffer for all layers and steps, for fresh memory is slow
         if len(self.cache.seen) < needed:
             self.cache.seen = stored.new_empty(needed * 3 // 2)  # larger, so that it seldom grows
         seen = self.cache.seen[:needed].view(2, -1, D)  # (2, B * K * S, D)
@@ -483,9 +496,9 @@ def replacing(folder: str | Path):
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def start() -> tuple[torch.device, int, int]:
-    """(device, rank, world size): the best device there is; more than one rank when torchrun
-    started the program."""
+def device_rank_world() -> tuple[torch.device, int, int]:
+    """The best device there is, this process's rank, and how many ranks there are: more than one if
+    torchrun started the program. The first call sets them up."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -496,6 +509,11 @@ def start() -> tuple[torch.device, int, int]:
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device, rank, world
+
+
+def is_main() -> bool:
+    """Is this rank 0, the one that prints and saves?"""
+    return device_rank_world()[1] == 0
 
 
 def best_dtype(device: torch.device) -> torch.dtype:

@@ -3,14 +3,16 @@
 The model says `<backtrack>` when its last action was a mistake, and the search of section 4.2
 (arXiv 2502.04404) believes it. Given a problem, b steps back and n samples a state:
 
-1. Expand: sample n continuations of every state of the frontier, first of the prompt alone. Each
-   goes on until the model ends it, after `Goal Reached!`, or says `<backtrack>`, or it becomes too
-   long.
+1. Expand: sample n continuations of every state of the frontier, at first of the prompt alone.
+   Each goes on until the model ends it, normally after `Goal Reached!`, or says `<backtrack>`, or
+   until it is too long.
 2. Collect: the samples that reached the goal are candidates.
 3. Step back: the samples that end in `<backtrack>` drop their last action. What is left is a state
-   to branch from. The first states that are new, at most `limit` of them, are the next frontier.
-4. Repeat steps 1 to 3 b times.
+   to branch from. New states, at most `limit` of them, are the next frontier.
+4. b times, step back (3), expand (1) and collect (2): so b + 1 rounds in all, numbered 0 to b.
 5. Select: the candidate with the best score is the answer. No verifier takes part.
+
+Shapes: R responses, M samples of the one that has most, V vocabulary.
 
     python search.py
     python search.py --numbers 92 63 44 86 --target 11
@@ -48,7 +50,8 @@ from model import (
     cli,
     number,
     replacing,
-    start,
+    device_rank_world,
+    is_main,
 )
 
 # ---- 1. The algorithm, for one problem (paper, section 4.2) --------------------------------------
@@ -57,40 +60,37 @@ from model import (
 @dataclass(eq=False)
 class Response:
     """A response so far, and how many samples have taken it: samples that are the same so far are
-    one Response. A state to branch from is a Response, too, and so is a finished answer."""
+    one Response. A state to branch from is a Response, too: `count` samples are to be drawn of it.
+    """
 
     # what the algorithm asks for
-    tokens: tuple[int, ...] = ()  # from the prompt's end on
+    tokens: tuple[int, ...] = ()  # those after the prompt
     logps: tuple[float, ...] = ()  # the log-probability of each token, at temperature 1
-    count: int = 1  # samples that are the same so far; of a state: samples to draw of it
+    count: int = 1  # how many samples it stands for
     round: int = 0  # in which round it was sampled, from 0
-    inherited: int = 0  # how many of its tokens came with the state that it is a sample of
-    # what sampling rules and the engine keep in it while it grows
-    slots: tuple[Slot, ...] = ()  # where the cache holds the prompt and these tokens
+    inherited: int = 0  # how many of its tokens were there in the state that it was sampled from
+    # what the engine needs, below
+    slots: tuple[Slot, ...] = ()  # where the cache holds the prompt and these tokens but the last
     expansion: "Expansion | None" = None  # of which state it is a sample, until it ends
-    first_point: float = 0.0  # its samples are points in [0, 1): the first (see `spread`) ...
-    spacing: float = 1.0  # ... and the distance from each to the next
+    first_point: float = 0.0  # its samples are points in [0, 1), see `spread`: the first of them
+    spacing: float = 1.0  # and the distance from each to the next
 
 
 def self_backtrack(
     tokenizer: Tokenizer, b: int, n: int, limit: int, prompt_again: bool
-) -> Generator[list[Response], list[Response], list[Response]]:
-    """Search one problem. A generator: it yields a frontier of states, is sent their samples, and
-    yields the next frontier.
+) -> Generator[list[Response], list[Response], None]:
+    """Search one problem. A generator: it yields a frontier, is sent the samples of its states, and
+    yields the next frontier. Who sends the samples keeps them; `select` chooses among all of them.
 
-    Returns all samples, candidates and others. A frontier holds at most `limit` states. Stepping
-    back from a first action leads to the prompt: with prompt_again it may be sampled once more; in
-    the paper it has been visited already.
+    A frontier holds at most `limit` states. Stepping back from a first action leads to the prompt:
+    with prompt_again, which is ours, it may be sampled once more; in the paper it may not.
     """
-    frontier = [Response(count=n)]  # the first state is the prompt: no tokens yet
     visited = set() if prompt_again else {()}
-    all_samples = []
-    for round in range(b + 1):
-        samples = yield frontier  # n of each state, each until it ends
-        all_samples += samples
+    samples = yield [Response(count=n)]  # round 0: n samples of the prompt, which has no tokens yet
+    for round in range(1, b + 1):
         frontier = []
         for sample in sorted(samples, key=branching_order):
-            if round == b or len(frontier) == limit:
+            if len(frontier) == limit:
                 break
             if sample.tokens[-1] != tokenizer.backtrack:
                 continue
@@ -98,44 +98,41 @@ def self_backtrack(
             if state.tokens not in visited:
                 visited.add(state.tokens)
                 state.count = n
-                state.round = round + 1
+                state.round = round
                 frontier.append(state)
-        for sample in samples:
-            sample.slots = ()  # what nobody branches from goes back to the cache
         if not frontier:
-            break
-    return all_samples
+            return
+        samples = yield frontier  # n of each state, each until it ends
 
 
 def branching_order(sample: Response) -> float:
-    """Which samples are asked first for a state to branch from? Those that came most often. (Each
-    different sample by itself: two that step back to the same state are not added up.)"""
+    """A frontier takes its states from the samples in this order: what most samples chose comes
+    first. (Different samples that step back to the same state are not added up.)"""
     return -sample.count
 
 
 def roll_back(sample: Response, tokenizer: Tokenizer) -> Response:
-    """Drop `<backtrack>` and the last action; what is left ends with the action before, or is the
-    prompt. Of the lines `4-2=2`, `25*2=52`, `<backtrack>` the first is left; and so it is where the
-    last action is unfinished: `4-2=2`, `25*<backtrack>`."""
-    before = len(sample.tokens) - 1  # `<backtrack>`
-    if before > 0 and sample.tokens[before - 1] in tokenizer.line_ends:
-        before -= 1  # the last action's own newline
-    kept = line_begin(sample.tokens[:before], tokenizer)
-    dropped_slots = len(sample.tokens) - 1 - kept  # `<backtrack>` itself never came into the cache
+    """Drop `<backtrack>` and the last action. Of the lines `4-2=2`, `25*2=52`, `<backtrack>` the
+    first is left. The last action may be unfinished: so it is, too, of `4-2=2`, `25*<backtrack>`.
+    """
+    kept = line_begin(sample.tokens[:-1], tokenizer)
+    # The slots are of the prompt and of all tokens but `<backtrack>`, which ended the sample.
+    dropped_slots = len(sample.tokens) - 1 - kept
     slots = sample.slots[: len(sample.slots) - dropped_slots]
     return Response(sample.tokens[:kept], sample.logps[:kept], inherited=kept, slots=slots)
 
 
 def line_begin(tokens: tuple[int, ...], tokenizer: Tokenizer) -> int:
-    """The position at which the last line of `tokens` begins."""
-    begin = len(tokens)
+    """The position at which the last line of `tokens` begins. (Its own newline, if it has one,
+    belongs to it.)"""
+    begin = max(len(tokens) - 1, 0)
     while begin > 0 and tokens[begin - 1] not in tokenizer.line_ends:
         begin -= 1
     return begin
 
 
 def reached_goal(sample: Response, tokenizer: Tokenizer) -> bool:
-    """Is this sample a candidate? One that the length limit cut off is not."""
+    """Is this sample a candidate? Not if it was cut off because it was too long."""
     if sample.tokens[-1] != tokenizer.eos:
         return False
     return tokenizer.decode(sample.tokens).split("\n")[-1] == GOAL
@@ -143,9 +140,9 @@ def reached_goal(sample: Response, tokenizer: Tokenizer) -> bool:
 
 def rate(sample: Response, tokenizer: Tokenizer, last_line: bool) -> float:
     """The score: the mean log-probability of the response's tokens, end-of-text included, as in the
-    paper. With last_line, which is ours, plus the summed log-probability of its last line: where
-    the model wrote `Goal Reached!` it could have said `<backtrack>`, and this is how sure it was
-    not to."""
+    paper. With last_line, which is ours, the summed log-probability of the last line is added: the
+    model wrote `Goal Reached!` where it could have said `<backtrack>`, and this is how sure it was.
+    """
     score = sum(sample.logps) / len(sample.logps)
     if last_line:
         score += sum(sample.logps[line_begin(sample.tokens, tokenizer) :])
@@ -160,25 +157,25 @@ def select(samples: list[Response], tokenizer: Tokenizer, last_line: bool) -> Re
 
 @dataclass(frozen=True)
 class Settings:
-    """How to search. The defaults are what finds most with the shipped model; PAPER is the paper's
+    """How to search. The defaults work best with the shipped model; PAPER_SEARCH is the paper's
     rule."""
 
     decoder: str = "self_backtrack"  # one of DECODERS
     b: int = 1  # how often to step back
-    n: int = 32  # samples a state; beams
+    n: int = 32  # samples of each state, or beams
     temperature: float = 1.5
-    min_p: float = 0.02  # leaves out tokens so much rarer than the best
-    independent: bool = False  # samples that draw for themselves, in place of evenly spread ones
+    min_p: float = 0.02  # never draw tokens less than this times as probable as the best
+    independent: bool = False  # does each sample draw for itself? Else they are spread evenly
     prompt_again: bool = True  # may the prompt be sampled once more?
     last_line: bool = True  # is the last line's summed log-probability added to the score?
-    limit: int | None = None  # states in a frontier; None: int(sqrt(n)), as the reference had it
-    max_new_tokens: int = 64  # of a response
+    limit: int | None = None  # most states in a frontier; None: int(sqrt(n))
+    max_new_tokens: int = 64  # most tokens of a response
     seed: int = 0
-    batch_size: int = 128  # states expanded together
+    batch_size: int = 128  # most states expanded together, each with up to n responses
     cache_gib: float = 1.0  # memory for keys and values
 
     def samples_a_state(self) -> int:
-        """Or beams: greedy decoding is a single beam."""
+        """How many samples, or beams, a state gets. Greedy decoding is a single beam."""
         return 1 if self.decoder == "greedy" else self.n
 
     def algorithm(self, tokenizer: Tokenizer):
@@ -195,7 +192,7 @@ class Settings:
 
 
 DECODERS = ("greedy", "beam", "best_of_n", "self_backtrack")
-PAPER = {
+PAPER_SEARCH = {
     "temperature": 0.7,
     "min_p": 0.0,
     "independent": True,
@@ -205,8 +202,8 @@ PAPER = {
 
 
 # ---- 2. One step: which tokens the samples take --------------------------------------------------
-# A sampling rule is given R responses and the logits (R, V) of what follows each. It returns a draw
-# for every different continuation: samples that take the same token stay one Response.
+# A sampling rule is given R responses and the logits (R, V) of what follows each. It returns a Draw
+# for every different continuation: samples of a response that take the same token stay together.
 
 
 class Draw(NamedTuple):
@@ -221,14 +218,14 @@ class Draw(NamedTuple):
 def spread(logits: torch.Tensor, responses: list[Response], settings: Settings) -> list[Draw]:
     """Samples spread evenly (arithmetic sampling, Vilnis et al., 2023).
 
-    All possible responses tile [0, 1), in order: one of probability p covers an interval of length
-    p. The n samples of a state are n points, 1 / n apart, so that floor(n p) or ceil(n p) of them
-    take it, and they differ as much as they can. A step finds the token in whose interval each
-    point lies, and stretches that interval to [0, 1) for the next step.
+    Let all possible responses tile [0, 1), in order: one that is drawn with probability p covers an
+    interval of length p. The n samples of a state are n points, 1 / n apart. So floor(n p) or
+    ceil(n p) of them take this response, where independent samples might all take the same one. A
+    step finds the token in whose interval each point lies, and stretches this interval to [0, 1).
 
     Four samples at 0.1, 0.35, 0.6, 0.85, and two tokens of shares 0.4 and 0.6: the first two take
-    the first token. Its interval [0, 0.4) stretched to [0, 1), they are at 0.25 and 0.875: their
-    first point is 0.25 and their spacing 0.25 / 0.4."""
+    the first token. Its interval [0, 0.4) is stretched to [0, 1), and they are at 0.25 and 0.875:
+    their first point is 0.25, and their spacing is 0.25 / 0.4 = 0.625."""
     most = max(response.count for response in responses)
     first_point = np.array([response.first_point for response in responses])
     spacing = np.array([response.spacing for response in responses])
@@ -237,8 +234,8 @@ def spread(logits: torch.Tensor, responses: list[Response], settings: Settings) 
 
 
 def independent(logits: torch.Tensor, responses: list[Response], settings: Settings) -> list[Draw]:
-    """The paper's rule: every sample draws for itself. (Sorted, for `look_up` wants points that
-    ascend; which of equal samples is which does not matter.)"""
+    """The paper's rule: every sample draws for itself. (The points are sorted because `look_up`
+    wants them so; samples that are the same so far have no order of their own.)"""
     most = max(response.count for response in responses)
     points = np.ones((len(responses), most))  # (R, M)
     for own_points, response in zip(points, responses):
@@ -249,31 +246,31 @@ def independent(logits: torch.Tensor, responses: list[Response], settings: Setti
 
 
 def look_up(logits, points, spacing, responses: list[Response], settings: Settings) -> list[Draw]:
-    """In which token's interval does each point fall? points (R, M) in [0, 1) ascend in each row. A
-    response has as many as it has samples; beyond them its row is filler, computed and ignored.
+    """In which token's interval does each point lie? points (R, M) in [0, 1) ascend in each row. A
+    response has `count` points; what stands after them in its row is filler, and ignored.
 
     Tokens less than min_p times as probable as the best, at temperature 1, are never drawn (min-p
     sampling, Nguyen et al., 2024)."""
     precision = torch.float32 if logits.device.type == "mps" else torch.float64
     logps = logits.to(precision).log_softmax(-1)  # (R, V)
-    shares = logps / settings.temperature
+    tempered = logps / settings.temperature
     if settings.min_p > 0:
         too_rare = logps < logps.amax(-1, keepdim=True) + math.log(settings.min_p)
-        shares = shares.masked_fill(too_rare, -torch.inf)
-    shares = shares.softmax(-1)  # (R, V)
-    ends = shares.cumsum(-1)  # a token covers [begin, end)
+        tempered = tempered.masked_fill(too_rare, -torch.inf)
+    shares = tempered.softmax(-1)  # (R, V): how often each token is drawn
+    ends = shares.cumsum(-1)  # token t covers [begins[t], ends[t])
     begins = ends - shares
 
     below_one = 1 - torch.finfo(precision).eps
     points = torch.from_numpy(points).to(logits.device, precision).clamp(max=below_one)
-    points = points * ends[:, -1:]  # by rounding the last end is not quite 1
-    token = torch.searchsorted(ends, points, right=True)  # (R, M): the first whose end lies beyond
+    points = points * ends[:, -1:]  # the last end is not quite 1, because of rounding
+    token = torch.searchsorted(ends, points, right=True)  # (R, M): the first that ends beyond it
     share = shares.gather(1, token)
     stretched = (points - begins.gather(1, token)) / share  # [begin, end) becomes [0, 1)
     stretched = stretched.clamp(0, below_one)
     logp = logps.gather(1, token)
 
-    # Points ascend, so tokens do: the samples that take the same token stand side by side.
+    # Points ascend, and so do tokens: the samples that take the same token stand side by side.
     token, share, stretched, logp = [
         values.cpu().numpy() for values in (token, share, stretched, logp)
     ]
@@ -291,7 +288,8 @@ def look_up(logits, points, spacing, responses: list[Response], settings: Settin
 
 def runs_of_equals(token: np.ndarray, counts: list[int]):
     """Row r of token (R, M) holds counts[r] tokens, equal ones side by side, then filler. For every
-    run of equals: its row, the column at which it begins, and its length."""
+    run of equal tokens: its row, the column at which it begins, and its length. Rows [7, 7, 9] and
+    [7, -, -] have runs in rows [0, 0, 1], that begin at [0, 2, 0], of lengths [2, 1, 1]."""
     is_sample = np.arange(token.shape[1]) < np.array(counts)[:, None]  # (R, M)
     row, column = np.nonzero(is_sample)
     token = token[row, column]
@@ -302,13 +300,13 @@ def runs_of_equals(token: np.ndarray, counts: list[int]):
 
 
 def beams(logits: torch.Tensor, responses: list[Response], settings: Settings) -> list[Draw]:
-    """Not samples, but the n most probable continuations of a state; those that have ended are
-    among the n. With n = 1 this is greedy decoding. (Responses of a state stand side by side.)"""
+    """Beam search: not samples, but the n most probable continuations of a state, those that have
+    ended included. With n = 1 this is greedy decoding. (Responses of a state are neighbours.)"""
     logps = logits.float().log_softmax(-1)  # (R, V)
     draws = []
     begin = 0
-    for expansion, siblings in groupby(responses, key=lambda response: response.expansion):
-        totals = torch.tensor([[sum(beam.logps)] for beam in siblings], device=logits.device)
+    for expansion, group in groupby(responses, key=lambda response: response.expansion):
+        totals = torch.tensor([[sum(beam.logps)] for beam in group], device=logits.device)
         own_logps = logps[begin : begin + len(totals)]  # (beams, V)
         wanted = min(settings.samples_a_state() - len(expansion.ended), own_logps.numel())
         most_probable = (totals + own_logps).flatten().topk(wanted).indices
@@ -322,8 +320,8 @@ def beams(logits: torch.Tensor, responses: list[Response], settings: Settings) -
 # ---- 3. The engine: the states of many problems, one token a step --------------------------------
 # For one problem alone, slowly, and without a cache, the generator above would be driven like this:
 #
-#     frontier = next(algorithm)                      # the prompt
-#     while True:
+#     frontier = next(algorithm)                  # the prompt
+#     until the algorithm ends:
 #         samples = []
 #         for state in frontier:
 #             growing = [state]
@@ -331,10 +329,18 @@ def beams(logits: torch.Tensor, responses: list[Response], settings: Settings) -
 #                 logits = what the model says after the prompt and each of `growing`
 #                 growing = a longer Response for each draw of sampling_rule(logits, growing, ...)
 #                 samples += those of `growing` that have ended, which are taken out of it
-#         frontier = algorithm.send(samples)          # StopIteration: its value is all samples
+#         frontier = algorithm.send(samples)
 #
-# The engine does the same for all states of many problems together, and passes every token through
-# the model once: what a state or a shared beginning has computed, the cache keeps.
+# The engine does the same for many states of many problems at once. The cache keeps what has been
+# computed, so that no beginning is computed twice. A state with n = 4, prompt in slots 1 and 2:
+#
+#     growing                             slot_table      then
+#     x4                                  [1, 2]          all four draw "7"
+#     "7" x4                              [1, 2, 3]       three draw "*", one draws "+"
+#     "7*" x3, "7+" x1                    [1, 2, 3, 4]    two draw "5"; one draws "<backtrack>", and
+#                                         [1, 2, 3, 5]    has ended; one draws "2"
+#     "7*5" x2, "7+2" x1                  [1, 2, 3, 4, 6]
+#                                         [1, 2, 3, 5, 7]
 
 
 @dataclass(eq=False)
@@ -343,37 +349,44 @@ class Search:
 
     index: int  # the problem's place among those given
     prompt: list[int]
-    key: int  # of its random numbers
-    algorithm: Generator[list[Response], list[Response], list[Response]]
-    frontier: list["Expansion"] = field(default_factory=list)  # whose samples it waits for
-    all_samples: list[Response] | None = None  # when it has ended
+    key: int  # it seeds the problem's random numbers
+    algorithm: Generator[list[Response], list[Response], None]
+    expansions: list["Expansion"] = field(default_factory=list)  # of the states of its frontier
+    all_samples: list[Response] = field(default_factory=list)
 
-    def send(self, samples: list[Response] | None) -> None:
-        """Give the algorithm the samples that it waits for (first None: a generator is started so).
-        It yields the next frontier, or returns."""
+    def has_its_samples(self) -> bool:
+        return all(expansion.finished for expansion in self.expansions)
+
+    def advance(self) -> None:
+        """Give the algorithm the samples that it waits for. It yields the next frontier, or ends;
+        then there are no more expansions."""
+        samples = []
+        for expansion in self.expansions:
+            samples += expansion.ended
+        self.all_samples += samples
         try:
-            states = self.algorithm.send(samples)
-        except StopIteration as result:
-            states = []
-            self.all_samples = result.value
-        self.frontier = [Expansion(self, state, place) for place, state in enumerate(states)]
+            frontier = self.algorithm.send(samples or None)  # at first None, which starts it
+        except StopIteration:
+            frontier = []
+        for sample in samples:
+            sample.slots = ()  # what no state of the frontier needs goes back to the cache
+        self.expansions = [Expansion(self, state, place) for place, state in enumerate(frontier)]
 
 
 @dataclass(eq=False)
 class Expansion:
-    """A state whose samples are drawn, or are to be drawn."""
+    """A state of a frontier, whose samples are drawn, or wait to be drawn."""
 
     search: Search
     state: Response
     place: int  # in the frontier
     rng: np.random.Generator | None = None
     ended: list[Response] = field(default_factory=list)  # the samples that have ended
-    finished: bool = False  # have all?
+    finished: bool = False  # have all samples ended?
 
 
 class Engine:
-    """Expands states one token a step. Samples that are the same so far are one Response and one
-    row of the batch, so nothing is computed twice. States join whenever there is room.
+    """Expands states, one token a step. States join whenever there is room.
 
     The rows of `slot_table` and `logits` belong to the responses of `growing`, in order.
     """
@@ -388,9 +401,9 @@ class Engine:
         cache_bytes = int(settings.cache_gib * 2**30)
         slots = cache_bytes // KVCache.bytes_per_slot(model.config, head.dtype)
         self.cache = KVCache(model.config, max(slots, 1), head.device, head.dtype)
-        self.new_prompts = deque()  # expansions that wait: of prompts,
-        self.branches = deque()  # and of states whose tokens the cache holds
-        self.expansions = []  # those whose samples are drawn, the oldest first
+        self.new_prompts = deque()  # expansions that wait: those of prompts,
+        self.branches = deque()  # and those of states that the cache holds already
+        self.expansions = []  # those whose samples are being drawn, the oldest first
         self.growing = []  # R responses: their samples that have not ended
         width = longest + settings.max_new_tokens
         no_slots = torch.zeros(0, width, dtype=torch.int64, device=head.device)
@@ -398,14 +411,16 @@ class Engine:
         self.logits = head.new_zeros(0, len(head))  # (R, V): what follows each response
 
     def submit(self, expansions: list[Expansion]) -> None:
-        """Take states in; they are begun when there is room."""
+        """Take expansions in. They begin when there is room."""
         for expansion in expansions:
-            queue = self.branches if expansion.state.slots else self.new_prompts
-            queue.append(expansion)
+            self.queue_of(expansion).append(expansion)
 
-    def step(self) -> list[Expansion]:
-        """One token for every sample: samples of a response that draw the same token go on
-        together, as one Response. Returns the expansions whose samples have now all ended."""
+    def is_busy(self) -> bool:
+        return bool(self.expansions or self.branches or self.new_prompts)
+
+    def step(self) -> list[Search]:
+        """One token for every sample. Samples of a response that draw the same token go on
+        together, as one Response. Returns the searches whose samples have now all ended."""
         self.let_join()
         self.make_room()
         parents, children = [], []
@@ -416,33 +431,41 @@ class Engine:
                 parent.expansion.ended.append(child)
             else:
                 child.slots = parent.slots + (self.cache.lend(),)
-                # only here: an ended sample and its expansion must not hold each other (see Slot)
+                # An ended sample has no expansion: they would refer to each other, and keep slots.
                 child.expansion = parent.expansion
                 parents.append(draw.parent)
                 children.append(child)
         self.growing = children
-        self.logits = self.logits[:0]
         device = self.slot_table.device
         parents = torch.tensor(parents, dtype=torch.int64, device=device)
         self.slot_table = self.slot_table[parents]  # a fork copies the numbers of slots, no more
+        self.logits = self.logits[:0]
         if children:
             columns = torch.tensor([[len(child.slots) - 1] for child in children], device=device)
             numbers = torch.tensor([[child.slots[-1].number] for child in children], device=device)
             self.slot_table.scatter_(1, columns, numbers)
             new_tokens = [[child.tokens[-1]] for child in children]
             self.logits = self.feed(children, new_tokens, self.slot_table)
-        going_on = {child.expansion for child in children}
+        return self.finish()
+
+    def finish(self) -> list[Search]:
+        """Let go of expansions whose samples have all ended. Returns their searches, if no other
+        state of the frontier is still expanded."""
+        going_on = {response.expansion for response in self.growing}
         finished = [expansion for expansion in self.expansions if expansion not in going_on]
         self.expansions = [expansion for expansion in self.expansions if expansion in going_on]
         for expansion in finished:
             expansion.finished = True
             expansion.state.slots = ()
-        return finished
+        searches = dict.fromkeys(expansion.search for expansion in finished)
+        return [search for search in searches if search.has_its_samples()]
 
     def extend(self, parent: Response, draw: Draw) -> Response:
         """The Response of the samples that take a token."""
         first_point = draw.first_point
-        if draw.spacing > 1:  # at most one point falls into [0, 1): any is as good, so a new one
+        # A single sample may be anywhere in [0, 1). It draws a new point at each step, because
+        # stretching uses up the digits of the old one.
+        if draw.spacing > 1:
             first_point = parent.expansion.rng.random()
         return Response(
             tokens=parent.tokens + (draw.token,),
@@ -461,9 +484,10 @@ class Engine:
         return response.tokens[-1] in (self.tokenizer.eos, self.tokenizer.backtrack)
 
     def begin(self, expansions: list[Expansion]) -> None:
-        """Begin to expand states: *either* new prompts, which pass the model whole, *or* branches,
-        whose last token passes it again, for a cache holds no logits. (Not both at once: rows of a
-        batch get equally many new tokens, and for the filler a branch's row has no columns.)"""
+        """Begin to expand states, *either* new prompts *or* branches. A new prompt passes the model
+        whole. Of a branch the last token passes it again, into a new slot, because the cache holds
+        no logits. (Not both at once: a branch's token would be padded to the length of a prompt,
+        and its row of the slot table has no columns for that.)"""
         beginnings, new_tokens = [], []
         slot_table = torch.zeros(len(expansions), self.slot_table.shape[1], dtype=torch.int64)
         for own_slots, expansion in zip(slot_table, expansions):
@@ -496,10 +520,10 @@ class Engine:
         self, responses: list[Response], new_tokens: list[list[int]], slot_table: torch.Tensor
     ) -> torch.Tensor:
         """Pass the last tokens of each response through the model; the logits after each, (R, V).
-        Shapes are filled up, so that few recur: libraries build, and keep, a kernel for every new
-        one."""
+        Rows and columns are filled up to multiples of 16 and 8, so that only a few different shapes
+        occur: for every new one a library builds, and keeps, a kernel."""
         device = slot_table.device
-        filler = [[0]] * (-len(responses) % 16)  # rows in 16s: of one token in slot 0
+        filler = [[0]] * (-len(responses) % 16)  # rows of one token in slot 0
         begins = [len(response.slots) - len(new) for response, new in zip(responses, new_tokens)]
         begins = torch.tensor(begins + [0] * len(filler), device=device)
         new_tokens = new_tokens + filler
@@ -509,36 +533,42 @@ class Engine:
         last = torch.tensor([len(new) - 1 for new in new_tokens], device=device)
         positions = begins[:, None] + torch.arange(longest, device=device)
         width = max(len(response.slots) for response in responses)
-        width = min(width + -width % 8, slot_table.shape[1])  # columns in 8s
+        width = min(width + -width % 8, slot_table.shape[1])
         slots = F.pad(slot_table[:, :width], (0, 0, 0, len(filler)))  # (rows, S)
         cached = CachedRows(self.cache, slots, positions)
         return self.model(input_ids, cached_rows=cached, last=last)[: len(responses)]
 
     # Memory: how many states are expanded together. A first reading may pass over what follows.
 
+    def queue_of(self, expansion: Expansion) -> deque:
+        return self.branches if expansion.state.slots else self.new_prompts
+
     def let_join(self) -> None:
-        """Begin to expand states that wait: branches first, for they hold slots."""
+        """Begin to expand states that wait: branches first, because they hold slots."""
         for queue in (self.branches, self.new_prompts):
-            free_places = self.free_places()
-            # in groups, not one by one: each call of the model costs much the same
-            is_group = free_places > self.settings.batch_size // 4 or not self.expansions
-            if queue and is_group:
-                self.begin([queue.popleft() for _ in range(min(free_places, len(queue)))])
+            places = self.free_places()
+            # A call of the model costs much the same for one state as for many: wait for a group.
+            worth_a_call = places > self.settings.batch_size // 4 or not self.expansions
+            if queue and worth_a_call:
+                self.begin([queue.popleft() for _ in range(min(places, len(queue)))])
 
     def free_places(self) -> int:
-        """How many more states to expand now: at most batch_size at a time, and only while half of
-        the cache is free for what they will need; but one, if there is none.
+        """How many more states may join: batch_size less those that are there; and half of the
+        cache is kept free for these to grow, so that there must be slots beyond it. If nothing is
+        expanded, one state may always join.
 
-        A state is reckoned to need slots for one response and, as trained models share beginnings,
-        eight more a sample. (If it needs more: see make_room.)"""
+        A state is reckoned to need slots for one whole response and, because samples share their
+        beginnings, for eight tokens more a sample. If it needs still more, see make_room."""
         slots_a_state = self.slot_table.shape[1] + 8 * self.settings.samples_a_state()
-        spare_slots = len(self.cache.free) - self.cache.kv.shape[2] // 2
-        places = min(self.settings.batch_size - len(self.expansions), spare_slots // slots_a_state)
+        slots_beyond_half = len(self.cache.free) - self.cache.kv.shape[2] // 2
+        places = self.settings.batch_size - len(self.expansions)
+        places = min(places, slots_beyond_half // slots_a_state)
         return places if self.expansions else max(places, 1)
 
     def make_room(self) -> None:
-        """While the cache might run out of slots at this step, give up the youngest expansion. It
-        waits again, and its samples will be the same. Raises UserError if it is the last."""
+        """A step needs at most a slot for every sample. While fewer are free, the youngest
+        expansion is given up: it waits again, and will draw the same samples, because `begin` seeds
+        its random numbers anew. Raises UserError if no other is left."""
         while sum(response.count for response in self.growing) > len(self.cache.free):
             if len(self.expansions) == 1:
                 raise UserError("the cache is too small for one state's samples: more --cache_gib")
@@ -549,8 +579,7 @@ class Engine:
             ]
             self.slot_table = self.slot_table[: len(self.growing)]  # its rows were the last ones
             self.logits = self.logits[: len(self.growing)]
-            queue = self.branches if youngest.state.slots else self.new_prompts
-            queue.appendleft(youngest)
+            self.queue_of(youngest).appendleft(youngest)
 
 
 # ---- 4. Many problems ----------------------------------------------------------------------------
@@ -564,24 +593,20 @@ def decode(
     keys: Sequence[int],
     settings: Settings,
 ) -> Iterator[tuple[int, list[Response]]]:
-    """(i, all samples) of problem i {nums, target}, when its search is done. A state's random
-    numbers depend on the seed, keys[i], its round and its place in the frontier alone, so that who
-    shares its batch changes nothing. Raises UserError."""
+    """Yields (i, all samples) of problem i {nums, target} when its search is done. A state's random
+    numbers depend on the seed, keys[i], its round and its place in the frontier alone, and not on
+    the states that share its batch. Raises UserError."""
     prompts = tokenizer.prompts(problems)
     engine = Engine(model, tokenizer, settings, longest=max(map(len, prompts), default=0))
     for index, (prompt, key) in enumerate(zip(prompts, keys)):
         search = Search(index, prompt, key, settings.algorithm(tokenizer))
-        search.send(None)
-        engine.submit(search.frontier)
-    while engine.expansions or engine.branches or engine.new_prompts:
-        for expansion in engine.step():
-            search = expansion.search
-            if not all(sibling.finished for sibling in search.frontier):
-                continue
-            samples = [sample for sibling in search.frontier for sample in sibling.ended]
-            search.send(samples)
-            engine.submit(search.frontier)
-            if search.all_samples is not None:
+        search.advance()
+        engine.submit(search.expansions)
+    while engine.is_busy():
+        for search in engine.step():
+            search.advance()
+            engine.submit(search.expansions)
+            if not search.expansions:
                 yield search.index, search.all_samples
 
 
@@ -624,7 +649,7 @@ def evaluate(
 ) -> list[dict]:
     """`judge`'s row for every problem. Its samples are keyed by offset + i, so that neither batches
     nor ranks change them."""
-    _, rank, world = start()
+    _, rank, world = device_rank_world()
     own_problems = problems[rank::world]
     keys = range(offset + rank, offset + len(problems), world)
     searches = decode(model, tokenizer, own_problems, keys, settings)
@@ -662,7 +687,7 @@ def compare(
     """Evaluate every decoder on the problems of every split and print a table, one line for each;
     {(split, decoder): rows}."""
     results = {}
-    prints = start()[1] == 0
+    prints = is_main()
     if prints:
         headings = ("selected % [95 %]", "verified % [95 %]", "tokens")
         print(f"{title:34}{headings[0]:>20}{headings[1]:>20}{headings[2]:>13}", flush=True)
@@ -827,7 +852,7 @@ def arguments() -> argparse.Namespace:
     )
     options.set_defaults(**asdict(Settings()))
     if "--paper" in sys.argv:
-        options.set_defaults(**PAPER)
+        options.set_defaults(**PAPER_SEARCH)
     options = options.parse_args()
     if (options.numbers is None) != (options.target is None) or (options.numbers and options.data):
         raise UserError("--numbers and --target go together, and --data goes without them")
@@ -842,7 +867,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
-    device, rank, _ = start()
+    device, rank, _ = device_rank_world()
     dtype = DTYPES.get(options.dtype) or best_dtype(device)
     tokenizer = Tokenizer.from_pretrained(options.ckpt)
     record = load_record(options.ckpt)

@@ -1,8 +1,8 @@
 """Supervised fine-tuning on D_op and D_back (paper, section 4.1). Read after search.py.
 
-The loss is L_SFT + L_backtrack: cross-entropy over the solutions of D_op, and over the beginnings
-and the `<backtrack>` of D_back, as one mean over all labelled tokens of a batch. Which tokens carry
-a label is data.py's affair (`no_loss_spans`).
+The paper's loss is L_SFT + L_backtrack: cross-entropy over the solutions of D_op, and over the
+beginnings and the `<backtrack>` of D_back. As in the reference, it is one mean over all labelled
+tokens of a step, of rows of both kinds. Which tokens carry a label: `no_loss_spans` in data.py.
 
     python train.py                                         a small model from scratch, 5 minutes
     python train.py --ckpt unsloth/Llama-3.2-1B --data yangxw/countdown-backtracking --grad_accum 2
@@ -53,7 +53,7 @@ from model import (
     cli,
     number,
     replacing,
-    start,
+    device_rank_world,
 )
 from search import Settings, compare, evaluate
 
@@ -61,20 +61,21 @@ from search import Settings, compare, evaluate
 
 
 class Batches(Dataset):
-    """Training rows as batches. An item is a list of 16 steps, a step a list of `accum` parts
-    (gradients of parts are added up), a part one batch: a tensor (2, B, T) int64, the input_ids
-    and the labels.
+    """Training rows as batches. An item is a list of 16 steps. A step is a list of `accum` parts,
+    whose gradients are added up. A part is a batch: a tensor (2, B, T) int64 of input_ids and
+    labels.
 
         item 0   step 0   part 0   (2, B, T)
                           part 1   (2, B, T)
-                 step 1   part 0   ...
+                 step 1   part 0   (2, B, T)
+                          ...
 
-    Items are the unit because the rows of 16 steps are sorted by length before they are cut into
-    steps: so little is padding. All ranks draw the same rows, batch_size * accum * world a step,
-    and take their shares of them: a step learns the same however it is cut.
+    The rows of an item are sorted by length before they are cut into steps, so that a batch needs
+    little padding. All ranks draw the same rows, batch_size * accum * world a step, and each takes
+    its share: how a step is split over ranks and parts does not change its gradient.
 
-    rows: a list, gone through epoch after epoch, each shuffled anew; or the record of generated
-        data, an endless stream of which every row is seen once.
+    rows: a list, read epoch after epoch, shuffled anew each time; or the record of generated data,
+        an endless stream, of which every row is seen once.
     """
 
     STEPS = 16
@@ -95,11 +96,12 @@ class Batches(Dataset):
     def __getitem__(self, item_number: int) -> list[list[torch.Tensor]]:
         """For each of 16 steps, its `accum` batches."""
         count = self.STEPS * self.step_rows
-        encoded = self.tokenizer.rows(self.draw(item_number * count, count), self.mask)
+        encoded = self.tokenizer.encode_rows(self.draw(item_number * count, count), self.mask)
         encoded.sort(key=lambda row: len(row[0]))
         steps = []
         for begin in range(0, count, self.step_rows):
-            own_rows = encoded[begin : begin + self.step_rows][self.rank :: self.world]
+            step_rows = encoded[begin : begin + self.step_rows]
+            own_rows = step_rows[self.rank :: self.world]
             parts = [self.pad_rows(own_rows[part :: self.accum]) for part in range(self.accum)]
             steps.append(parts)
         order = np.random.default_rng([self.seed, item_number]).permutation(self.STEPS)
@@ -120,7 +122,7 @@ class Batches(Dataset):
         return drawn_rows
 
     def pad_rows(self, encoded: list[tuple[list[int], list[int]]]) -> torch.Tensor:
-        """Pad on the right, where causal attention never looks: (2, B, T)."""
+        """(2, B, T), padded on the right, where causal attention does not look."""
         longest = min(max(len(input_ids) for input_ids, _ in encoded), self.CONTEXT)
         eos = [self.tokenizer.eos] * longest
         no_label = [-100] * longest
@@ -146,16 +148,16 @@ def fit(
     report_every: int = 1000,
     report=None,
 ) -> None:
-    """Train `model` in place; dtype is autocast's. After each `report_every` steps, and the last,
-    call report(loss, state); that state, {"step", "optimizer"}, given to a later call, goes on from
-    there."""
-    device, rank, world = start()
+    """Train `model` in place. dtype: what autocast computes in. After every `report_every` steps,
+    and after the last, report(loss, state) is called; a later call that is given this state,
+    {"step", "optimizer"}, goes on from there."""
+    device, rank, world = device_rank_world()
     model.model.compiled_layer = torch.compile(LlamaDecoderLayer.forward) if compiled else None
     parallel = model
     if world > 1:
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    # In fp16 small gradients would become 0: the loss is scaled up, and the gradients down again,
-    # which fused AdamW has no part in.
+    # In fp16 small gradients would become 0. So the loss is scaled up, and gradients are scaled
+    # down again before they are clipped, which torch cannot combine with fused AdamW.
     scaled = dtype == torch.float16
     optimizer = make_optimizer(model, muon, lr, weight_decay, fused=not scaled)
     scaler = torch.amp.GradScaler(device.type, enabled=scaled)
@@ -168,13 +170,12 @@ def fit(
     progress = tqdm(range(first_step, steps), "train", steps, initial=first_step, disable=rank > 0)
     smooth_loss = None  # the loss, averaged over the last steps
     for step in progress:
-        # One mean over the labelled tokens of all ranks and parts of a step together, so that a
-        # gradient does not depend on how a batch was cut.
+        # The loss is one mean over the labelled tokens of all ranks and parts: count them first.
         step_parts = [part.to(device, non_blocking=True) for part in next(stream)]
         labelled = sum((labels[:, 1:] != -100).sum() for _, labels in step_parts)
         labelled = sum_over_ranks(labelled).clamp(min=1)
 
-        # Forward and backward. DDP averages gradients over the ranks, where they are to be added.
+        # Forward and backward. DDP divides the sum of gradients by `world`: multiply it back.
         loss = torch.zeros((), device=device)
         for part, (input_ids, labels) in enumerate(step_parts):
             if world > 1:  # ranks meet once a step, at its last part
@@ -189,7 +190,7 @@ def fit(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, lr, warmup)
-        with autocast():  # Muon multiplies matrices
+        with autocast():  # for Muon's matrix products
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -197,7 +198,7 @@ def fit(
         # Report.
         loss = sum_over_ranks(loss)
         smooth_loss = loss if smooth_loss is None else torch.lerp(loss, smooth_loss, 0.98)
-        if rank == 0 and step % 20 == 0:  # seldom, for it waits for the device
+        if rank == 0 and step % 20 == 0:  # not at every step, because it waits for the device
             progress.set_postfix(loss=f"{float(smooth_loss):.4f}")
         if report and ((step + 1) % report_every == 0 or step + 1 == steps):
             report(float(smooth_loss), {"step": step + 1, "optimizer": optimizer_state(optimizer)})
@@ -215,7 +216,8 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
 
 
 def stream_batches(batches: Batches, first_step: int, steps: int, device: torch.device):
-    """The batches of step after step, from first_step on; on a GPU made by all other cores."""
+    """Yields the parts of step after step, from first_step on. If there is a GPU, processes on the
+    other cores make them."""
     on_gpu = device.type == "cuda"
     cores_a_rank = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     loader = DataLoader(
@@ -244,9 +246,9 @@ def mean_loss(model: Llama, batches: list[torch.Tensor]) -> float:
 
 
 def make_optimizer(model: Llama, muon: bool, lr: float, weight_decay: float, fused: bool):
-    """AdamW, or Muon for the layers' matrices. On several ranks each keeps a part of its state
-    (ZeRO's first stage: a parameter's state lives on one rank, which updates it and sends it to the
-    others)."""
+    """AdamW, or Muon for the layers' matrices and AdamW for the rest. On several ranks the state of
+    each parameter lives on one of them, which updates the parameter and sends it to the others
+    (ZeRO's first stage)."""
     matrices, embeddings, gain_vectors = [], [], []
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
@@ -256,9 +258,9 @@ def make_optimizer(model: Llama, muon: bool, lr: float, weight_decay: float, fus
         else:
             embeddings.append(parameter)  # embedding and head
     param_groups = [
-        {"params": matrices, "weight_decay": weight_decay, "matrices": True},
-        {"params": embeddings, "weight_decay": weight_decay, "matrices": False},
-        {"params": gain_vectors, "weight_decay": 0.0, "matrices": False},
+        {"params": matrices, "weight_decay": weight_decay, "orthogonal": True, "momentum": 0.95},
+        {"params": embeddings, "weight_decay": weight_decay, "orthogonal": False},
+        {"params": gain_vectors, "weight_decay": 0.0, "orthogonal": False},
     ]
     optimizer_class = Muon if muon else torch.optim.AdamW
     settings = {"lr": lr, "betas": (0.9, 0.95 if muon else 0.999), "fused": fused}
@@ -277,32 +279,33 @@ def optimizer_state(optimizer) -> dict:
 
 
 class Muon(torch.optim.AdamW):
-    """Muon (Jordan et al., 2024) for the groups that say "matrices", AdamW for the rest.
+    """Muon (Jordan et al., 2024) for the parameter groups that say "orthogonal"; AdamW for others.
 
-    Momentum is made orthogonal, so that all directions of a matrix learn at one speed, and scaled
-    as AdamW's steps are. A model from scratch needs far fewer steps. torch.optim.Muon always
+    A matrix moves by its momentum (the gradients' moving average), made orthogonal: so all its
+    directions change at the same rate, and a model from scratch needs far fewer steps. The update
+    is scaled to the size of AdamW's, 0.2 an entry (Liu et al., 2025). torch.optim.Muon always
     multiplies in bf16, which many CPUs only emulate, slowly; this one obeys autocast.
     """
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            if group["matrices"]:
+            if group["orthogonal"]:
                 self.step_matrices(group)
         super().step()
 
     def step_matrices(self, group: dict) -> None:
-        momentum = group["betas"][1]
-        by_shape = defaultdict(list)  # (matrix, its momentum, looked ahead)
+        momentum = group["momentum"]
+        by_shape = defaultdict(list)  # shape: (matrix, what is to be made orthogonal) of each
         for matrix in group["params"]:
             if matrix.grad is None:
                 continue
             state = self.state[matrix]
             if not state:
-                state["step"] = torch.zeros(())  # AdamW loads no state without it
-                state["momentum"] = torch.zeros_like(matrix)
-            state["momentum"].lerp_(matrix.grad, 1 - momentum)
-            look_ahead = matrix.grad.lerp(state["momentum"], momentum)  # Nesterov's
+                state["step"] = torch.zeros(())  # AdamW.load_state_dict expects one
+                state["average"] = torch.zeros_like(matrix)
+            state["average"].lerp_(matrix.grad, 1 - momentum)
+            look_ahead = matrix.grad.lerp(state["average"], momentum)  # Nesterov's momentum
             by_shape[matrix.shape].append((matrix, look_ahead))
             matrix.grad = None  # AdamW has nothing left to do here
         for shape, pairs in by_shape.items():  # all matrices of a shape at once
@@ -314,8 +317,8 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(matrix_stack: torch.Tensor) -> torch.Tensor:
-    """Each matrix of a stack (N, A, B) with all singular values brought to 0.7 .. 1.2 (those not
-    near zero), by five Newton-Schulz steps."""
+    """Each matrix of a stack (N, A, B) with all singular values brought to 0.7 .. 1.2 (those that
+    are not near zero), by five Newton-Schulz steps with Muon's coefficients."""
     if matrix_stack.shape[1] > matrix_stack.shape[2]:
         return orthogonal(matrix_stack.mT).mT
     matrix_stack = matrix_stack / matrix_stack.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -340,7 +343,7 @@ SCRATCH = {
     "mask": "choice",
 }
 # ... and with --ckpt the paper's: 3 epochs of 500,000 rows, 16 on each of two devices.
-PAPER = {
+PAPER_TRAINING = {
     "steps": 46875,
     "batch_size": 16,
     "lr": 1e-5,
@@ -403,7 +406,7 @@ class Reporter:
     last_time: float = field(default_factory=time.perf_counter)
 
     def __call__(self, loss: float, state: dict) -> None:
-        device, rank, _ = start()
+        device, rank, _ = device_rank_world()
         seconds = time.perf_counter() - self.last_time
         steps = state["step"] - self.last_step
         step_rows = self.batches.step_rows
@@ -428,7 +431,7 @@ class Reporter:
 
     def evaluate(self, split: str, rows: list[dict], device: torch.device) -> dict:
         """The loss, by the paper's mask whichever is trained with, and greedy accuracy."""
-        encoded = self.tokenizer.rows(rows)
+        encoded = self.tokenizer.encode_rows(rows)
         batches = []
         for begin in range(0, len(rows), 64):
             batches.append(self.batches.pad_rows(encoded[begin : begin + 64]).to(device))
@@ -483,7 +486,7 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--num_eval", type=number(int, 1), default=200, help="problems a split")
     options.add_argument("--wandb", action="store_true", help="log to Weights & Biases, too")
     from_checkpoint = any(arg.split("=")[0] == "--ckpt" for arg in sys.argv)
-    options.set_defaults(**(PAPER if from_checkpoint else SCRATCH))
+    options.set_defaults(**(PAPER_TRAINING if from_checkpoint else SCRATCH))
     known, _ = options.parse_known_args()
     if known.resume:
         options.set_defaults(**load_record(known.out).get("settings", {}))
@@ -520,8 +523,8 @@ def load_run(options, model: Llama) -> dict | None:
     state = load_state(options.out, model)
     if state["step"] >= options.steps:
         raise UserError(f"{options.out} holds all of its {state['step']} steps: give --steps more")
-    slots = state["optimizer"]["state"].values()
-    saved_by = "muon" if any("momentum" in slot for slot in slots) else "adamw"
+    of_parameters = state["optimizer"]["state"].values()
+    saved_by = "muon" if any("average" in entries for entries in of_parameters) else "adamw"
     if saved_by != options.optimizer:
         raise UserError(
             f"{options.out} was trained by {saved_by}: {options.optimizer} has no use for its state"
@@ -552,7 +555,7 @@ def start_wandb(options, rank: int) -> None:
 
 def main() -> None:
     options = arguments()
-    device, rank, world = start()
+    device, rank, world = device_rank_world()
     start_wandb(options, rank)
     torch.manual_seed(options.seed)
     origin = options.out if options.resume else options.ckpt

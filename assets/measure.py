@@ -33,16 +33,16 @@ from data import (  # noqa: E402
     BACKTRACK,
     GOAL,
     SPLITS,
+    SolvedProblem,
+    State,
     Tokenizer,
     calculate,
-    choose,
     load_record,
     load_rows,
     plan_efforts,
     programs,
     prompt_text,
     solvable,
-    write_actions,
 )
 from model import (  # noqa: E402
     Arguments,
@@ -52,18 +52,18 @@ from model import (  # noqa: E402
     cli,
     number,
     replacing,
-    start,
+    device_rank_world,
 )
-from search import PAPER, SHIPPED, Settings, decode, gather, judge, wilson_interval  # noqa: E402
+from search import PAPER_SEARCH, SHIPPED, Settings, decode, gather, judge, wilson_interval  # noqa: E402
 
 DECODERS = [
     {"decoder": "greedy"},
     {"decoder": "beam", "n": 32},
-    {"decoder": "best_of_n", "n": 8, **PAPER},
-    {"decoder": "best_of_n", "n": 16, **PAPER},
-    {"decoder": "best_of_n", "n": 32, **PAPER},
-    {"decoder": "self_backtrack", "b": 1, "n": 8, **PAPER},
-    {"decoder": "self_backtrack", "b": 1, "n": 32, **PAPER},
+    {"decoder": "best_of_n", "n": 8, **PAPER_SEARCH},
+    {"decoder": "best_of_n", "n": 16, **PAPER_SEARCH},
+    {"decoder": "best_of_n", "n": 32, **PAPER_SEARCH},
+    {"decoder": "self_backtrack", "b": 1, "n": 8, **PAPER_SEARCH},
+    {"decoder": "self_backtrack", "b": 1, "n": 32, **PAPER_SEARCH},
     {"decoder": "best_of_n", "n": 8},
     {"decoder": "best_of_n", "n": 16},
     {"decoder": "best_of_n", "n": 32},
@@ -221,27 +221,24 @@ def legal_actions(problems: list[dict], depth: int) -> dict[str, int]:
     target = np.array([problem["target"] for problem in problems])
     steps, _ = programs(nums)
     efforts = plan_efforts(steps, target)
-    texts = [prompt_text(problem["nums"], problem["target"]) for problem in problems]
-    so_far = (np.arange(len(problems)),)
-    for step, effort in zip(steps[:depth], efforts):
-        canonical = effort[so_far].argmin(-1)
-        actions = write_actions(choose(step.take(so_far), canonical))
-        texts = [text + action for text, action in zip(texts, actions)]
-        so_far = (*so_far, canonical)
-
-    step = steps[depth].take(so_far)  # (problems, choices)
-    effort = efforts[depth][so_far]
-    canonical = effort.argmin(-1)  # (problems,)
-    problem, choice = np.nonzero(step.legal)  # both (actions,)
-    right = np.isfinite(effort[problem, choice])
-    kind = np.where(right, OTHER_RIGHT, WRONG)
-    kind[right & (choice == canonical[problem])] = CANONICAL
-    actions = write_actions(choose(step.take((problem,)), choice))
-
     kinds = {}
-    for i, action in enumerate(actions):
-        text = texts[problem[i]] + action
-        kinds[text] = max(kinds.get(text, WRONG), int(kind[i]))
+    for index, problem in enumerate(problems):
+        nums, target = problem["nums"], problem["target"]
+        text = prompt_text(nums, target)
+        state = State(SolvedProblem(nums, target, index, steps, efforts))
+        for _ in range(depth):
+            canonical = int(np.argmin(state.effort))
+            text += state.action(canonical).text()
+            state = state.after(canonical)
+        canonical = int(np.argmin(state.effort))
+        for choice in state.choices:
+            if not state.legal[choice]:
+                continue
+            kind = OTHER_RIGHT if np.isfinite(state.effort[choice]) else WRONG
+            if choice == canonical:
+                kind = CANONICAL
+            way = text + state.action(choice).text()
+            kinds[way] = max(kinds.get(way, WRONG), kind)
     return kinds
 
 
@@ -330,7 +327,7 @@ def choose_lines(wanted: list[str] | None) -> list[dict]:
 
 def main() -> None:
     args = arguments()
-    device, rank, world = start()
+    device, rank, world = device_rank_world()
     tokenizer = Tokenizer.from_pretrained(args.ckpt)
     record = load_record(args.ckpt)
     model = Llama.from_pretrained(args.ckpt, device, best_dtype(device)).eval()

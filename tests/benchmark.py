@@ -37,8 +37,8 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import Tokenizer, load_record, load_rows, new_record  # noqa: E402
-from model import DTYPES, Llama, LlamaConfig, best_dtype, start  # noqa: E402
-from search import PAPER, SHIPPED, Settings, decode  # noqa: E402
+from model import DTYPES, Llama, LlamaConfig, best_dtype, device_rank_world  # noqa: E402
+from search import PAPER_SEARCH, SHIPPED, Settings, decode  # noqa: E402
 from train import Batches, fit  # noqa: E402
 
 # ---- Measuring -----------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def growth_part(model: Llama, tokenizer: Tokenizer, draw: Callable, args) -> Non
     highest so far, so that the few problems come first."""
     most = max(args.problems, 4096)
     problems = draw(most)
-    settings = Settings(**PAPER, n=args.n, b=1)
+    settings = Settings(**PAPER_SEARCH, n=args.n, b=1)
     print()
     for num in (64, 256, 1024, 4096, 16384):
         if num > most:
@@ -270,7 +270,7 @@ def llama_part(tokenizer: Tokenizer, draw: Callable, device, dtype: torch.dtype,
     large = Llama(config).to(device, dtype).eval()
     layers = config.num_hidden_layers
     print(f"\nsearch: Llama-3.2-1B's architecture, {layers} layers, random weights, 40 new tokens")
-    settings = Settings(**PAPER, n=args.n, max_new_tokens=40, cache_gib=args.cache_gib)
+    settings = Settings(**PAPER_SEARCH, n=args.n, max_new_tokens=40, cache_gib=args.cache_gib)
     search_part(large, tokenizer, draw(problems), settings, args)
 
 
@@ -280,7 +280,7 @@ def llama_part(tokenizer: Tokenizer, draw: Callable, device, dtype: torch.dtype,
 def peer_training(model: Llama, tokenizer: Tokenizer, rows: list[dict], dtype: torch.dtype) -> None:
     """Trainer with the reference's settings: batch 16, gradient checkpointing, padded to the
     longest row of all."""
-    encoded = tokenizer.rows(rows)
+    encoded = tokenizer.encode_rows(rows)
     longest = max(len(ids) for ids, _ in encoded)
     examples = []
     for ids, labels in encoded:
@@ -357,7 +357,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     transformers.logging.set_verbosity_error()
-    device = start()[0]
+    device = device_rank_world()[0]
     dtype = DTYPES.get(args.dtype) or best_dtype(device)
     tokenizer = Tokenizer.from_pretrained(args.ckpt)
     record = load_record(args.ckpt)
@@ -374,7 +374,7 @@ def main() -> None:
     if "search" in args.parts:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         print(f"\nsearch: {args.ckpt}, {parameters:,} parameters, {args.problems} problems")
-        search_part(model, tokenizer, draw(args.problems), Settings(**PAPER, n=args.n), args)
+        search_part(model, tokenizer, draw(args.problems), Settings(**PAPER_SEARCH, n=args.n), args)
     if "growth" in args.parts:
         growth_part(model, tokenizer, draw, args)
     if "llama" in args.parts:

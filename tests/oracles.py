@@ -130,10 +130,10 @@ def same_so_far(samples: list[Sample]) -> list[list[Sample]]:
     return [list(group) for _, group in groupby(samples, key=lambda sample: sample.tokens)]
 
 
-def expand(model, tokenizer, prompt: list[int], state, rank: int, key: int, settings):
+def expand(model, tokenizer, prompt: list[int], state, place: int, key: int, settings):
     """The samples of one state (a search.Response), each by itself; merged, at last, as the engine
     reports them: short ones first, equal ones as one Response."""
-    rng = np.random.default_rng([settings.seed, key, state.round, rank])
+    rng = np.random.default_rng([settings.seed, key, state.round, place])
     first = rng.random() / state.count
     samples = []
     for number in range(state.count):
@@ -172,15 +172,18 @@ def self_backtrack(model, tokenizer, problem: dict, key: int, limit: int, settin
     [prompt] = tokenizer.prompts([problem])
     b, n = settings.b, settings.n
     algorithm = search.self_backtrack(tokenizer, b, n, limit, settings.prompt_again)
-    samples = None
-    while True:
+    all_samples = []
+    frontier = next(algorithm)
+    while frontier:
+        samples = []
+        for place, state in enumerate(frontier):
+            samples += expand(model, tokenizer, prompt, state, place, key, settings)
+        all_samples += samples
         try:
             frontier = algorithm.send(samples)
-        except StopIteration as result:
-            return result.value
-        samples = []
-        for rank, state in enumerate(frontier):
-            samples += expand(model, tokenizer, prompt, state, rank, key, settings)
+        except StopIteration:
+            frontier = []
+    return all_samples
 
 
 def beam_search(model, tokenizer, problem: dict, n: int, longest: int) -> list[tuple]:

@@ -190,7 +190,12 @@ def test_a_run_that_saved_no_state_cannot_be_resumed(complaint, fitted, ckpt):
 def test_resuming_takes_the_first_runs_settings_but_what_is_given_wins(program, fitted, ckpt):
     record = record_of(ckpt)
     changed = {"optimizer": "muon", "steps": 40, "lr": 0.125, "grad_accum": 2, "seed": 5}
-    record["settings"] |= {**train.PAPER, **changed, "sizes": [2], "mistakes": ["exploratory"]}
+    record["settings"] |= {
+        **train.PAPER_TRAINING,
+        **changed,
+        "sizes": [2],
+        "mistakes": ["exploratory"],
+    }
     (ckpt / "record.json").write_text(json.dumps(record))
     program(train, "--resume", "--out", ckpt, "--num_eval", 1, "--warmup", 7)
     [call] = fitted.calls

@@ -207,18 +207,18 @@ def test_the_effort_of_a_first_choice_is_that_of_the_simplest_solution(size, cou
     """Against `least_effort`, a recursion over all solutions: so argmin is a simplest one."""
     nums, target = some_problems(size, count)
     steps, _ = data.programs(nums)
-    efforts = data.plan_efforts(steps, target)[0]
+    efforts = data.plan_efforts(steps, target)
     solved = 0
     for problem in range(count):
         goal = int(target[problem])
         expected = {}
         for action, effort, after in legal_actions(tuple(nums[problem].tolist())):
             expected[action] = effort + least_effort(after, goal)
-        choices = np.arange(efforts.shape[1])
-        first = steps[0].take((np.full(len(choices), problem),))
-        texts = data.write_actions(data.choose(first, choices))
-        for text, effort in zip(texts, efforts[problem]):
-            assert effort == pytest.approx(expected.get(text.strip(), math.inf), abs=1e-4)
+        solved_problem = data.SolvedProblem(nums[problem].tolist(), goal, problem, steps, efforts)
+        state = data.State(solved_problem)
+        for choice in state.choices:
+            text = state.action(choice).text().strip()
+            assert state.effort[choice] == pytest.approx(expected.get(text, math.inf), abs=1e-4)
         solved += math.isfinite(min(expected.values()))
     assert 0 < solved < count
 
@@ -360,12 +360,13 @@ def text_of_the_simplest(row: dict) -> str:
     """The response that `plan_efforts` calls the simplest."""
     steps, _ = data.programs(np.array([row["nums"]]))
     efforts = data.plan_efforts(steps, np.array([row["target"]]))
-    so_far = (np.zeros(1, int),)
+    state = data.State(data.SolvedProblem(row["nums"], row["target"], 0, steps, efforts))
     text = ""
-    for step, effort in zip(steps, efforts):
-        choice = effort[so_far].argmin(-1)
-        text += data.write_actions(data.choose(step.take(so_far), choice))[0]
-        so_far = (*so_far, choice)
+    for depth in range(len(steps)):
+        choice = int(np.argmin(state.effort))
+        text += state.action(choice).text()
+        if depth < len(steps) - 1:
+            state = state.after(choice)
     return text + GOAL
 
 
@@ -389,7 +390,7 @@ def test_detours_are_at_every_depth_where_there_is_another_way():
 def test_rows_that_step_back_may_begin_with_a_detour():
     rows = [row for row in rows_of(2000, [4]) if row["kind"] in PROOFS]
     begin_with_one = [row for row in rows if len(row["no_loss"]) == 2]
-    assert 0.03 < len(begin_with_one) / len(rows) < 0.1
+    assert 0.05 < len(begin_with_one) / len(rows) < 0.15
     assert {row["kind"] for row in begin_with_one} == PROOFS.keys()
 
 
@@ -585,7 +586,7 @@ def test_rows_of_all_kinds_are_masked_here():
 def test_the_papers_mask_hides_what_a_mask_of_characters_hides(any_tokenizer):
     """Against oracles.labelled_characters: a token is learned where all its characters are."""
     tokenizer = any_tokenizer
-    for row, (ids, labels) in zip(MASK_ROWS, tokenizer.rows(MASK_ROWS, "action")):
+    for row, (ids, labels) in zip(MASK_ROWS, tokenizer.encode_rows(MASK_ROWS, "action")):
         prompt = prompt_text(row["nums"], row["target"])
         mask = labelled_characters(prompt, row["search_path"], no_loss_of(row))
         encoding = tokenizer.backend.encode(prompt + row["search_path"])
@@ -598,7 +599,7 @@ def test_the_papers_mask_hides_what_a_mask_of_characters_hides(any_tokenizer):
 
 def test_the_papers_mask_keeps_the_end_and_what_came_before_the_first_hidden_action(tokenizer):
     """Against the lines of the response."""
-    for row, (_, labels) in zip(MASK_ROWS, tokenizer.rows(MASK_ROWS)):
+    for row, (_, labels) in zip(MASK_ROWS, tokenizer.encode_rows(MASK_ROWS)):
         if not row["search_path"].endswith(BACKTRACK):
             continue
         assert labels[-2:] == [tokenizer.backtrack, tokenizer.eos]
@@ -611,9 +612,9 @@ def test_the_papers_mask_keeps_the_end_and_what_came_before_the_first_hidden_act
 def test_the_choice_mask_learns_right_results_as_well_and_nothing_else(tokenizer):
     """Against the results of the hidden actions, computed in exact fractions."""
     learned = 0
-    paper_rows = tokenizer.rows(MASK_ROWS, "action")
+    paper_rows = tokenizer.encode_rows(MASK_ROWS, "action")
     for row, (ids, paper), (same_ids, labels) in zip(
-        MASK_ROWS, paper_rows, tokenizer.rows(MASK_ROWS, "choice")
+        MASK_ROWS, paper_rows, tokenizer.encode_rows(MASK_ROWS, "choice")
     ):
         assert ids == same_ids
         more = []
@@ -632,13 +633,13 @@ def test_the_choice_mask_learns_right_results_as_well_and_nothing_else(tokenizer
 
 
 def test_without_a_mask_every_token_of_the_response_is_learned(tokenizer):
-    for row, (ids, labels) in zip(MASK_ROWS, tokenizer.rows(MASK_ROWS, "none")):
+    for row, (ids, labels) in zip(MASK_ROWS, tokenizer.encode_rows(MASK_ROWS, "none")):
         [prompt] = tokenizer.prompts([row])
         assert labels == [-100] * len(prompt) + ids[len(prompt) :]
 
 
 def test_a_prompt_alone_is_encoded_as_within_a_row(tokenizer):
-    for row, (ids, _) in zip(MASK_ROWS, tokenizer.rows(MASK_ROWS)):
+    for row, (ids, _) in zip(MASK_ROWS, tokenizer.encode_rows(MASK_ROWS)):
         [prompt] = tokenizer.prompts([row])
         assert ids[: len(prompt)] == prompt
 
@@ -662,7 +663,7 @@ def test_transformers_reads_our_tokenizer(tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.eos_token_id == ours.eos
     assert len(theirs) == ours.vocab_size
-    for row, (ids, _) in zip(ROWS, ours.rows(ROWS)):
+    for row, (ids, _) in zip(ROWS, ours.encode_rows(ROWS)):
         text = prompt_text(row["nums"], row["target"]) + row["search_path"]
         assert theirs(text)["input_ids"] == ids[:-1]
         assert theirs.decode(ids[:-1]) == text
@@ -674,7 +675,7 @@ def test_a_saved_tokenizer_opens_as_it_was(tmp_path):
     ours.save_pretrained(tmp_path)
     again = Tokenizer.from_pretrained(tmp_path)
     assert (again.eos, again.backtrack) == (ours.eos, ours.backtrack)
-    assert again.rows(ROWS) == ours.rows(ROWS)
+    assert again.encode_rows(ROWS) == ours.encode_rows(ROWS)
 
 
 # ---- Files of rows -------------------------------------------------------------------------------

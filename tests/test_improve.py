@@ -29,7 +29,7 @@ def answer_to(row: dict, *responses: str) -> dict:
 
 
 def learned_tokens(row: dict) -> list[int]:
-    [(_, labels)] = TOKENIZER.rows([row])
+    [(_, labels)] = TOKENIZER.encode_rows([row])
     return [label for label in labels if label != -100]
 
 

@@ -18,12 +18,12 @@ from transformers import AutoTokenizer, LlamaForCausalLM, Trainer, TrainingArgum
 
 import train
 from data import Tokenizer, generate, new_record
-from model import Llama, LlamaConfig, UserError, start
+from model import Llama, LlamaConfig, UserError, device_rank_world, is_main
 from search import Settings, evaluate
 from train import Batches, fit
 
 TOKENIZER = Tokenizer.digits()
-RECORD = new_record(9, [3])  # in its first step the parts have different numbers of labels
+RECORD = new_record(9, [3])
 ROOT = Path(__file__).parent.parent
 
 
@@ -100,7 +100,7 @@ def test_a_list_is_gone_through_once_an_epoch():
     """256 rows, 64 an item: every four items are an epoch."""
     rows = list(generate(RECORD, "train", 256))
     items = items_of(Batches(rows, TOKENIZER, 4), 8)
-    once = sorted(tuple(input_ids[:-1]) for input_ids, _ in TOKENIZER.rows(rows))
+    once = sorted(tuple(input_ids[:-1]) for input_ids, _ in TOKENIZER.encode_rows(rows))
     assert together(items[:4]) == once
     assert together(items[4:]) == once
     assert items[4] != items[0]
@@ -155,7 +155,7 @@ def test_labels_follow_the_mask():
 def test_rows_are_cut_at_the_length_of_the_context():
     row = {"nums": [1, 2], "target": 3, "search_path": "1+2=3\n" * 40}
     [[part], *_] = Batches([row], TOKENIZER, 1)[0]
-    [(input_ids, labels)] = TOKENIZER.rows([row])
+    [(input_ids, labels)] = TOKENIZER.encode_rows([row])
     assert part.tolist() == [[input_ids[:128]], [labels[:128]]]
 
 
@@ -199,7 +199,7 @@ def test_steps_with_adamw_equal_pytorchs_own(tmp_path, monkeypatch, gradients, c
     model = tiny()
     theirs = in_transformers(model, tmp_path)
     before = copy.deepcopy(theirs.state_dict())
-    batches = Batches(RECORD, TOKENIZER, 2, accum=4)
+    batches = Batches(RECORD, TOKENIZER, 2, accum=4, seed=3)  # parts with different label counts
     fit(model, batches, 3, 1e-3, warmup=1, muon=False, compiled=compiled)
 
     matrices = [parameter for parameter in theirs.parameters() if parameter.ndim > 1]
@@ -207,7 +207,7 @@ def test_steps_with_adamw_equal_pytorchs_own(tmp_path, monkeypatch, gradients, c
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
     names = [name for name, _ in model.named_parameters()]
-    whole_batches = Batches(RECORD, TOKENIZER, 8)[0]
+    whole_batches = Batches(RECORD, TOKENIZER, 8, seed=3)[0]
     labels_of_parts = {int((labels != -100).sum()) for _, labels in batches[0][0]}
     assert len(labels_of_parts) > 1  # a mean over parts would be another one
     for step, lr in enumerate((1e-3, 0.75e-3, 0.25e-3)):  # half a cosine
@@ -229,7 +229,7 @@ def test_steps_with_adamw_equal_pytorchs_own(tmp_path, monkeypatch, gradients, c
 def rows_of_one_length(count: int) -> list[dict]:
     rows = {}
     for row in generate(RECORD, "train", 256):
-        [(input_ids, _)] = TOKENIZER.rows([row])
+        [(input_ids, _)] = TOKENIZER.encode_rows([row])
         rows.setdefault(len(input_ids), []).append(row)
     return max(rows.values(), key=len)[:count]
 
@@ -257,7 +257,7 @@ def test_half_precision_trains_almost_as_full_precision_does(dtype, muon):
     moved = {}
     for precision in (torch.float32, dtype):
         model = tiny()
-        fit(model, Batches(RECORD, TOKENIZER, 8), 10, 1e-2, warmup=1, muon=muon, dtype=precision)
+        fit(model, Batches(RECORD, TOKENIZER, 8, seed=3), 10, 1e-2, warmup=1, muon=muon, dtype=precision)
         moved[precision] = changes(model)
     similarity = torch.nn.functional.cosine_similarity(moved[dtype], moved[torch.float32], dim=0)
     assert similarity > 0.9
@@ -535,7 +535,7 @@ def weights_of(model: Llama) -> list[torch.Tensor]:
 
 def whole_run(out: Path, dtype: torch.dtype, muon: bool) -> dict:
     """Gradients of the first step, all losses, the weights at the end; saved on the way, too."""
-    _, rank, world = start()
+    _, rank, world = device_rank_world()
     model = tiny(dtype)
     gradients = []
     losses = []
@@ -561,7 +561,7 @@ def whole_run(out: Path, dtype: torch.dtype, muon: bool) -> dict:
 
 def resumed_run(folder: Path, muon: bool) -> list[torch.Tensor]:
     """The weights at the end of a run that goes on from what was saved."""
-    _, rank, world = start()
+    _, rank, world = device_rank_world()
     model = Llama.from_pretrained(folder, dtype=torch.float32)
     state = train.load_state(folder, model)
     train_on(world, rank, model, muon, state=state)
@@ -570,7 +570,7 @@ def resumed_run(folder: Path, muon: bool) -> list[torch.Tensor]:
 
 def all_runs(out: Path) -> dict:
     """What two processes are to do as one does."""
-    _, rank, world = start()
+    _, rank, world = device_rank_world()
     results = {}
     for name, muon in OPTIMIZERS.items():
         for kind, dtype in DTYPES.items():
@@ -644,6 +644,6 @@ def test_two_processes_search_as_one_does(runs):
 if __name__ == "__main__":  # one of the two processes
     folder = Path(sys.argv[1])
     found = all_runs(folder)
-    if start()[1] == 0:
+    if is_main():
         torch.save(found, folder / "two.pt")
     dist.destroy_process_group()  # as `cli` does: else gloo's threads may abort the exit
