@@ -257,7 +257,15 @@ def test_half_precision_trains_almost_as_full_precision_does(dtype, muon):
     moved = {}
     for precision in (torch.float32, dtype):
         model = tiny()
-        fit(model, Batches(RECORD, TOKENIZER, 8, seed=3), 10, 1e-2, warmup=1, muon=muon, dtype=precision)
+        fit(
+            model,
+            Batches(RECORD, TOKENIZER, 8, seed=3),
+            10,
+            1e-2,
+            warmup=1,
+            muon=muon,
+            dtype=precision,
+        )
         moved[precision] = changes(model)
     similarity = torch.nn.functional.cosine_similarity(moved[dtype], moved[torch.float32], dim=0)
     assert similarity > 0.9
