@@ -12,8 +12,8 @@ D_op the response solves the problem; in those of D_back it begins to, takes a w
     50+10=60
     Goal Reached!
 
-A response of each kind to this prompt, its lines side by side. Lines in brackets carry no loss (by
-the paper's mask; see `no_loss_spans`):
+A response of each kind to this prompt, its lines side by side. Lines in brackets carry no loss, by
+the paper's mask. (--mask choice masks only `25*4=` of [25*4=100], see `no_loss_spans`.)
 
     D_op    solution         4-2=2        25*2=50      50+10=60     Goal Reached!
             detour           [25*4=100]   100/2=50     50+10=60     Goal Reached!
@@ -62,8 +62,8 @@ def prompt_text(nums: list[int], target: int) -> str:
 
 
 # The rules of each operator: (a operator b, is it allowed?), for whole numbers or, elementwise, for
-# arrays of them. The solver takes the larger number as a, so a rule has to refuse a < b wherever
-# that gives another result.
+# arrays of them. The solver tries each pair of numbers only once, with the larger as a. That is
+# enough as long as the other way round gives the same, or is not allowed.
 
 
 def add(a, b):
@@ -83,7 +83,7 @@ def divide(a, b):
     return quotient, (b != 0) & (rest == 0)  # it must be exact
 
 
-OPERATORS = {  # and the effort that each costs, see `plan_efforts`
+OPERATORS = {  # its rule, and the effort that it costs (chosen by trial, see `plan_efforts`)
     "+": (add, 0.0),
     "-": (subtract, 0.0),
     "*": (multiply, 4.0),
@@ -137,236 +137,6 @@ def verify(nums: list[int], target: int, response: str) -> Verdict:
     return Verdict(True)
 
 
-# ---- Rows (paper, section 4.1) -------------------------------------------------------------------
-# Everything here is about one response to one problem. What can follow it, and whether the target
-# can still be reached then, has been worked out before: see the exact solver, below.
-
-
-class Action(NamedTuple):
-    """One line of a response: `45-39=6`."""
-
-    a: int
-    operator: str
-    b: int
-    result: int  # as it is written: a mistake may claim a false one
-
-    def text(self) -> str:
-        return f"{self.a}{self.operator}{self.b}={self.result}\n"
-
-
-class SolvedProblem(NamedTuple):
-    """One problem of a block that the solver has solved."""
-
-    nums: list[int]
-    target: int
-    index: int  # its place in the block, the first axis of the solver's arrays
-    steps: list["Step"]  # every choice of each step
-    efforts: list[np.ndarray]  # and its effort
-
-
-class State:
-    """Where a response stands after some legal actions, and how it can go on: choice number i has
-    `action(i)`, `legal[i]` and `effort[i]`."""
-
-    def __init__(self, problem: SolvedProblem, path=(), used_up=()):
-        self.problem = problem
-        # the number of each choice so far: the solver's arrays are indexed by them
-        self.path = path
-        self.used_up = used_up  # the numbers that are used up
-        place = (problem.index, *path)
-        step = problem.steps[len(path)]
-        self.numbers = step.numbers[place].tolist()  # the numbers that are left
-        self.a = step.a[place].tolist()  # of each pair of them the larger one
-        self.b = step.b[place].tolist()  # and the smaller one
-        self.result = step.result[place].tolist()
-        self.legal = step.legal[place].tolist()
-        # of the simplest solution that goes on with this choice; inf: the target is lost
-        self.effort = problem.efforts[len(path)][place].tolist()
-        self.choices = range(len(self.legal))
-
-    def action(self, choice: int) -> Action:
-        operator_index, pair = divmod(choice, len(self.a))
-        operator = list(OPERATORS)[operator_index]
-        return Action(self.a[pair], operator, self.b[pair], self.result[choice])
-
-    def after(self, choice: int) -> "State":
-        """The state that a choice leads to."""
-        action = self.action(choice)
-        return State(self.problem, (*self.path, choice), (*self.used_up, action.a, action.b))
-
-
-def make_row(rng: random.Random, problem: SolvedProblem, kinds: Sequence[str]) -> dict:
-    """A row of D_op or, BACK of the time, of D_back: {nums, target, search_path: the response,
-    kind, no_loss: which of its actions carry no loss, by their numbers from 0}."""
-    states, actions, detour = draw_solution(rng, problem)
-    row = {"nums": problem.nums, "target": problem.target}
-    row["search_path"] = "".join(action.text() for action in actions) + GOAL
-    row["kind"] = "solution" if detour is None else "detour"
-    row["no_loss"] = [] if detour is None else [detour]
-
-    # The row is one of D_op. Now let it go wrong.
-    if rng.random() >= BACK:
-        return row
-    state = states[draw_depth(rng, len(actions))]
-    kind, mistake = draw_mistake(rng, state, kinds)
-    if mistake is None:
-        return row
-    spoilt = [*actions[: mistake.depth], *mistake.actions]
-    row["search_path"] = "".join(action.text() for action in spoilt) + BACKTRACK
-    row["kind"] = kind
-    row["no_loss"] = [depth for depth in row["no_loss"] if depth < mistake.depth]
-    row["no_loss"] += range(mistake.depth, len(spoilt))
-    return row
-
-
-def draw_solution(
-    rng: random.Random, problem: SolvedProblem
-) -> tuple[list[State], list[Action], int | None]:
-    """The canonical solution, of least effort; or, DETOUR of the time, one that leaves it once for
-    any other right action, where there is one, and goes on by the simplest way from there.
-
-    Returns the states before each action, the actions, and which of them, if any, is the detour."""
-    leave_at = draw_depth(rng, len(problem.steps)) if rng.random() < DETOUR else None
-    states = [State(problem)]
-    actions = []
-    detour = None
-    for depth in range(len(problem.steps)):
-        state = states[-1]
-        least = min(state.effort)
-        chosen = state.effort.index(least)
-        if depth == leave_at:
-            others = [choice for choice in state.choices if least < state.effort[choice] < math.inf]
-            if others:
-                chosen = rng.choice(others)
-                detour = depth
-        actions.append(state.action(chosen))
-        if len(actions) < len(problem.steps):
-            states.append(state.after(chosen))
-    return states, actions, detour
-
-
-def draw_depth(rng: random.Random, depths: int) -> int:
-    """A random depth, early ones more often: the first action is the hardest to judge."""
-    return rng.choices(range(depths), range(depths, 0, -1))[0]
-
-
-# ---- Mistakes: how a row of D_back goes wrong ----------------------------------------------------
-
-
-class Mistake(NamedTuple):
-    depth: int  # how many actions of the solution stand before it
-    actions: list[Action]  # the wrong one, or ones
-
-
-def exploratory(rng: random.Random, state: State) -> Mistake | None:
-    """A legal action after which the target cannot be reached any more."""
-    wrong = []
-    for choice in state.choices:
-        if state.legal[choice] and state.effort[choice] == math.inf:
-            wrong.append(choice)
-    if not wrong:
-        return None
-    return Mistake(len(state.path), [state.action(rng.choice(wrong))])
-
-
-def computational(rng: random.Random, state: State) -> Mistake:
-    """A false result: of a legal action; or, half of the time, of a division that is not exact, the
-    commonest lie of small models."""
-    target = state.problem.target
-    legal = []
-    inexact = []
-    for choice in state.choices:
-        action = state.action(choice)
-        if state.legal[choice]:
-            legal.append(action)
-        elif action.operator == "/" and action.b > 0:
-            inexact.append(action)
-    divides = len(inexact) > 0 and rng.random() < 0.5
-    action = rng.choice(inexact if divides else legal)
-
-    # What it claims: mostly the target, if it is the last action. Else an inexact quotient is
-    # rounded down, half of the time. Else the result is off by 1 ... 9, or by 10, 20 ... 90.
-    if len(state.numbers) == 2 and action.result != target and rng.random() < 0.75:
-        claimed = target
-    elif divides and rng.random() < 0.5:
-        claimed = action.result
-    else:
-        slip = rng.randint(1, 9) * rng.choice([1, 1, 10])
-        downwards = slip <= action.result and rng.random() < 0.5
-        claimed = action.result - slip if downwards else action.result + slip
-    return Mistake(len(state.path), [action._replace(result=claimed)])
-
-
-def rule_violation(rng: random.Random, state: State) -> Mistake:
-    """A true equation with a number that is not there, mostly one that is used up."""
-    used_up = [number for number in state.used_up if number not in state.numbers]
-    if used_up and rng.random() < 0.8:
-        missing = rng.choice(used_up)
-    else:
-        every_number = range(1, MAX_NUMBER + 1)
-        missing = rng.choice([number for number in every_number if number not in state.numbers])
-    b, a = sorted([missing, rng.choice(state.numbers)])
-    actions = []
-    for operator in OPERATORS:
-        result, legal = calculate(a, operator, b)
-        if legal:
-            actions.append(Action(a, operator, b, result))
-    return Mistake(len(state.path), [rng.choice(actions)])
-
-
-def false_goal(rng: random.Random, state: State) -> Mistake | None:
-    """Ours: a whole path that has lost its way, as small models answer in the end: `25*10=250`,
-    `4+2=6`, `250/6=60`. It begins at the prompt, wherever the row stands. Its actions are legal up
-    to the last, a division that claims the target: it is not exact, and the true quotient is
-    between half of the target and twice the target."""
-    problem = state.problem
-    last = problem.steps[-1]
-    a = last.a[problem.index][..., 0]  # (choices of step 1, of step 2, ...): the larger number,
-    b = last.b[problem.index][..., 0]  # and the smaller, of the two that are left after them
-    inexact = a % np.maximum(b, 1) != 0
-    near = (a < 2 * b * problem.target) & (b * problem.target < 2 * a)
-    fitting = inexact & near
-    if len(problem.steps) > 1:
-        fitting &= problem.steps[-2].legal[problem.index]
-    paths = np.argwhere(fitting)  # (paths, steps - 1)
-    if len(paths) == 0:
-        return None
-    here = State(problem)
-    actions = []
-    for choice in rng.choice(paths).tolist():
-        actions.append(here.action(choice))
-        here = here.after(choice)
-    b, a = sorted(here.numbers)
-    return Mistake(0, [*actions, Action(a, "/", b, problem.target)])
-
-
-MISTAKES = {  # and their shares, which need not add up to 1
-    exploratory: 0.45,
-    computational: 0.25,
-    rule_violation: 0.1,
-    false_goal: 0.2,
-}
-KINDS = [mistake.__name__ for mistake in MISTAKES]
-BACK = 0.5  # the share of D_back in all rows
-DETOUR = 0.5  # how often a solution leaves the canonical way, where there is another
-
-
-def draw_mistake(
-    rng: random.Random, state: State, kinds: Sequence[str]
-) -> tuple[str, Mistake | None]:
-    """The name of a kind of mistake, by the shares of those in `kinds`, and such a mistake. Where
-    there is none of a kind, another is drawn."""
-    allowed = [make_mistake for make_mistake in MISTAKES if make_mistake.__name__ in kinds]
-    while allowed:
-        shares = [MISTAKES[make_mistake] for make_mistake in allowed]
-        [make_mistake] = rng.choices(allowed, shares)
-        mistake = make_mistake(rng, state)
-        if mistake:
-            return make_mistake.__name__, mistake
-        allowed.remove(make_mistake)
-    return "", None
-
-
 # ---- The exact solver: all programs of a block of problems, as arrays ----------------------------
 # A program is a choice at each step: of an operator, and of a pair of the numbers that are left.
 # Four numbers have 6 pairs, so that step 1 has 4 * 6 = 24 choices; then three numbers have 3 pairs,
@@ -379,6 +149,17 @@ def draw_mistake(
 #
 # The axes before the last say what came before: the problem, and the choice of each earlier step.
 # Shapes write these axes as "...": at step 2, (..., choices) is (problems, 24, 12).
+#
+# A choice has the number: (the operator's number) * pairs + (the pair's number). For example, with
+# numbers 5, 3, 2 and the target 13, step 1 is
+#
+#     choice    0      1      2      3      4      5      6       7       8      9      10     11
+#     action    5+3    5+2    3+2    5-3    5-2    3-2    5*3     5*2     3*2    5/3    5/2    3/2
+#     result    8      7      5      2      3      1      15      10      6      1      2      1
+#     legal     yes    yes    yes    yes    yes    yes    yes     yes     yes    no     no     no
+#     effort    inf    inf    inf    inf    inf    inf    8.1     7.6     inf    inf    inf    inf
+#
+# Two choices can still lead to 13, by 15-2 and by 10+3; the second is the simpler solution.
 
 
 class Step(NamedTuple):
@@ -391,8 +172,9 @@ class Step(NamedTuple):
     legal: np.ndarray  # (..., choices) bool: do this step and all steps before it obey the rules?
 
 
-def all_choices(numbers: np.ndarray, legal: np.ndarray) -> Step:
-    """Every choice where numbers (..., m) are left. legal (...) bool: were the steps up to here?"""
+def all_choices(numbers: np.ndarray, legal_before: np.ndarray) -> Step:
+    """Every choice where numbers (..., m) are left. legal_before (...) bool: did all steps up to
+    here obey the rules?"""
     first, second = np.triu_indices(numbers.shape[-1], 1)  # the pairs, by their places in `numbers`
     a = np.maximum(numbers[..., first], numbers[..., second])  # (..., pairs)
     b = np.minimum(numbers[..., first], numbers[..., second])
@@ -401,19 +183,19 @@ def all_choices(numbers: np.ndarray, legal: np.ndarray) -> Step:
     for operator in OPERATORS:
         result, obeys_rules = calculate(a, operator, b)
         results.append(result)
-        allowed.append(np.broadcast_to(obeys_rules, a.shape))  # of + and * it is True alone
-    # (..., choices): the number of a choice is pairs * (number of the operator) + pair
-    legal = np.concatenate(allowed, -1) & legal[..., None]
+        allowed.append(np.broadcast_to(obeys_rules, a.shape))  # for + and * it is just True
+    legal = np.concatenate(allowed, -1) & legal_before[..., None]  # (..., choices)
     return Step(numbers, a, b, np.concatenate(results, -1), legal)
 
 
 def remaining(step: Step) -> np.ndarray:
     """(..., choices, m - 1): the numbers that are left after each choice; its result comes last."""
     count = step.numbers.shape[-1]
-    unused = []  # of each pair: the places of the other numbers
+    unused = []  # for each pair the places of the other numbers
     for pair in zip(*np.triu_indices(count, 1)):
         unused.append([place for place in range(count) if place not in pair])
-    unused = np.array(unused * len(OPERATORS), int)  # (choices, m - 2): for every operator the same
+    # (choices, m - 2): the list repeated, because it is the same for every operator
+    unused = np.array(unused * len(OPERATORS), int)
     others = step.numbers[..., unused]  # (..., choices, m - 2)
     return np.concatenate([others, step.result[..., None]], -1)
 
@@ -421,7 +203,7 @@ def remaining(step: Step) -> np.ndarray:
 def programs(nums: np.ndarray, stop_at: int = 1) -> tuple[list[Step], np.ndarray]:
     """All ways to combine nums (problems, k) until `stop_at` numbers are left: the steps, and the
     numbers that are left after them."""
-    largest = int(nums.max(initial=1)) ** nums.shape[1]  # no result exceeds the product of all
+    largest = max(int(nums.max(initial=1)), 2) ** nums.shape[1]  # no result is larger
     numbers_left = nums.astype(np.int32 if largest < 2**31 else np.int64)
     numbers_left = -np.sort(
         -numbers_left, axis=1
@@ -474,13 +256,246 @@ def plan_efforts(steps: list[Step], target: np.ndarray) -> list[np.ndarray]:
         own_effort = np.concatenate(own_effort)  # (choices,)
         if efforts:
             possible = step.legal
-            onwards = efforts[0].min(-1)  # (..., choices): of the best choice at the next step
+            # of the best choice at the next step, for example (problems, 24, 12) -> (problems, 24)
+            onwards = efforts[0].min(-1)
             total = own_effort + np.log2(step.result + 2, dtype=np.float32) + onwards
         else:
             possible = step.legal & (step.result == expand_like(target, step.result))
             total = own_effort
         efforts.insert(0, np.where(possible, total, np.float32(np.inf)))
     return efforts
+
+
+# ---- Rows (paper, section 4.1) -------------------------------------------------------------------
+# From here on everything is about one response to one problem.
+
+
+class Action(NamedTuple):
+    """One line of a response: `45-39=6`."""
+
+    a: int
+    operator: str
+    b: int
+    result: int  # as it is written: a mistake may claim a false one
+
+    def text(self) -> str:
+        return f"{self.a}{self.operator}{self.b}={self.result}\n"
+
+
+class SolvedProblem(NamedTuple):
+    """One problem of a block that the solver has solved."""
+
+    nums: list[int]
+    target: int
+    index: int  # its place in the block
+    steps: list[Step]  # of the whole block: [index, ...] is this problem's
+    efforts: list[np.ndarray]  # likewise
+
+
+class State:
+    """Where a response stands after some legal actions, and how it can go on: choice number i has
+    `action(i)`, `legal[i]` and `effort[i]`."""
+
+    def __init__(self, problem: SolvedProblem, path=(), used_up=()):
+        self.problem = problem
+        self.path = path  # the number of each choice so far
+        self.used_up = used_up  # the numbers that these have used up
+        place = (problem.index, *path)  # in the solver's arrays
+        step = problem.steps[len(path)]
+        self.numbers = step.numbers[place].tolist()  # the numbers that are left
+        self.a = step.a[place].tolist()  # the larger number of each pair
+        self.b = step.b[place].tolist()  # the smaller number of each pair
+        self.result = step.result[place].tolist()
+        self.legal = step.legal[place].tolist()
+        self.effort = problem.efforts[len(path)][place].tolist()  # inf: the target is lost
+        self.choices = range(len(self.legal))
+
+    def action(self, choice: int) -> Action:
+        operator_index, pair = divmod(choice, len(self.a))
+        operator = list(OPERATORS)[operator_index]
+        return Action(self.a[pair], operator, self.b[pair], self.result[choice])
+
+    def after(self, choice: int) -> "State":
+        """The state that a choice leads to."""
+        action = self.action(choice)
+        return State(self.problem, (*self.path, choice), (*self.used_up, action.a, action.b))
+
+
+def make_row(rng: random.Random, problem: SolvedProblem, kinds: Sequence[str]) -> dict:
+    """A row of D_op or, with probability BACK, of D_back: {nums, target, search_path: the response,
+    kind, no_loss: the numbers, from 0, of its actions that carry no loss}."""
+    states, actions, detour = draw_solution(rng, problem)
+    row = {"nums": problem.nums, "target": problem.target}
+    row["search_path"] = "".join(action.text() for action in actions) + GOAL
+    row["kind"] = "solution" if detour is None else "detour"
+    row["no_loss"] = [] if detour is None else [detour]
+
+    # So far it is a row of D_op. Now let it go wrong.
+    if rng.random() >= BACK:
+        return row
+    state = states[draw_depth(rng, len(actions))]
+    kind, mistake = draw_mistake(rng, state, kinds)
+    if mistake is None:
+        return row
+    spoilt = [*actions[: mistake.depth], *mistake.actions]
+    row["search_path"] = "".join(action.text() for action in spoilt) + BACKTRACK
+    row["kind"] = kind
+    row["no_loss"] = [depth for depth in row["no_loss"] if depth < mistake.depth]
+    row["no_loss"] += range(mistake.depth, len(spoilt))
+    return row
+
+
+def draw_solution(
+    rng: random.Random, problem: SolvedProblem
+) -> tuple[list[State], list[Action], int | None]:
+    """The canonical solution, of least effort. Or, with probability DETOUR, one with a detour: at
+    one depth it takes another action that still reaches the target, with more effort, if there is
+    any, and goes on from there by the simplest way.
+
+    Returns the states before each action, the actions, and the number of the detour, or None."""
+    leave_at = draw_depth(rng, len(problem.steps)) if rng.random() < DETOUR else None
+    states = [State(problem)]
+    actions = []
+    detour = None
+    for depth in range(len(problem.steps)):
+        state = states[-1]
+        least = min(state.effort)
+        chosen = state.effort.index(least)
+        if depth == leave_at:
+            others = [choice for choice in state.choices if least < state.effort[choice] < math.inf]
+            if others:
+                chosen = rng.choice(others)
+                detour = depth
+        actions.append(state.action(chosen))
+        if len(actions) < len(problem.steps):
+            states.append(state.after(chosen))
+    return states, actions, detour
+
+
+def draw_depth(rng: random.Random, depths: int) -> int:
+    """A random depth, early ones more often: the first action is the hardest to judge."""
+    return rng.choices(range(depths), range(depths, 0, -1))[0]
+
+
+# ---- Mistakes: how a row of D_back goes wrong ----------------------------------------------------
+
+
+class Mistake(NamedTuple):
+    depth: int  # how many actions of the solution are kept before it
+    actions: list[Action]  # the wrong action; of a false goal, all actions
+
+
+def exploratory(rng: random.Random, state: State) -> Mistake | None:
+    """A legal action after which the target cannot be reached any more."""
+    wrong = []
+    for choice in state.choices:
+        if state.legal[choice] and state.effort[choice] == math.inf:
+            wrong.append(choice)
+    if not wrong:
+        return None
+    return Mistake(len(state.path), [state.action(rng.choice(wrong))])
+
+
+def computational(rng: random.Random, state: State) -> Mistake:
+    """A false result: of a legal action; or, half of the time, of a division that is not exact, the
+    most common false line of small models.
+
+    If it is the last action, it claims the target, three times in four. If not, an inexact quotient
+    is rounded down, half of the time. Else the result is off by 1 ... 9, or by 10, 20 ... 90."""
+    target = state.problem.target
+    legal = []
+    inexact = []
+    for choice in state.choices:
+        action = state.action(choice)
+        if state.legal[choice]:
+            legal.append(action)
+        elif action.operator == "/" and action.b > 0:
+            inexact.append(action)
+    divides = len(inexact) > 0 and rng.random() < 0.5
+    action = rng.choice(inexact if divides else legal)
+
+    if len(state.numbers) == 2 and action.result != target and rng.random() < 0.75:
+        claimed = target
+    elif divides and rng.random() < 0.5:
+        claimed = action.result
+    else:
+        slip = rng.randint(1, 9) * rng.choice([1, 1, 10])
+        downwards = slip <= action.result and rng.random() < 0.5
+        claimed = action.result - slip if downwards else action.result + slip
+    return Mistake(len(state.path), [action._replace(result=claimed)])
+
+
+def rule_violation(rng: random.Random, state: State) -> Mistake:
+    """A true equation with a number that is not there, mostly one that is used up."""
+    used_up = [other for other in state.used_up if other not in state.numbers]
+    if used_up and rng.random() < 0.8:
+        missing = rng.choice(used_up)
+    else:
+        every_number = range(1, MAX_NUMBER + 1)
+        missing = rng.choice([other for other in every_number if other not in state.numbers])
+    b, a = sorted([missing, rng.choice(state.numbers)])
+    actions = []
+    for operator in OPERATORS:
+        result, legal = calculate(a, operator, b)
+        if legal:
+            actions.append(Action(a, operator, b, result))
+    return Mistake(len(state.path), [rng.choice(actions)])
+
+
+def false_goal(rng: random.Random, state: State) -> Mistake | None:
+    """Ours: a whole path that loses its way, the kind of wrong answer that trained small models
+    still give: `25*10=250`, `4+2=6`, `250/6=60`. It begins at the prompt, whatever the state. Its
+    actions are legal up to the last, a division that claims the target: it is not exact, and the
+    true quotient is between half of the target and twice the target."""
+    problem = state.problem
+    target = problem.target
+    # At the last step one pair is left, number 0. Of four numbers, a[i, j] is the larger number
+    # after choices i and j.
+    last = problem.steps[-1]
+    a = last.a[problem.index][..., 0]
+    b = last.b[problem.index][..., 0]
+    inexact = a % np.maximum(b, 1) != 0
+    near = (a < 2 * target * b) & (target * b < 2 * a)
+    fitting = inexact & near
+    if len(problem.steps) > 1:
+        fitting &= problem.steps[-2].legal[problem.index]
+    paths = np.argwhere(fitting)  # (paths, steps - 1): all (i, j) that fit
+    if len(paths) == 0:
+        return None
+    here = State(problem)
+    actions = []
+    for choice in rng.choice(paths).tolist():
+        actions.append(here.action(choice))
+        here = here.after(choice)
+    b, a = sorted(here.numbers)
+    return Mistake(0, [*actions, Action(a, "/", b, problem.target)])
+
+
+MISTAKES = {  # with their shares, chosen by trial, which need not add up to 1
+    exploratory: 0.45,
+    computational: 0.25,
+    rule_violation: 0.1,
+    false_goal: 0.2,
+}
+KINDS = [mistake.__name__ for mistake in MISTAKES]
+BACK = 0.5  # the share of D_back in all rows
+DETOUR = 0.5  # how often a solution leaves the canonical way, where there is another
+
+
+def draw_mistake(
+    rng: random.Random, state: State, kinds: Sequence[str]
+) -> tuple[str, Mistake | None]:
+    """The name of a kind of mistake, drawn by the shares of those in `kinds`, and such a mistake.
+    If this kind is impossible here, another is drawn."""
+    allowed = [make_mistake for make_mistake in MISTAKES if make_mistake.__name__ in kinds]
+    while allowed:
+        shares = [MISTAKES[make_mistake] for make_mistake in allowed]
+        [make_mistake] = rng.choices(allowed, shares)
+        mistake = make_mistake(rng, state)
+        if mistake:
+            return make_mistake.__name__, mistake
+        allowed.remove(make_mistake)
+    return "", None
 
 
 # ---- Problems ------------------------------------------------------------------------------------
@@ -512,7 +527,7 @@ def draw_problems(rng, split: str, size: int, num: int, held_out: Sequence[int] 
         candidates = np.column_stack([candidates, rng.choice(allowed_targets, 1024)])
         if split != "val_new":
             validation = in_validation(candidates[:, :-1], candidates[:, -1])
-            candidates = candidates[validation == (split == "val")]
+            candidates = candidates[validation if split == "val" else ~validation]
         found = np.concatenate([found, candidates[solvable(candidates[:, :-1], candidates[:, -1])]])
     return found[:num, :-1], found[:num, -1]
 
@@ -548,7 +563,7 @@ def make_rows(rng, nums: np.ndarray, target: np.ndarray, kinds=KINDS) -> list[di
     """`make_row` for each of nums (problems, k) and target (problems,), all solvable."""
     steps, _ = programs(nums)
     efforts = plan_efforts(steps, target)
-    row_rng = random.Random(int(rng.integers(2**62)))  # for one number at a time it is faster
+    row_rng = random.Random(int(rng.integers(2**62)))  # faster where numbers are drawn singly
     rows = []
     for index, (own_nums, own_target) in enumerate(zip(nums.tolist(), target.tolist())):
         problem = SolvedProblem(own_nums, own_target, index, steps, efforts)
@@ -556,11 +571,13 @@ def make_rows(rng, nums: np.ndarray, target: np.ndarray, kinds=KINDS) -> list[di
     return rows
 
 
-def generate(record: dict, split: str, num: int, offset: int = 0, over=map) -> Iterator[dict]:
-    """Rows offset .. offset + num of a split's stream; `over` maps a function over blocks (a pool's
-    imap: in parallel)."""
+def generate(
+    record: dict, split: str, num: int, offset: int = 0, map_function=map
+) -> Iterator[dict]:
+    """Rows offset .. offset + num of a split's stream; map_function applies a function to blocks (a
+    pool's imap: in parallel)."""
     indices = range(offset // BLOCK, -(-(offset + num) // BLOCK))  # -(-a // b) rounds up
-    blocks = over(partial(make_block, record, split), indices)
+    blocks = map_function(partial(make_block, record, split), indices)
     rows = itertools.chain.from_iterable(blocks)
     return itertools.islice(rows, offset % BLOCK, offset % BLOCK + num)
 
@@ -571,19 +588,19 @@ MASKS = ("none", "action", "choice")
 
 
 def no_loss_spans(row: dict, mask: str) -> list[tuple[int, int]]:
-    """Where a row's text, prompt + response, carries no loss: [begin, end) in characters. The
-    prompt never does. Of the actions that the row's `no_loss` names, this much:
+    """Where a row's text, prompt + response, carries no loss: [begin, end) in characters. That is
+    the prompt, and of each action that the row's `no_loss` names, say 25*4=100:
 
         mask="action"   25*4=100 and its newline: the paper's mask
         mask="choice"   25*4=, what was chosen. The result is learned; but a line that is false,
                         like 25*2=52, is masked whole
         mask="none"     nothing
 
-    Why "choice", which is ours: with the paper's mask the only last lines that are learned are
-    those of solutions, whose result is the target, and so a small model comes to write the target
-    after any last line. "choice" shows it last lines with other results.
+    Why "choice", which is ours: with "action", every last line that is learned ends in the target,
+    because only solutions have one. So a small model comes to write the target after any last
+    line: `50-10=60`. With "choice" it sees true last lines that miss the target, too.
 
-    Rows from elsewhere have no `no_loss`: then it is the action before `<backtrack>`, if any."""
+    Of a row without `no_loss` the last action before `<backtrack>` is masked, if it has one."""
     begin = len(prompt_text(row["nums"], row["target"]))
     spans = [(0, begin)]
     if mask == "none":
@@ -765,8 +782,8 @@ def check_row(row, columns: Sequence[str], place: str) -> None:
 
 def read_split(source: str, split: str) -> list[dict]:
     """A split of a folder that `data.py` wrote, or of a dataset like the reference's, in a folder
-    or on the Hub: JSON files with `train` and `val` in their names. Of the latter `val` is the
-    first half, `val_new` the second. Raises UserError."""
+    or on the Hub: JSON files with `train` and `val` in their names. The first half of the
+    validation file is `val`, the second half `val_new`. Raises UserError."""
     folder = checkpoint_folder(source, "dataset")
     if (folder / f"{split}.jsonl").exists():
         return read_rows(folder / f"{split}.jsonl")
@@ -829,7 +846,7 @@ def main() -> None:
     counts = {"train": options.num, "val": options.num_val, "val_new": options.num_val}
     with replacing(options.out) as staging, Pool() as pool:
         for split, num in counts.items():
-            rows = generate(record, split, num, over=pool.imap)
+            rows = generate(record, split, num, map_function=pool.imap)
             with open(staging / f"{split}.jsonl", "w", encoding="utf-8") as out_file:
                 for row in tqdm(rows, desc=split, total=num, unit=" rows"):
                     out_file.write(json.dumps(row) + "\n")

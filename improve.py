@@ -2,13 +2,26 @@
 last.
 
 A search may find an answer only after stepping back. The row that is kept holds this answer alone,
-and neither the mistakes nor the steps back that led to it. A model that is trained on such rows
-comes to give the answer at once, by greedy decoding.
+without the mistakes and the steps back that led to it. A model that is trained on such rows comes
+to give the answer at once, by greedy decoding.
 
-A round keeps three kinds of rows: of each problem that the search solved the best right answer
-(the paper's), and, beyond the paper, wrong answers, cut at the action that fails, and a few rows of
-D_back, so that stepping back is not forgotten. The problems are training problems, unseen if they
-are generated. The validation problems that accuracy is reported on are never searched.
+A round searches training problems (generated ones are new) and keeps three kinds of rows:
+
+- D_op: of each problem that was solved, the best right answer. This is the paper's.
+- D_back: answers that were chosen but are wrong, cut after the action that fails.
+- D_back: a few rows of the usual training data, so that stepping back is not forgotten.
+
+For example, `evaluate` (in search.py) says of two problems, among other things:
+
+    response      4-2=2 25*2=50 50+10=60 Goal Reached!      4-2=2 25*2=52 52+8=60 Goal Reached!
+    correct       True                                      False
+    solutions     ["4-2=2 25*2=50 50+10=60 Goal Reached!"]  []
+    failed_step   None                                      2
+
+The first becomes the row of D_op `4-2=2 25*2=50 50+10=60 Goal Reached!`, the second the row of
+D_back `4-2=2 25*2=52 <backtrack>`, whose two actions carry no loss. (Blanks stand for newlines.)
+
+The validation problems that accuracy is reported on are never trained on.
 
     python improve.py --ckpt checkpoint
 """
@@ -80,8 +93,8 @@ def solved_rows(rows: list[dict], answers: list[dict]) -> list[dict]:
 
 def own_mistakes(rows: list[dict], answers: list[dict]) -> list[dict]:
     """D_back from chosen answers in which an action fails, cut after that action. All actions up to
-    it are named in `no_loss`, because nobody knows which of them led astray. (A wrong answer whose
-    actions are all right, but which misses the target, teaches nothing here.)"""
+    it carry no loss, because an earlier one may have lost the target already. (A wrong answer whose
+    actions are all right, but which misses the target, is not used.)"""
     kept_rows = []
     for row, answer in zip(rows, answers):
         if answer["failed_step"]:
@@ -97,21 +110,23 @@ def training_row(problem: dict, response: str, no_loss: list[int]) -> dict:
 
 
 def fine_tune(model, tokenizer, kept_rows, record, options, seed: int) -> None:
-    """A few epochs over what a round has kept, by the optimizer and the mask that the checkpoint
-    was trained with (where train.py made it, and its record says so)."""
+    """A few epochs over what a round has kept, with the optimizer, weight decay and mask of the
+    checkpoint's own training, if its record tells them; else with the paper's."""
     device, rank, world = device_rank_world()
     training = record.get("settings", {})
     uses_muon = training.get("optimizer") == "muon"
+    weight_decay = training.get("weight_decay", 0.01)
     loss_mask = training.get("mask", "action")
     learning_rate = options.lr or (2e-3 if uses_muon else 1e-5)
     batches = Batches(kept_rows, tokenizer, options.batch_size, 1, seed, rank, world, loss_mask)
-    total_steps = -(-len(kept_rows) * options.epochs // batches.step_rows)  # rounded up
+    total_steps = -(-len(kept_rows) * options.epochs // batches.rows_per_step)  # rounded up
     fit(
         model,
         batches,
         total_steps,
         learning_rate,
         warmup=10,
+        weight_decay=weight_decay,
         muon=uses_muon,
         dtype=best_dtype(device),
     )

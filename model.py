@@ -6,7 +6,7 @@ Self-backtracking (arXiv 2502.04404) in five files:
     data.py      what it is trained on: solutions, and mistakes that end in `<backtrack>`
     search.py    sample answers; where the model says `<backtrack>`, drop its last line and branch
     train.py     the training loop
-    improve.py   train on what the search found, so that fast answers become good, too
+    improve.py   train on what the search found, so that greedy decoding improves
 
 Modules carry Hugging Face's names, so that checkpoints pass from here to transformers and back.
 
@@ -37,8 +37,8 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclasses.dataclass
 class LlamaConfig:
-    """The fields of Hugging Face's config.json that decide what Llama computes (defaults:
-    Llama-3.2-1B)."""
+    """The fields of Hugging Face's config.json that decide what Llama computes. (The defaults have
+    Llama-3.2-1B's sizes; its rope_scaling comes with its checkpoint.)"""
 
     vocab_size: int = 128256
     hidden_size: int = 2048
@@ -91,19 +91,24 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None):
     """Grouped-query attention of q (B, H, T, D) over k, v (B, K, S, D); returns (B, H, T, D).
     mask (B, T, S) bool says what each token may see; None (and S = T): all tokens up to its own."""
+    if q.is_cpu:  # where PyTorch's own is far slower in bf16
+        return attend_on_cpu(q, k, v, mask)
+    is_grouped = q.shape[1] != k.shape[1]  # H query heads share K key heads
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=is_grouped)
+
+
+def attend_on_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None):
+    """The same, written out. Query heads that share a key head are stacked along T, so that one
+    product per key head is enough: with H = 8 and K = 2, heads 0 to 3 are 4 * T queries of key head
+    0."""
     B, H, T, D = q.shape
     K, S = k.shape[1:3]
-    if not q.is_cpu:
-        full_mask = None if mask is None else mask[:, None]
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=full_mask, is_causal=mask is None, enable_gqa=H != K
-        )
-    # The same by hand, because on CPUs PyTorch's own is far slower in bf16. With H = 8 and K = 2,
-    # query heads 0 to 3 share key head 0: they become 4 * T queries of it, and no key is copied.
     if mask is None:
         mask = torch.ones(1, T, S, dtype=torch.bool).tril()
-    queries = (q * D**-0.5).reshape(B, K, H // K * T, D)
-    scores = queries @ k.transpose(-1, -2)  # (B, K, H/K * T, S)
+    stacked = (q * D**-0.5).reshape(B, K, H // K * T, D)
+    scores = stacked @ k.transpose(-1, -2)  # (B, K, H/K * T, S)
     scores = scores.view(B, H, T, S).masked_fill(~mask[:, None], -torch.inf)
     weights = scores.softmax(-1).view(B, K, H // K * T, S)
     return (weights @ v).view(B, H, T, D)
@@ -114,12 +119,12 @@ class LlamaAttention(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
-        queries = config.num_attention_heads * config.head_dim
-        keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        query_size = config.num_attention_heads * config.head_dim
+        key_size = config.num_key_value_heads * config.head_dim  # of values, too
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
 
     def forward(self, x, cos, sin, mask, cached_rows):
         B, T, _ = x.shape
@@ -186,14 +191,15 @@ class LlamaModel(nn.Module):
             columns = torch.arange(cached_rows.slots.shape[1], device=input_ids.device)
             mask = columns <= positions[..., None]  # (B, T, S): columns up to its own
         x = self.embed_tokens(input_ids)  # (B, T, C)
-        angles = positions[:, None, :, None] * self.rope.float()  # (B or 1, 1, T, D / 2), fp32
+        # (B or 1, 1, T, 1) * (D / 2,) -> (B or 1, 1, T, D / 2), in fp32
+        angles = positions[:, None, :, None] * self.rope.float()
         cos = angles.cos().to(x.dtype)
         sin = angles.sin().to(x.dtype)
         for layer in self.layers:
-            x = self.run(layer, x, cos, sin, mask, cached_rows)
+            x = self.run_layer(layer, x, cos, sin, mask, cached_rows)
         return self.norm(x)
 
-    def run(self, layer: LlamaDecoderLayer, x, cos, sin, mask, cached_rows):
+    def run_layer(self, layer: LlamaDecoderLayer, x, cos, sin, mask, cached_rows):
         """One layer: compiled, or with gradient checkpointing, if the attributes above say so. The
         layer is compiled, not the model, so that all layers share the compiled code. Searches use
         the plain layer."""
@@ -230,7 +236,7 @@ class Llama(nn.Module):
 
         labels (B, T) int64, -100 for no loss: return the *sum* of the cross-entropies instead, a
             scalar in fp32 or wider. Logits are computed at labelled positions only.
-        cached_rows: the tokens go on from cached ones, and their keys and values are cached, too.
+        cached_rows: continue after cached tokens; the new keys and values are added to the cache.
         last (B,) int64: return the logits at this one position of each row only, (B, V).
         """
         hidden = self.model(input_ids, cached_rows)  # (B, T, C)
@@ -275,13 +281,13 @@ class KVCache:
 
     def __init__(self, config: LlamaConfig, slots: int, device, dtype: torch.dtype):
         shape = (config.num_hidden_layers, 2, slots, config.num_key_value_heads, config.head_dim)
-        # The system hands out memory as it is written to: a large cache costs what it holds.
+        # On a CPU a large cache costs what it holds: pages that were never written to are free.
         self.kv = torch.empty(shape, device=device, dtype=dtype)
-        # Slot 0 is nobody's: padding is read from it, and written to it. What is read is masked,
-        # but 0 * NaN would still be NaN.
+        # Slot 0 belongs to no token: padding reads and writes it. Attention gives padding the
+        # weight 0, but 0 * NaN would be NaN, so it must begin as a finite number.
         self.kv[:, :, 0] = 0
         self.free = list(range(slots - 1, 0, -1))
-        self.seen = self.kv.new_empty(0)  # a buffer of `CachedRows.update`, used again and again
+        self.buffer = self.kv.new_empty(0)  # of `read_slots`
 
     @staticmethod
     def bytes_per_slot(config: LlamaConfig, dtype: torch.dtype) -> int:
@@ -323,27 +329,40 @@ class CachedRows:
         self.slots = slots
         self.positions = positions
         self.new_slots = slots.gather(1, positions)  # (B, T)
-        # Of a layer's keys, (slots, K, D), the vector of head h in slot s is number s * K + h.
-        heads = torch.arange(cache.kv.shape[3], device=slots.device)
-        vector_numbers = slots[:, None, :] * len(heads) + heads[:, None]  # (B, K, S)
-        self.vector_numbers = vector_numbers.flatten()
+        self.vector_numbers = number_vectors(slots, cache.kv.shape[3])
 
     def update(self, layer_idx: int, k: torch.Tensor, v: torch.Tensor):
-        """Write the new tokens' k, v (B, K, T, D); return the keys and values of all columns, (B,
-        K, S, D), valid until the next layer's update."""
+        """Write the new tokens' k, v (B, K, T, D); return the keys and the values of all columns,
+        both (B, K, S, D), valid until the next layer's update."""
         stored = self.cache.kv[layer_idx]  # (2, slots, K, D)
         stored[0][self.new_slots] = k.transpose(1, 2)
         stored[1][self.new_slots] = v.transpose(1, 2)
-        # What is returned is stored[:, slots].transpose(2, 3), read into one buffer for all layers
-        # and steps, because fresh memory is slow.
-        B, K, _, D = k.shape
-        needed = 2 * len(self.vector_numbers) * D
-        if len(self.cache.seen) < needed:
-            self.cache.seen = stored.new_empty(needed * 3 // 2)  # larger, so that it seldom grows
-        seen = self.cache.seen[:needed].view(2, -1, D)  # (2, B * K * S, D)
-        for vectors, out in zip(stored, seen):  # keys, then values
-            torch.index_select(vectors.view(-1, D), 0, self.vector_numbers, out=out)
-        return seen.view(2, B, K, -1, D).unbind()
+        seen = read_slots(self.cache, stored, self.vector_numbers)  # (2, B * K * S, D)
+        return seen.view(2, *k.shape[:2], -1, k.shape[3])
+
+
+# `update` could return stored[:, slots].transpose(2, 3). The two functions below give the same in
+# half the time: each vector is copied once, to where attention wants it, into memory that is used
+# again.
+
+
+def number_vectors(slots: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Of a layer's keys, (slots, K, D), the vector of head h in slot s has number s * K + h. Those
+    of slots (B, S) in the order (B, K, S), as (B * K * S,)."""
+    heads = torch.arange(num_heads, device=slots.device)
+    return (slots[:, None, :] * num_heads + heads[:, None]).flatten()
+
+
+def read_slots(cache: KVCache, stored: torch.Tensor, vector_numbers: torch.Tensor) -> torch.Tensor:
+    """Those vectors of stored (2, slots, K, D), keys and values: (2, vectors, D)."""
+    D = stored.shape[-1]
+    needed = 2 * len(vector_numbers) * D
+    if len(cache.buffer) < needed:
+        cache.buffer = stored.new_empty(needed * 3 // 2)  # larger, so that it seldom grows
+    seen = cache.buffer[:needed].view(2, -1, D)
+    for vectors, out in zip(stored, seen):  # keys, then values
+        torch.index_select(vectors.view(-1, D), 0, vector_numbers, out=out)
+    return seen
 
 
 # ==== Plumbing: a first reading may stop here =====================================================
@@ -373,11 +392,12 @@ def read_config(raw: dict) -> LlamaConfig:
         raise UserError("config.json is no Llama's: it lacks hidden_size or num_attention_heads")
     names = [field.name for field in dataclasses.fields(LlamaConfig)]
     values = {name: raw[name] for name in names if name in raw}
-    # where config.json is silent, transformers' own defaults hold
+    # where config.json does not say, what transformers would take
     heads = raw["num_attention_heads"]
     values["num_key_value_heads"] = raw.get("num_key_value_heads") or heads
     values["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // heads
     values["tie_word_embeddings"] = raw.get("tie_word_embeddings", False)
+    values["rms_norm_eps"] = raw.get("rms_norm_eps", 1e-6)
     values["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
     values["rope_scaling"] = None
     if rope_type == "llama3":

@@ -1,22 +1,33 @@
 """Self-backtracking: search by sampling, stepping back and branching. Read after data.py.
 
 The model says `<backtrack>` when its last action was a mistake, and the search of section 4.2
-(arXiv 2502.04404) believes it. Given a problem, b steps back and n samples a state:
+(arXiv 2502.04404) takes its word for it. Given a problem, b steps back and n samples a state:
 
-1. Expand: sample n continuations of every state of the frontier, at first of the prompt alone.
-   Each goes on until the model ends it, normally after `Goal Reached!`, or says `<backtrack>`, or
-   until it is too long.
-2. Collect: the samples that reached the goal are candidates.
-3. Step back: the samples that end in `<backtrack>` drop their last action. What is left is a state
-   to branch from. New states, at most `limit` of them, are the next frontier.
-4. b times, step back (3), expand (1) and collect (2): so b + 1 rounds in all, numbered 0 to b.
-5. Select: the candidate with the best score is the answer. No verifier takes part.
+1. Round 0: sample n continuations of the prompt. Each goes on until the model ends it, normally
+   after `Goal Reached!`, or says `<backtrack>`, or until it is too long.
+2. Rounds 1 to b: those that end in `<backtrack>` drop their last action. What is left is a state to
+   branch from. New states, at most `limit` of them, are the frontier: sample n continuations of
+   each, as before.
+3. Of all rounds, the samples that reached the goal are candidates. The candidate with the best
+   score is the answer. The verifier is not used.
 
-Shapes: R responses, M samples of the one that has most, V vocabulary.
+For instance, with the numbers 7, 23, 12, 5, the target 56 and n = 32 (a `/` stands for a newline):
+
+    round 0    7-5=2 / 23*2=46 / 46+12=58 / <backtrack>    8 samples
+               12-7=5 / 5*5=25 / <backtrack>               4 samples
+               12-7=5 / <backtrack>                        2 samples
+               ... and 18 more, but none that reaches the goal
+    frontier   7-5=2 / 23*2=46 /                           from the first line,
+               12-7=5 /                                    from the second,
+               the prompt                                  from the third, and so on
+    round 1    12*7=84 / 23+5=28 / 84-28=56 / Goal Reached!    1 of 32 samples of the prompt
+    answer     that one: it is the only candidate
 
     python search.py
     python search.py --numbers 92 63 44 86 --target 11
     python search.py --data val --decoder self_backtrack --b 1 --n 32 --num 500
+
+Shapes: R responses, M samples of the one that has most, V vocabulary.
 """
 
 import argparse
@@ -59,19 +70,18 @@ from model import (
 
 @dataclass(eq=False)
 class Response:
-    """A response so far, and how many samples have taken it: samples that are the same so far are
-    one Response. A state to branch from is a Response, too: `count` samples are to be drawn of it.
-    """
+    """What some samples have in common: those that are the same so far are one Response, with a
+    count. A state to branch from is a Response, too: `count` samples are to be drawn of it."""
 
     # what the algorithm asks for
     tokens: tuple[int, ...] = ()  # those after the prompt
     logps: tuple[float, ...] = ()  # the log-probability of each token, at temperature 1
     count: int = 1  # how many samples it stands for
-    round: int = 0  # in which round it was sampled, from 0
-    inherited: int = 0  # how many of its tokens were there in the state that it was sampled from
+    round: int = 0  # in which round it was sampled
+    inherited: int = 0  # how many tokens it has from the state it was sampled from; a state: all
     # what the engine needs, below
-    slots: tuple[Slot, ...] = ()  # where the cache holds the prompt and these tokens but the last
-    expansion: "Expansion | None" = None  # of which state it is a sample, until it ends
+    slots: tuple[Slot, ...] = ()  # its places in the cache: see `KVCache`
+    expansion: "Expansion | None" = None  # what it is part of; None for a state, or when it ended
     first_point: float = 0.0  # its samples are points in [0, 1), see `spread`: the first of them
     spacing: float = 1.0  # and the distance from each to the next
 
@@ -80,14 +90,14 @@ def self_backtrack(
     tokenizer: Tokenizer, b: int, n: int, limit: int, prompt_again: bool
 ) -> Generator[list[Response], list[Response], None]:
     """Search one problem. A generator: it yields a frontier, is sent the samples of its states, and
-    yields the next frontier. Who sends the samples keeps them; `select` chooses among all of them.
+    yields the next frontier. The caller keeps the samples: `select` chooses among all of them.
 
     A frontier holds at most `limit` states. Stepping back from a first action leads to the prompt:
     with prompt_again, which is ours, it may be sampled once more; in the paper it may not.
     """
     visited = set() if prompt_again else {()}
     samples = yield [Response(count=n)]  # round 0: n samples of the prompt, which has no tokens yet
-    for round in range(1, b + 1):
+    for round_number in range(1, b + 1):
         frontier = []
         for sample in sorted(samples, key=branching_order):
             if len(frontier) == limit:
@@ -98,7 +108,7 @@ def self_backtrack(
             if state.tokens not in visited:
                 visited.add(state.tokens)
                 state.count = n
-                state.round = round
+                state.round = round_number
                 frontier.append(state)
         if not frontier:
             return
@@ -112,11 +122,10 @@ def branching_order(sample: Response) -> float:
 
 
 def roll_back(sample: Response, tokenizer: Tokenizer) -> Response:
-    """Drop `<backtrack>` and the last action. Of the lines `4-2=2`, `25*2=52`, `<backtrack>` the
-    first is left. The last action may be unfinished: so it is, too, of `4-2=2`, `25*<backtrack>`.
-    """
+    """Drop `<backtrack>` and the last action: of `4-2=2 / 25*2=52 / <backtrack>` the first line is
+    left. An unfinished action is dropped in the same way: `4-2=2 / 25*<backtrack>`."""
     kept = line_begin(sample.tokens[:-1], tokenizer)
-    # The slots are of the prompt and of all tokens but `<backtrack>`, which ended the sample.
+    # It has slots for the prompt and for all of its tokens but `<backtrack>`, which ended it.
     dropped_slots = len(sample.tokens) - 1 - kept
     slots = sample.slots[: len(sample.slots) - dropped_slots]
     return Response(sample.tokens[:kept], sample.logps[:kept], inherited=kept, slots=slots)
@@ -132,7 +141,7 @@ def line_begin(tokens: tuple[int, ...], tokenizer: Tokenizer) -> int:
 
 
 def reached_goal(sample: Response, tokenizer: Tokenizer) -> bool:
-    """Is this sample a candidate? Not if it was cut off because it was too long."""
+    """Is this sample a candidate? (One that became too long has no end-of-text.)"""
     if sample.tokens[-1] != tokenizer.eos:
         return False
     return tokenizer.decode(sample.tokens).split("\n")[-1] == GOAL
@@ -174,7 +183,7 @@ class Settings:
     batch_size: int = 128  # most states expanded together, each with up to n responses
     cache_gib: float = 1.0  # memory for keys and values
 
-    def samples_a_state(self) -> int:
+    def samples_per_state(self) -> int:
         """How many samples, or beams, a state gets. Greedy decoding is a single beam."""
         return 1 if self.decoder == "greedy" else self.n
 
@@ -183,7 +192,7 @@ class Settings:
         that never steps back."""
         b = self.b if self.decoder == "self_backtrack" else 0
         limit = self.limit or math.isqrt(self.n)
-        return self_backtrack(tokenizer, b, self.samples_a_state(), limit, self.prompt_again)
+        return self_backtrack(tokenizer, b, self.samples_per_state(), limit, self.prompt_again)
 
     def sampling_rule(self) -> Callable[..., list["Draw"]]:
         if self.decoder in ("greedy", "beam"):
@@ -218,14 +227,16 @@ class Draw(NamedTuple):
 def spread(logits: torch.Tensor, responses: list[Response], settings: Settings) -> list[Draw]:
     """Samples spread evenly (arithmetic sampling, Vilnis et al., 2023).
 
-    Let all possible responses tile [0, 1), in order: one that is drawn with probability p covers an
-    interval of length p. The n samples of a state are n points, 1 / n apart. So floor(n p) or
-    ceil(n p) of them take this response, where independent samples might all take the same one. A
-    step finds the token in whose interval each point lies, and stretches this interval to [0, 1).
+    Each token covers an interval of [0, 1), in the order of their ids, as long as its probability.
+    The n samples of a state are n points, 1 / n apart. A step finds the token in whose interval
+    each point lies, and stretches this interval to [0, 1) for the next step.
 
-    Four samples at 0.1, 0.35, 0.6, 0.85, and two tokens of shares 0.4 and 0.6: the first two take
-    the first token. Its interval [0, 0.4) is stretched to [0, 1), and they are at 0.25 and 0.875:
-    their first point is 0.25, and their spacing is 0.25 / 0.4 = 0.625."""
+    Four samples at 0.1, 0.35, 0.6, 0.85, and two tokens of probabilities 0.4 and 0.6: the first two
+    samples take the first token. Its interval [0, 0.4) is stretched to [0, 1), and they are at 0.25
+    and 0.875: their first point is 0.25, and their spacing is 0.25 / 0.4 = 0.625.
+
+    So floor(n p) or ceil(n p) samples take a whole response of probability p (after temperature and
+    min_p), where independent samples might all take the same one."""
     most = max(response.count for response in responses)
     first_point = np.array([response.first_point for response in responses])
     spacing = np.array([response.spacing for response in responses])
@@ -247,33 +258,15 @@ def independent(logits: torch.Tensor, responses: list[Response], settings: Setti
 
 def look_up(logits, points, spacing, responses: list[Response], settings: Settings) -> list[Draw]:
     """In which token's interval does each point lie? points (R, M) in [0, 1) ascend in each row. A
-    response has `count` points; what stands after them in its row is filler, and ignored.
-
-    Tokens less than min_p times as probable as the best, at temperature 1, are never drawn (min-p
-    sampling, Nguyen et al., 2024)."""
-    precision = torch.float32 if logits.device.type == "mps" else torch.float64
-    logps = logits.to(precision).log_softmax(-1)  # (R, V)
-    tempered = logps / settings.temperature
-    if settings.min_p > 0:
-        too_rare = logps < logps.amax(-1, keepdim=True) + math.log(settings.min_p)
-        tempered = tempered.masked_fill(too_rare, -torch.inf)
-    shares = tempered.softmax(-1)  # (R, V): how often each token is drawn
-    ends = shares.cumsum(-1)  # token t covers [begins[t], ends[t])
-    begins = ends - shares
-
-    below_one = 1 - torch.finfo(precision).eps
-    points = torch.from_numpy(points).to(logits.device, precision).clamp(max=below_one)
-    points = points * ends[:, -1:]  # the last end is not quite 1, because of rounding
-    token = torch.searchsorted(ends, points, right=True)  # (R, M): the first that ends beyond it
-    share = shares.gather(1, token)
-    stretched = (points - begins.gather(1, token)) / share  # [begin, end) becomes [0, 1)
-    stretched = stretched.clamp(0, below_one)
-    logp = logps.gather(1, token)
+    response has `count` points; what stands after them in its row is filler, and ignored."""
+    rows_at_once = max(2**24 // logits.shape[1], 1)  # of a large vocabulary not too many
+    found = []
+    for begin in range(0, len(logits), rows_at_once):
+        rows = slice(begin, begin + rows_at_once)
+        found.append(find_tokens(logits[rows], points[rows], settings))
+    token, share, stretched, logp = [np.concatenate(parts) for parts in zip(*found)]  # all (R, M)
 
     # Points ascend, and so do tokens: the samples that take the same token stand side by side.
-    token, share, stretched, logp = [
-        values.cpu().numpy() for values in (token, share, stretched, logp)
-    ]
     parent, first, count = runs_of_equals(token, [response.count for response in responses])
     draws = zip(
         parent.tolist(),
@@ -284,6 +277,34 @@ def look_up(logits, points, spacing, responses: list[Response], settings: Settin
         (spacing[parent] / share[parent, first]).tolist(),
     )
     return [Draw(*values) for values in draws]
+
+
+def find_tokens(logits: torch.Tensor, points: np.ndarray, settings: Settings) -> list[np.ndarray]:
+    """Of each of points (R, M), four arrays (R, M): the token in whose interval it lies, how long
+    the interval is, where the point is when the interval is stretched to [0, 1), and the token's
+    log-probability at temperature 1.
+
+    Tokens less than min_p times as probable as the best, at temperature 1, are never drawn (min-p
+    sampling, Nguyen et al., 2024)."""
+    precision = torch.float32 if logits.device.type == "mps" else torch.float64
+    logps = logits.to(precision).log_softmax(-1)  # (R, V)
+    tempered = logps / settings.temperature
+    if settings.min_p > 0:
+        too_rare = logps < logps.amax(-1, keepdim=True) + math.log(settings.min_p)
+        tempered = tempered.masked_fill(too_rare, -torch.inf)
+    shares = tempered.softmax(-1)  # (R, V): how often each token is drawn
+    ends = shares.cumsum(-1)  # token t covers [ends[t] - shares[t], ends[t])
+
+    # `below_one` and the last end guard against rounding; without it points would stay as they are.
+    below_one = 1 - torch.finfo(precision).eps
+    points = torch.from_numpy(points).to(logits.device, precision).clamp(max=below_one)
+    points = points * ends[:, -1:]
+    token = torch.searchsorted(ends, points, right=True)  # (R, M): the first that ends beyond it
+    share = shares.gather(1, token)
+    stretched = (points - (ends.gather(1, token) - share)) / share
+    stretched = stretched.clamp(0, below_one)
+    logp = logps.gather(1, token)
+    return [values.cpu().numpy() for values in (token, share, stretched, logp)]
 
 
 def runs_of_equals(token: np.ndarray, counts: list[int]):
@@ -300,15 +321,17 @@ def runs_of_equals(token: np.ndarray, counts: list[int]):
 
 
 def beams(logits: torch.Tensor, responses: list[Response], settings: Settings) -> list[Draw]:
-    """Beam search: not samples, but the n most probable continuations of a state, those that have
-    ended included. With n = 1 this is greedy decoding. (Responses of a state are neighbours.)"""
+    """Beam search: not samples, but the n most probable continuations of a state. Beams that have
+    ended keep their place among the n. With n = 1 this is greedy decoding. (The responses of a
+    state are neighbours.)"""
     logps = logits.float().log_softmax(-1)  # (R, V)
     draws = []
     begin = 0
     for expansion, group in groupby(responses, key=lambda response: response.expansion):
-        totals = torch.tensor([[sum(beam.logps)] for beam in group], device=logits.device)
+        totals = [[sum(beam.logps)] for beam in group]
+        totals = torch.tensor(totals, device=logits.device)  # (beams, 1)
         own_logps = logps[begin : begin + len(totals)]  # (beams, V)
-        wanted = min(settings.samples_a_state() - len(expansion.ended), own_logps.numel())
+        wanted = min(settings.samples_per_state() - len(expansion.ended), own_logps.numel())
         most_probable = (totals + own_logps).flatten().topk(wanted).indices
         for index in most_probable.tolist():
             beam_number, token = divmod(index, logits.shape[1])
@@ -317,35 +340,12 @@ def beams(logits: torch.Tensor, responses: list[Response], settings: Settings) -
     return draws
 
 
-# ---- 3. The engine: the states of many problems, one token a step --------------------------------
-# For one problem alone, slowly, and without a cache, the generator above would be driven like this:
-#
-#     frontier = next(algorithm)                  # the prompt
-#     until the algorithm ends:
-#         samples = []
-#         for state in frontier:
-#             growing = [state]
-#             while growing:
-#                 logits = what the model says after the prompt and each of `growing`
-#                 growing = a longer Response for each draw of sampling_rule(logits, growing, ...)
-#                 samples += those of `growing` that have ended, which are taken out of it
-#         frontier = algorithm.send(samples)
-#
-# The engine does the same for many states of many problems at once. The cache keeps what has been
-# computed, so that no beginning is computed twice. A state with n = 4, prompt in slots 1 and 2:
-#
-#     growing                             slot_table      then
-#     x4                                  [1, 2]          all four draw "7"
-#     "7" x4                              [1, 2, 3]       three draw "*", one draws "+"
-#     "7*" x3, "7+" x1                    [1, 2, 3, 4]    two draw "5"; one draws "<backtrack>", and
-#                                         [1, 2, 3, 5]    has ended; one draws "2"
-#     "7*5" x2, "7+2" x1                  [1, 2, 3, 4, 6]
-#                                         [1, 2, 3, 5, 7]
+# ---- 3. One problem, slowly ----------------------------------------------------------------------
 
 
 @dataclass(eq=False)
 class Search:
-    """One problem's search."""
+    """One problem's search: the algorithm, and who gets samples for it."""
 
     index: int  # the problem's place among those given
     prompt: list[int]
@@ -353,9 +353,6 @@ class Search:
     algorithm: Generator[list[Response], list[Response], None]
     expansions: list["Expansion"] = field(default_factory=list)  # of the states of its frontier
     all_samples: list[Response] = field(default_factory=list)
-
-    def has_its_samples(self) -> bool:
-        return all(expansion.finished for expansion in self.expansions)
 
     def advance(self) -> None:
         """Give the algorithm the samples that it waits for. It yields the next frontier, or ends;
@@ -368,8 +365,8 @@ class Search:
             frontier = self.algorithm.send(samples or None)  # at first None, which starts it
         except StopIteration:
             frontier = []
-        for sample in samples:
-            sample.slots = ()  # what no state of the frontier needs goes back to the cache
+        for sample in samples:  # only now, because the new states have taken over what they need
+            sample.slots = ()
         self.expansions = [Expansion(self, state, place) for place, state in enumerate(frontier)]
 
 
@@ -384,9 +381,81 @@ class Expansion:
     ended: list[Response] = field(default_factory=list)  # the samples that have ended
     finished: bool = False  # have all samples ended?
 
+    def begin(self, seed: int) -> Response:
+        """All samples of the state together, before they draw their first token."""
+        self.rng = np.random.default_rng([seed, self.search.key, self.state.round, self.place])
+        self.ended = []
+        spacing = 1 / self.state.count
+        first_point = spacing * self.rng.random()
+        return replace(self.state, expansion=self, first_point=first_point, spacing=spacing)
+
+    def extend(self, parent: Response, draw: Draw) -> Response:
+        """The Response of the samples that take a token."""
+        first_point = draw.first_point
+        # Beyond a spacing of 1 no second point fits into [0, 1). A single sample may be anywhere in
+        # it, and draws a new point at each step: else its digits would be used up by stretching.
+        if draw.spacing > 1:
+            first_point = self.rng.random()
+        return replace(
+            parent,
+            tokens=parent.tokens + (draw.token,),
+            logps=parent.logps + (draw.logp,),
+            count=draw.count,
+            first_point=first_point,
+            spacing=draw.spacing,
+        )
+
+
+def has_ended(response: Response, tokenizer: Tokenizer, settings: Settings) -> bool:
+    if len(response.tokens) == settings.max_new_tokens:
+        return True
+    return response.tokens[-1] in (tokenizer.eos, tokenizer.backtrack)
+
+
+@torch.inference_mode()
+def search_slowly(
+    model: Llama, tokenizer: Tokenizer, prompt: list[int], key: int, settings: Settings
+) -> list[Response]:
+    """All samples of one problem's search, state by state and without a cache. The engine below
+    gives the same, for many problems at once; the tests compare them."""
+    device = model.lm_head.weight.device
+    sampling_rule = settings.sampling_rule()
+    search = Search(0, prompt, key, settings.algorithm(tokenizer))
+    search.advance()
+    while search.expansions:
+        for expansion in search.expansions:
+            growing = [expansion.begin(settings.seed)]
+            while growing:
+                input_ids = [prompt + list(response.tokens) for response in growing]
+                input_ids = torch.tensor(input_ids, device=device)  # (R, T): all of one length
+                logits = model(input_ids)[:, -1]  # (R, V)
+                children = []
+                for draw in sampling_rule(logits, growing, settings):
+                    children.append(expansion.extend(growing[draw.parent], draw))
+                growing = []
+                for child in children:
+                    is_over = has_ended(child, tokenizer, settings)
+                    (expansion.ended if is_over else growing).append(child)
+        search.advance()
+    return search.all_samples
+
+
+# ---- 4. The engine: many problems, fast ----------------------------------------------------------
+# All states of many problems go on together, one token a step, and the cache keeps what has been
+# computed. A state with n = 4, its prompt in the slots 1 and 2:
+#
+#     growing      slot_table         draws
+#     ""      x4   [1, 2]             four take "7"
+#     "7"     x4   [1, 2, 3]          three take "*", one takes "+"
+#     "7*"    x3   [1, 2, 3, 4]       two take "5", one takes "6"
+#     "7+"    x1   [1, 2, 3, 5]       takes "5"
+#     "7*5"   x2   [1, 2, 3, 4, 6]
+#     "7*6"   x1   [1, 2, 3, 4, 7]
+#     "7+5"   x1   [1, 2, 3, 5, 8]
+
 
 class Engine:
-    """Expands states, one token a step. States join whenever there is room.
+    """Draws the samples of many states, one token a step. States join whenever there is room.
 
     The rows of `slot_table` and `logits` belong to the responses of `growing`, in order.
     """
@@ -426,13 +495,12 @@ class Engine:
         parents, children = [], []
         for draw in self.sampling_rule(self.logits, self.growing, self.settings):
             parent = self.growing[draw.parent]
-            child = self.extend(parent, draw)
-            if self.has_ended(child):
+            child = parent.expansion.extend(parent, draw)
+            if has_ended(child, self.tokenizer, self.settings):
                 parent.expansion.ended.append(child)
+                child.expansion = None  # no cycle of references may hold slots, see Slot
             else:
                 child.slots = parent.slots + (self.cache.lend(),)
-                # An ended sample has no expansion: they would refer to each other, and keep slots.
-                child.expansion = parent.expansion
                 parents.append(draw.parent)
                 children.append(child)
         self.growing = children
@@ -449,62 +517,34 @@ class Engine:
         return self.finish()
 
     def finish(self) -> list[Search]:
-        """Let go of expansions whose samples have all ended. Returns their searches, if no other
-        state of the frontier is still expanded."""
+        """Take out the expansions whose samples have all ended. Returns the searches whose whole
+        frontier has ended with them."""
         going_on = {response.expansion for response in self.growing}
-        finished = [expansion for expansion in self.expansions if expansion not in going_on]
-        self.expansions = [expansion for expansion in self.expansions if expansion in going_on]
+        for expansion in self.expansions:
+            expansion.finished = expansion not in going_on
+        finished = [expansion for expansion in self.expansions if expansion.finished]
+        self.expansions = [expansion for expansion in self.expansions if not expansion.finished]
+        searches = {}  # as a set, but in order
         for expansion in finished:
-            expansion.finished = True
             expansion.state.slots = ()
-        searches = dict.fromkeys(expansion.search for expansion in finished)
-        return [search for search in searches if search.has_its_samples()]
-
-    def extend(self, parent: Response, draw: Draw) -> Response:
-        """The Response of the samples that take a token."""
-        first_point = draw.first_point
-        # A single sample may be anywhere in [0, 1). It draws a new point at each step, because
-        # stretching uses up the digits of the old one.
-        if draw.spacing > 1:
-            first_point = parent.expansion.rng.random()
-        return Response(
-            tokens=parent.tokens + (draw.token,),
-            logps=parent.logps + (draw.logp,),
-            count=draw.count,
-            round=parent.round,
-            inherited=parent.inherited,
-            slots=parent.slots,
-            first_point=first_point,
-            spacing=draw.spacing,
-        )
-
-    def has_ended(self, response: Response) -> bool:
-        if len(response.tokens) == self.settings.max_new_tokens:
-            return True
-        return response.tokens[-1] in (self.tokenizer.eos, self.tokenizer.backtrack)
+            if all(other.finished for other in expansion.search.expansions):
+                searches[expansion.search] = True
+        return list(searches)
 
     def begin(self, expansions: list[Expansion]) -> None:
         """Begin to expand states, *either* new prompts *or* branches. A new prompt passes the model
-        whole. Of a branch the last token passes it again, into a new slot, because the cache holds
-        no logits. (Not both at once: a branch's token would be padded to the length of a prompt,
-        and its row of the slot table has no columns for that.)"""
+        whole. A branch has its keys and values in the cache, but not the logits after its last
+        token: so this token passes the model again, into a new slot. (Not both at once: a branch's
+        token would be padded to the length of a prompt, for which its row has no columns.)"""
         beginnings, new_tokens = [], []
         slot_table = torch.zeros(len(expansions), self.slot_table.shape[1], dtype=torch.int64)
         for own_slots, expansion in zip(slot_table, expansions):
-            search, state = expansion.search, expansion.state
-            seed = [self.settings.seed, search.key, state.round, expansion.place]
-            expansion.rng = np.random.default_rng(seed)
-            reused_slots = state.slots[:-1]  # of a new prompt: none
-            to_feed = (search.prompt + list(state.tokens))[len(reused_slots) :]
+            beginning = expansion.begin(self.settings.seed)
+            reused_slots = beginning.slots[:-1]  # a new prompt has none
+            tokens = expansion.search.prompt + list(beginning.tokens)
+            to_feed = tokens[len(reused_slots) :]
             new_slots = tuple(self.cache.lend() for _ in to_feed)
-            spacing = 1 / state.count
-            beginning = replace(
-                state,
-                slots=reused_slots + new_slots,
-                expansion=expansion,
-                first_point=spacing * expansion.rng.random(),
-                spacing=spacing,
-            )
+            beginning.slots = reused_slots + new_slots
             numbers = [slot.number for slot in beginning.slots]
             own_slots[: len(numbers)] = torch.tensor(numbers)
             beginnings.append(beginning)
@@ -524,19 +564,19 @@ class Engine:
         occur: for every new one a library builds, and keeps, a kernel."""
         device = slot_table.device
         filler = [[0]] * (-len(responses) % 16)  # rows of one token in slot 0
-        begins = [len(response.slots) - len(new) for response, new in zip(responses, new_tokens)]
-        begins = torch.tensor(begins + [0] * len(filler), device=device)
+        cached = [len(response.slots) - len(new) for response, new in zip(responses, new_tokens)]
+        cached = torch.tensor(cached + [0] * len(filler), device=device)  # tokens, by row
         new_tokens = new_tokens + filler
         longest = max(len(new) for new in new_tokens)
         input_ids = [new + [0] * (longest - len(new)) for new in new_tokens]
         input_ids = torch.tensor(input_ids, device=device)  # (rows, T), padded on the right
         last = torch.tensor([len(new) - 1 for new in new_tokens], device=device)
-        positions = begins[:, None] + torch.arange(longest, device=device)
+        positions = cached[:, None] + torch.arange(longest, device=device)
         width = max(len(response.slots) for response in responses)
         width = min(width + -width % 8, slot_table.shape[1])
         slots = F.pad(slot_table[:, :width], (0, 0, 0, len(filler)))  # (rows, S)
-        cached = CachedRows(self.cache, slots, positions)
-        return self.model(input_ids, cached_rows=cached, last=last)[: len(responses)]
+        cached_rows = CachedRows(self.cache, slots, positions)
+        return self.model(input_ids, cached_rows=cached_rows, last=last)[: len(responses)]
 
     # Memory: how many states are expanded together. A first reading may pass over what follows.
 
@@ -547,33 +587,32 @@ class Engine:
         """Begin to expand states that wait: branches first, because they hold slots."""
         for queue in (self.branches, self.new_prompts):
             places = self.free_places()
-            # A call of the model costs much the same for one state as for many: wait for a group.
-            worth_a_call = places > self.settings.batch_size // 4 or not self.expansions
+            # A call of the model costs much the same for one state as for many: so wait until a
+            # quarter of all places is free.
+            worth_a_call = places > (places + len(self.expansions)) // 4
             if queue and worth_a_call:
                 self.begin([queue.popleft() for _ in range(min(places, len(queue)))])
 
     def free_places(self) -> int:
-        """How many more states may join: batch_size less those that are there; and half of the
-        cache is kept free for these to grow, so that there must be slots beyond it. If nothing is
-        expanded, one state may always join.
-
-        A state is reckoned to need slots for one whole response and, because samples share their
-        beginnings, for eight tokens more a sample. If it needs still more, see make_room."""
-        slots_a_state = self.slot_table.shape[1] + 8 * self.settings.samples_a_state()
-        slots_beyond_half = len(self.cache.free) - self.cache.kv.shape[2] // 2
+        """How many more states may join. There are batch_size places, and each state is reckoned to
+        need slots for one whole response and, because samples share their beginnings, for eight
+        tokens more a sample. (If it needs still more, see make_room.) Of all slots half are kept
+        free for the states that are there to grow. If none is there, one may always join."""
+        slots_per_state = self.slot_table.shape[1] + 8 * self.settings.samples_per_state()
+        spare_slots = len(self.cache.free) - self.cache.kv.shape[2] // 2
         places = self.settings.batch_size - len(self.expansions)
-        places = min(places, slots_beyond_half // slots_a_state)
+        places = min(places, spare_slots // slots_per_state)
         return places if self.expansions else max(places, 1)
 
     def make_room(self) -> None:
-        """A step needs at most a slot for every sample. While fewer are free, the youngest
-        expansion is given up: it waits again, and will draw the same samples, because `begin` seeds
-        its random numbers anew. Raises UserError if no other is left."""
+        """A step needs at most one slot for each sample. While fewer are free, give up the youngest
+        expansion: it waits again, and will draw the same samples, because they depend on the seed
+        alone. Raises UserError if no other is left."""
         while sum(response.count for response in self.growing) > len(self.cache.free):
             if len(self.expansions) == 1:
                 raise UserError("the cache is too small for one state's samples: more --cache_gib")
             youngest = self.expansions.pop()
-            youngest.ended = []
+            youngest.ended = []  # its slots are free again
             self.growing = [
                 response for response in self.growing if response.expansion is not youngest
             ]
@@ -582,7 +621,7 @@ class Engine:
             self.queue_of(youngest).appendleft(youngest)
 
 
-# ---- 4. Many problems ----------------------------------------------------------------------------
+# ---- 5. Many problems ----------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -610,7 +649,7 @@ def decode(
                 yield search.index, search.all_samples
 
 
-# ---- 5. Measuring --------------------------------------------------------------------------------
+# ---- 6. Measuring --------------------------------------------------------------------------------
 
 
 def judge(tokenizer: Tokenizer, problem: dict, samples: list[Response], settings: Settings) -> dict:

@@ -6,7 +6,7 @@ tokens of a step, of rows of both kinds. Which tokens carry a label: `no_loss_sp
 
     python train.py                                         a small model from scratch, 5 minutes
     python train.py --ckpt unsloth/Llama-3.2-1B --data yangxw/countdown-backtracking --grad_accum 2
-    torchrun --nproc_per_node=2 -- train.py                 the same on two devices
+    torchrun --nproc_per_node=2 -- train.py                 on two devices, twice the rows a step
 """
 
 import argparse
@@ -57,22 +57,119 @@ from model import (
 )
 from search import Settings, compare, evaluate
 
-# ---- 1. Batches ----------------------------------------------------------------------------------
+# ---- 1. The loop ---------------------------------------------------------------------------------
+
+
+def fit(
+    model: Llama,
+    batches: "Batches",
+    steps: int,
+    lr: float,
+    warmup: int,
+    weight_decay: float = 0.1,
+    muon: bool = True,
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
+    state: dict | None = None,
+    report_every: int = 1000,
+    report=None,
+) -> None:
+    """Train `model` in place. dtype: what autocast computes in. After every `report_every` steps,
+    and after the last, report(loss, state) is called. To resume, give this state, {"step",
+    "optimizer"}, to another call."""
+    device, rank, world = device_rank_world()
+    model.model.compiled_layer = torch.compile(LlamaDecoderLayer.forward) if compiled else None
+    parallel = model
+    if world > 1:
+        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # In fp16 small gradients would become 0: so the loss, and with it the gradients, are scaled up.
+    # A step whose gradients overflow is then skipped as a whole, but only if AdamW is not fused.
+    scaled = dtype == torch.float16
+    optimizer = make_optimizer(model, muon, lr, weight_decay, fused=not scaled)
+    scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    first_step = 0
+    if state:
+        first_step = state["step"]
+        optimizer.load_state_dict(state["optimizer"])
+    stream = stream_batches(batches, first_step, steps, device)
+    progress = tqdm(range(first_step, steps), "train", steps, initial=first_step, disable=rank > 0)
+    smooth_loss = None  # a moving average
+    for step in progress:
+        # The loss is one mean over the labelled tokens of all ranks and parts: count them first.
+        parts = [part.to(device, non_blocking=True) for part in next(stream)]
+        num_labels = sum((labels[:, 1:] != -100).sum() for _, labels in parts)
+        num_labels = sum_over_ranks(num_labels).clamp(min=1)
+
+        # Forward and backward. Gradients of parts and ranks are to be added up, but DDP takes the
+        # mean over ranks: so multiply by their number.
+        loss = torch.zeros((), device=device)
+        for part_number, (input_ids, labels) in enumerate(parts):
+            if world > 1:  # ranks exchange gradients once a step, at its last part
+                parallel.require_backward_grad_sync = part_number == len(parts) - 1
+            with autocast():
+                part_loss = parallel(input_ids, labels=labels) / num_labels
+            scaler.scale(part_loss * world).backward()
+            loss += part_loss.detach()
+
+        # Clip, set the learning rate, take the step.
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, lr, warmup)
+        with autocast():  # for Muon's matrix products
+            scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        # Report.
+        loss = sum_over_ranks(loss)
+        smooth_loss = loss if smooth_loss is None else 0.98 * smooth_loss + 0.02 * loss
+        if rank == 0 and step % 20 == 0:  # not at every step, because it waits for the device
+            progress.set_postfix(loss=f"{float(smooth_loss):.4f}")
+        if report and ((step + 1) % report_every == 0 or step + 1 == steps):
+            report(float(smooth_loss), {"step": step + 1, "optimizer": optimizer_state(optimizer)})
+
+
+def learning_rate(step: int, steps: int, lr: float, warmup: int) -> float:
+    """Linear warm-up, then half a cosine down to zero."""
+    return lr * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+@torch.no_grad()
+def mean_loss(model: Llama, batches: list[torch.Tensor]) -> float:
+    """Mean cross-entropy over all labelled tokens of batches (2, B, T)."""
+    total_loss = 0.0
+    labelled = 0
+    for input_ids, labels in batches:
+        total_loss += float(model(input_ids, labels=labels))
+        labelled += int((labels[:, 1:] != -100).sum())
+    return round(total_loss / labelled, 4)
+
+
+# ---- 2. Batches ----------------------------------------------------------------------------------
 
 
 class Batches(Dataset):
-    """Training rows as batches. An item is a list of 16 steps. A step is a list of `accum` parts,
-    whose gradients are added up. A part is a batch: a tensor (2, B, T) int64 of input_ids and
-    labels.
+    """Training rows as batches. An item is a list of 16 optimizer steps. A step is a list of
+    `accum` parts, whose gradients are added up. A part is a batch: a tensor (2, B, T) int64 of
+    input_ids and labels.
 
         item 0   step 0   part 0   (2, B, T)
                           part 1   (2, B, T)
                  step 1   part 0   (2, B, T)
                           ...
 
-    The rows of an item are sorted by length before they are cut into steps, so that a batch needs
-    little padding. All ranks draw the same rows, batch_size * accum * world a step, and each takes
-    its share: how a step is split over ranks and parts does not change its gradient.
+    An item is what one worker process makes at a time. It is 16 steps so that rows of like length
+    can be put together: they are sorted before they are cut into steps, and little is padding. All
+    ranks draw the same rows, batch_size * accum * world a step, and each takes its share: how a
+    step is split over ranks and parts does not change its gradient.
 
     rows: a list, read epoch after epoch, shuffled anew each time; or the record of generated data,
         an endless stream, of which every row is seen once.
@@ -86,7 +183,7 @@ class Batches(Dataset):
     ):
         self.rows = rows
         self.tokenizer = tokenizer
-        self.step_rows = batch_size * accum * world
+        self.rows_per_step = batch_size * accum * world
         self.accum = accum
         self.seed = seed
         self.rank = rank
@@ -95,15 +192,15 @@ class Batches(Dataset):
 
     def __getitem__(self, item_number: int) -> list[list[torch.Tensor]]:
         """For each of 16 steps, its `accum` batches."""
-        count = self.STEPS * self.step_rows
+        count = self.STEPS * self.rows_per_step
         encoded = self.tokenizer.encode_rows(self.draw(item_number * count, count), self.mask)
         encoded.sort(key=lambda row: len(row[0]))
         steps = []
-        for begin in range(0, count, self.step_rows):
-            step_rows = encoded[begin : begin + self.step_rows]
-            own_rows = step_rows[self.rank :: self.world]
+        for begin in range(0, count, self.rows_per_step):
+            step_rows = encoded[begin : begin + self.rows_per_step]
+            own_rows = step_rows[self.rank :: self.world]  # every world-th row,
             parts = [self.pad_rows(own_rows[part :: self.accum]) for part in range(self.accum)]
-            steps.append(parts)
+            steps.append(parts)  # and of these, for each part, every accum-th
         order = np.random.default_rng([self.seed, item_number]).permutation(self.STEPS)
         return [steps[step] for step in order]
 
@@ -131,124 +228,29 @@ class Batches(Dataset):
         return torch.tensor([padded_ids, padded_labels])
 
 
-# ---- 2. The loop ---------------------------------------------------------------------------------
-
-
-def fit(
-    model: Llama,
-    batches: Batches,
-    steps: int,
-    lr: float,
-    warmup: int,
-    weight_decay: float = 0.1,
-    muon: bool = True,
-    dtype: torch.dtype = torch.float32,
-    compiled: bool = False,
-    state: dict | None = None,
-    report_every: int = 1000,
-    report=None,
-) -> None:
-    """Train `model` in place. dtype: what autocast computes in. After every `report_every` steps,
-    and after the last, report(loss, state) is called; a later call that is given this state,
-    {"step", "optimizer"}, goes on from there."""
-    device, rank, world = device_rank_world()
-    model.model.compiled_layer = torch.compile(LlamaDecoderLayer.forward) if compiled else None
-    parallel = model
-    if world > 1:
-        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    # In fp16 small gradients would become 0. So the loss is scaled up, and gradients are scaled
-    # down again before they are clipped, which torch cannot combine with fused AdamW.
-    scaled = dtype == torch.float16
-    optimizer = make_optimizer(model, muon, lr, weight_decay, fused=not scaled)
-    scaler = torch.amp.GradScaler(device.type, enabled=scaled)
-    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
-    first_step = 0
-    if state:
-        first_step = state["step"]
-        optimizer.load_state_dict(state["optimizer"])
-    stream = stream_batches(batches, first_step, steps, device)
-    progress = tqdm(range(first_step, steps), "train", steps, initial=first_step, disable=rank > 0)
-    smooth_loss = None  # the loss, averaged over the last steps
-    for step in progress:
-        # The loss is one mean over the labelled tokens of all ranks and parts: count them first.
-        step_parts = [part.to(device, non_blocking=True) for part in next(stream)]
-        labelled = sum((labels[:, 1:] != -100).sum() for _, labels in step_parts)
-        labelled = sum_over_ranks(labelled).clamp(min=1)
-
-        # Forward and backward. DDP divides the sum of gradients by `world`: multiply it back.
-        loss = torch.zeros((), device=device)
-        for part, (input_ids, labels) in enumerate(step_parts):
-            if world > 1:  # ranks meet once a step, at its last part
-                parallel.require_backward_grad_sync = part == len(step_parts) - 1
-            with autocast():
-                part_loss = parallel(input_ids, labels=labels) / labelled
-            scaler.scale(part_loss * world).backward()
-            loss += part_loss.detach()
-
-        # Clip, set the learning rate, take the step.
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, lr, warmup)
-        with autocast():  # for Muon's matrix products
-            scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-        # Report.
-        loss = sum_over_ranks(loss)
-        smooth_loss = loss if smooth_loss is None else torch.lerp(loss, smooth_loss, 0.98)
-        if rank == 0 and step % 20 == 0:  # not at every step, because it waits for the device
-            progress.set_postfix(loss=f"{float(smooth_loss):.4f}")
-        if report and ((step + 1) % report_every == 0 or step + 1 == steps):
-            report(float(smooth_loss), {"step": step + 1, "optimizer": optimizer_state(optimizer)})
-
-
-def learning_rate(step: int, steps: int, lr: float, warmup: int) -> float:
-    """Linear warm-up, then half a cosine down to zero."""
-    return lr * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-
-
-def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    if dist.is_initialized():
-        dist.all_reduce(value)
-    return value
-
-
 def stream_batches(batches: Batches, first_step: int, steps: int, device: torch.device):
     """Yields the parts of step after step, from first_step on. If there is a GPU, processes on the
     other cores make them."""
     on_gpu = device.type == "cuda"
-    cores_a_rank = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores_per_rank = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     loader = DataLoader(
         batches,
         batch_size=None,
         sampler=range(first_step // batches.STEPS, -(-steps // batches.STEPS)),
-        num_workers=max(cores_a_rank - 1, 1) if on_gpu else 0,
+        num_workers=max(cores_per_rank - 1, 1) if on_gpu else 0,
         pin_memory=on_gpu,
     )
     stream = itertools.chain.from_iterable(loader)
     return itertools.islice(stream, first_step % batches.STEPS, None)
 
 
-@torch.no_grad()
-def mean_loss(model: Llama, batches: list[torch.Tensor]) -> float:
-    """Mean cross-entropy over all labelled tokens of batches (2, B, T)."""
-    total_loss = 0.0
-    labelled = 0
-    for input_ids, labels in batches:
-        total_loss += float(model(input_ids, labels=labels))
-        labelled += int((labels[:, 1:] != -100).sum())
-    return round(total_loss / labelled, 4)
-
-
 # ---- 3. The optimizer ----------------------------------------------------------------------------
 
 
 def make_optimizer(model: Llama, muon: bool, lr: float, weight_decay: float, fused: bool):
-    """AdamW, or Muon for the layers' matrices and AdamW for the rest. On several ranks the state of
-    each parameter lives on one of them, which updates the parameter and sends it to the others
-    (ZeRO's first stage)."""
+    """AdamW, or Muon for the layers' matrices and AdamW for the rest. On several ranks each keeps
+    the optimizer's state of its own share of the parameters, updates these, and sends them to the
+    others (ZeRO's first stage)."""
     matrices, embeddings, gain_vectors = [], [], []
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
@@ -281,9 +283,9 @@ def optimizer_state(optimizer) -> dict:
 class Muon(torch.optim.AdamW):
     """Muon (Jordan et al., 2024) for the parameter groups that say "orthogonal"; AdamW for others.
 
-    A matrix moves by its momentum (the gradients' moving average), made orthogonal: so all its
-    directions change at the same rate, and a model from scratch needs far fewer steps. The update
-    is scaled to the size of AdamW's, 0.2 an entry (Liu et al., 2025). torch.optim.Muon always
+    A matrix moves by the moving average of its gradients, made orthogonal: so all its directions
+    change at the same rate, and a model from scratch needs far fewer steps. The entries of an
+    update are 0.2 * lr in size, about as AdamW's are (Liu et al., 2025). torch.optim.Muon always
     multiplies in bf16, which many CPUs only emulate, slowly; this one obeys autocast.
     """
 
@@ -296,7 +298,7 @@ class Muon(torch.optim.AdamW):
 
     def step_matrices(self, group: dict) -> None:
         momentum = group["momentum"]
-        by_shape = defaultdict(list)  # shape: (matrix, what is to be made orthogonal) of each
+        by_shape = defaultdict(list)  # shape: [(matrix, what to make orthogonal), ...]
         for matrix in group["params"]:
             if matrix.grad is None:
                 continue
@@ -305,11 +307,12 @@ class Muon(torch.optim.AdamW):
                 state["step"] = torch.zeros(())  # AdamW.load_state_dict expects one
                 state["average"] = torch.zeros_like(matrix)
             state["average"].lerp_(matrix.grad, 1 - momentum)
-            look_ahead = matrix.grad.lerp(state["average"], momentum)  # Nesterov's momentum
+            look_ahead = matrix.grad.lerp(state["average"], momentum)  # Nesterov: average once more
             by_shape[matrix.shape].append((matrix, look_ahead))
             matrix.grad = None  # AdamW has nothing left to do here
         for shape, pairs in by_shape.items():  # all matrices of a shape at once
             updates = orthogonal(torch.stack([look_ahead for _, look_ahead in pairs]))
+            # an orthogonal matrix's entries are 1 / sqrt(longer side) in size
             step_size = 0.2 * group["lr"] * max(shape) ** 0.5
             for (matrix, _), update in zip(pairs, updates):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
@@ -409,10 +412,10 @@ class Reporter:
         device, rank, _ = device_rank_world()
         seconds = time.perf_counter() - self.last_time
         steps = state["step"] - self.last_step
-        step_rows = self.batches.step_rows
-        log_line = {"step": state["step"], "rows": state["step"] * step_rows}
+        rows_per_step = self.batches.rows_per_step
+        log_line = {"step": state["step"], "rows": state["step"] * rows_per_step}
         log_line["loss"] = round(loss, 4)
-        log_line["rows_per_s"] = round(steps * step_rows / seconds, 1)
+        log_line["rows_per_s"] = round(steps * rows_per_step / seconds, 1)
         if device.type == "cuda":  # of this rank
             log_line["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         for split, rows in self.validation.items():

@@ -202,7 +202,7 @@ def test_resuming_takes_the_first_runs_settings_but_what_is_given_wins(program, 
     expected = {"steps": 40, "lr": 0.125, "warmup": 7, "weight_decay": 0.01, "muon": True}
     assert call.items() >= expected.items()
     batches = call["batches"]
-    assert (batches.step_rows, batches.accum, batches.seed) == (32, 2, 5)
+    assert (batches.rows_per_step, batches.accum, batches.seed) == (32, 2, 5)
     assert batches.mask == "action"
     stream = {"seed": 5, "sizes": [2], "mistakes": ["exploratory"]}
     assert batches.rows.items() >= stream.items()
@@ -213,7 +213,7 @@ def test_a_checkpoint_is_fine_tuned_by_the_papers_settings(program, fitted, ckpt
     [call] = fitted.calls
     expected = {"steps": 46875, "lr": 1e-5, "warmup": 1, "weight_decay": 0.01, "muon": False}
     assert call.items() >= expected.items()
-    assert call["batches"].step_rows == 16
+    assert call["batches"].rows_per_step == 16
     assert call["batches"].mask == "action"
 
 
@@ -227,7 +227,7 @@ def test_a_model_from_scratch_has_settings_of_its_own(program, fitted, tmp_path)
     [call] = fitted.calls
     expected = {"steps": 6000, "lr": 3e-3, "warmup": 100, "weight_decay": 0.1, "muon": True}
     assert call.items() >= expected.items()
-    assert call["batches"].step_rows == 64
+    assert call["batches"].rows_per_step == 64
     assert call["batches"].mask == "choice"
 
 
@@ -237,7 +237,7 @@ def test_flags_reach_the_loop(program, fitted, tmp_path):
     [call] = fitted.calls
     expected = {"dtype": torch.bfloat16, "compiled": True, "muon": False, "report_every": 7}
     assert call.items() >= expected.items()
-    assert call["batches"].step_rows == 3 * 64
+    assert call["batches"].rows_per_step == 3 * 64
     assert call["batches"].rows["mistakes"] == []
 
 

@@ -499,6 +499,17 @@ def test_best_of_n_is_a_search_that_never_steps_back(precise):
     assert list(map(facts, best_of_n)) == list(map(facts, never_back))
 
 
+@pytest.mark.parametrize("decoder", search.DECODERS)
+@pytest.mark.parametrize("independent", [False, True])
+def test_the_engine_gives_what_the_slow_search_gives(precise, decoder, independent):
+    """Against search.search_slowly: the same rules, but state by state and without a cache."""
+    settings = replace(SHORT, decoder=decoder, independent=independent, b=2, seed=3)
+    engine = list(decode(precise, PROBLEMS, range(8), settings))
+    for key, prompt in enumerate(TOK.prompts(PROBLEMS)):
+        slowly = search.search_slowly(precise, TOK, prompt, key, settings)
+        assert sorted(facts(slowly)) == sorted(facts(engine[key]))
+
+
 # ---- Samples depend on their keys alone ----------------------------------------------------------
 
 
