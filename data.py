@@ -24,7 +24,8 @@ the paper's mask. (--mask choice masks only `25*4=` of [25*4=100], see `no_loss_
 
 So the model learns to notice mistakes, but is not trained to make them. Detours and false goals are
 ours. A detour is right, but not the canonical way: unless the model sees some, it takes every
-unusual action for a mistake. A row of D_back may begin with one.
+unusual action for a mistake. It carries no loss, because the canonical way is the one to learn. A
+row of D_back may begin with one.
 
     python data.py --num 500000 --out data/
 """
@@ -62,8 +63,8 @@ def prompt_text(nums: list[int], target: int) -> str:
 
 
 # The rules of each operator: (a operator b, is it allowed?), for whole numbers or, elementwise, for
-# arrays of them. The solver tries each pair of numbers only once, with the larger as a. That is
-# enough as long as the other way round gives the same, or is not allowed.
+# arrays of them. The solver tries each pair of numbers only once, with the larger as a. So the
+# other way round must give the same, or be forbidden (0/5=0 is harmless, because 0*5=0).
 
 
 def add(a, b):
@@ -137,137 +138,12 @@ def verify(nums: list[int], target: int, response: str) -> Verdict:
     return Verdict(True)
 
 
-# ---- The exact solver: all programs of a block of problems, as arrays ----------------------------
-# A program is a choice at each step: of an operator, and of a pair of the numbers that are left.
-# Four numbers have 6 pairs, so that step 1 has 4 * 6 = 24 choices; then three numbers have 3 pairs,
-# and step 2 has 12 choices; and step 3 has 4: 24 * 12 * 4 = 1,152 programs a problem. All of them
-# are computed, because arrays do that 20 times faster than a recursion that stops early.
-#
-#     step 1: arrays (problems, 24)           [p, 5]: what choice 5 does in problem p
-#     step 2: arrays (problems, 24, 12)       [p, 5, 7]: what choice 7 does after choice 5
-#     step 3: arrays (problems, 24, 12, 4)    [p, 5, 7, 2]: what choice 2 does after both
-#
-# The axes before the last say what came before: the problem, and the choice of each earlier step.
-# Shapes write these axes as "...": at step 2, (..., choices) is (problems, 24, 12).
-#
-# A choice has the number: (the operator's number) * pairs + (the pair's number). For example, with
-# numbers 5, 3, 2 and the target 13, step 1 is
-#
-#     choice    0      1      2      3      4      5      6       7       8      9      10     11
-#     action    5+3    5+2    3+2    5-3    5-2    3-2    5*3     5*2     3*2    5/3    5/2    3/2
-#     result    8      7      5      2      3      1      15      10      6      1      2      1
-#     legal     yes    yes    yes    yes    yes    yes    yes     yes     yes    no     no     no
-#     effort    inf    inf    inf    inf    inf    inf    8.1     7.6     inf    inf    inf    inf
-#
-# Two choices can still lead to 13, by 15-2 and by 10+3; the second is the simpler solution.
-
-
-class Step(NamedTuple):
-    """Every choice of one step, after everything that may have come before."""
-
-    numbers: np.ndarray  # (..., m): the m numbers that are left
-    a: np.ndarray  # (..., pairs): the larger number of each pair
-    b: np.ndarray  # (..., pairs): the smaller number
-    result: np.ndarray  # (..., choices): all pairs added, then all subtracted, and so on
-    legal: np.ndarray  # (..., choices) bool: do this step and all steps before it obey the rules?
-
-
-def all_choices(numbers: np.ndarray, legal_before: np.ndarray) -> Step:
-    """Every choice where numbers (..., m) are left. legal_before (...) bool: did all steps up to
-    here obey the rules?"""
-    first, second = np.triu_indices(numbers.shape[-1], 1)  # the pairs, by their places in `numbers`
-    a = np.maximum(numbers[..., first], numbers[..., second])  # (..., pairs)
-    b = np.minimum(numbers[..., first], numbers[..., second])
-    results = []
-    allowed = []
-    for operator in OPERATORS:
-        result, obeys_rules = calculate(a, operator, b)
-        results.append(result)
-        allowed.append(np.broadcast_to(obeys_rules, a.shape))  # for + and * it is just True
-    legal = np.concatenate(allowed, -1) & legal_before[..., None]  # (..., choices)
-    return Step(numbers, a, b, np.concatenate(results, -1), legal)
-
-
-def remaining(step: Step) -> np.ndarray:
-    """(..., choices, m - 1): the numbers that are left after each choice; its result comes last."""
-    count = step.numbers.shape[-1]
-    unused = []  # for each pair the places of the other numbers
-    for pair in zip(*np.triu_indices(count, 1)):
-        unused.append([place for place in range(count) if place not in pair])
-    # (choices, m - 2): the list repeated, because it is the same for every operator
-    unused = np.array(unused * len(OPERATORS), int)
-    others = step.numbers[..., unused]  # (..., choices, m - 2)
-    return np.concatenate([others, step.result[..., None]], -1)
-
-
-def programs(nums: np.ndarray, stop_at: int = 1) -> tuple[list[Step], np.ndarray]:
-    """All ways to combine nums (problems, k) until `stop_at` numbers are left: the steps, and the
-    numbers that are left after them."""
-    largest = max(int(nums.max(initial=1)), 2) ** nums.shape[1]  # no result is larger
-    numbers_left = nums.astype(np.int32 if largest < 2**31 else np.int64)
-    numbers_left = -np.sort(
-        -numbers_left, axis=1
-    )  # so that it does not matter in which order they are written
-    legal = np.ones(len(nums), bool)
-    steps = []
-    while numbers_left.shape[-1] > stop_at:
-        step = all_choices(numbers_left, legal)
-        steps.append(step)
-        numbers_left = remaining(step)
-        legal = step.legal
-    return steps, numbers_left
-
-
-def expand_like(target: np.ndarray, array: np.ndarray) -> np.ndarray:
-    """target (problems,) as (problems, 1, 1, ...): so it compares with array (problems, ...)."""
-    return target.reshape(-1, *[1] * (array.ndim - 1))
-
-
-def solvable(nums: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """(problems,) bool: can any program reach target (problems,)? Faster than `plan_efforts`: what
-    the last step gives is compared with the target at once, and not stored."""
-    steps, numbers_left = programs(nums, stop_at=2)
-    a = np.maximum(
-        numbers_left[..., 0], numbers_left[..., 1]
-    )  # (problems, choices of step 1, of step 2, ...)
-    b = np.minimum(numbers_left[..., 0], numbers_left[..., 1])
-    wanted = expand_like(target.astype(a.dtype), a)
-    reached = np.zeros(a.shape, bool)
-    for operator in OPERATORS:
-        result, legal = calculate(a, operator, b)
-        reached |= (result == wanted) & legal
-    if steps:
-        reached &= steps[-1].legal
-    return reached.reshape(len(nums), -1).any(-1)
-
-
-def plan_efforts(steps: list[Step], target: np.ndarray) -> list[np.ndarray]:
-    """For each step (..., choices) float32: the effort of the simplest solution that makes this
-    choice after what came before; inf if no solution does, and the target (problems,) is lost.
-
-    A solution's effort: 4 for each * and /, and log2(result + 2) for each result but the last. One
-    canonical solution, the simplest, is far easier to learn than any one of many.
-
-    From the last step back, by dynamic programming."""
-    efforts = []
-    for step in reversed(steps):
-        pairs = step.a.shape[-1]
-        own_effort = [np.full(pairs, effort, np.float32) for _, effort in OPERATORS.values()]
-        own_effort = np.concatenate(own_effort)  # (choices,)
-        if efforts:
-            possible = step.legal
-            # of the best choice at the next step, for example (problems, 24, 12) -> (problems, 24)
-            onwards = efforts[0].min(-1)
-            total = own_effort + np.log2(step.result + 2, dtype=np.float32) + onwards
-        else:
-            possible = step.legal & (step.result == expand_like(target, step.result))
-            total = own_effort
-        efforts.insert(0, np.where(possible, total, np.float32(np.inf)))
-    return efforts
-
-
 # ---- Rows (paper, section 4.1) -------------------------------------------------------------------
-# From here on everything is about one response to one problem.
+# Everything here is about one response to one problem. What can follow a state has been worked out
+# by the exact solver, which comes later; take it on trust for now. For each choice, of an operator
+# and of a pair of the numbers that are left, it says whether the choice is `legal`, and what
+# `effort` the simplest solution takes that goes on with it: inf if the target cannot be reached
+# any more.
 
 
 class Action(NamedTuple):
@@ -288,7 +164,7 @@ class SolvedProblem(NamedTuple):
     nums: list[int]
     target: int
     index: int  # its place in the block
-    steps: list[Step]  # of the whole block: [index, ...] is this problem's
+    steps: list["Step"]  # of the whole block: [index, ...] is this problem's
     efforts: list[np.ndarray]  # likewise
 
 
@@ -322,8 +198,9 @@ class State:
 
 
 def make_row(rng: random.Random, problem: SolvedProblem, kinds: Sequence[str]) -> dict:
-    """A row of D_op or, with probability BACK, of D_back: {nums, target, search_path: the response,
-    kind, no_loss: the numbers, from 0, of its actions that carry no loss}."""
+    """A row of D_op or, with probability BACK, of D_back: {nums, target, search_path, kind,
+    no_loss}. search_path is the response (as the paper's dataset calls it); no_loss are the
+    numbers, from 0, of its actions that carry no loss."""
     states, actions, detour = draw_solution(rng, problem)
     row = {"nums": problem.nums, "target": problem.target}
     row["search_path"] = "".join(action.text() for action in actions) + GOAL
@@ -400,8 +277,8 @@ def computational(rng: random.Random, state: State) -> Mistake:
     """A false result: of a legal action; or, half of the time, of a division that is not exact, the
     most common false line of small models.
 
-    If it is the last action, it claims the target, three times in four. If not, an inexact quotient
-    is rounded down, half of the time. Else the result is off by 1 ... 9, or by 10, 20 ... 90."""
+    A last action claims the target, three times in four. Otherwise an inexact quotient is rounded
+    down, half of the time. All other results are off by 1 ... 9, or by 10, 20 ... 90."""
     target = state.problem.target
     legal = []
     inexact = []
@@ -449,8 +326,8 @@ def false_goal(rng: random.Random, state: State) -> Mistake | None:
     true quotient is between half of the target and twice the target."""
     problem = state.problem
     target = problem.target
-    # At the last step one pair is left, number 0. Of four numbers, a[i, j] is the larger number
-    # after choices i and j.
+    # At the last step one pair is left, number 0. All these arrays have an entry for each way to
+    # come there: of four numbers (24, 12), so that a[i, j] is the larger number after choices i, j.
     last = problem.steps[-1]
     a = last.a[problem.index][..., 0]
     b = last.b[problem.index][..., 0]
@@ -498,90 +375,6 @@ def draw_mistake(
     return "", None
 
 
-# ---- Problems ------------------------------------------------------------------------------------
-
-MAX_NUMBER = 99
-TARGETS = range(10, 101)
-HELD_OUT = (18, 21, 28, 42, 56, 81, 89, 96, 98)  # a tenth of the targets, never trained on: "new"
-SPLITS = ("train", "val", "val_new")  # val: validation problems of seen targets; val_new: of new
-
-
-def in_validation(nums: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """(problems,) bool: a hash of sorted numbers and target puts one problem in 16 into validation,
-    whatever the seed."""
-    hash_key = target.astype(np.uint64)
-    for column in np.sort(nums, axis=1).T:
-        hash_key = hash_key * np.uint64(1_000_003) + column.astype(np.uint64)
-    return (hash_key * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(60) == 0
-
-
-def draw_problems(rng, split: str, size: int, num: int, held_out: Sequence[int] = HELD_OUT):
-    """`num` solvable problems of a split: nums (num, k) in 1..99 and target (num,) in 10..100."""
-    if split == "val_new":
-        allowed_targets = held_out
-    else:
-        allowed_targets = [target for target in TARGETS if target not in held_out]
-    found = np.empty((0, size + 1), int)
-    while len(found) < num:
-        candidates = rng.integers(1, MAX_NUMBER + 1, (1024, size))
-        candidates = np.column_stack([candidates, rng.choice(allowed_targets, 1024)])
-        if split != "val_new":
-            validation = in_validation(candidates[:, :-1], candidates[:, -1])
-            candidates = candidates[validation if split == "val" else ~validation]
-        found = np.concatenate([found, candidates[solvable(candidates[:, :-1], candidates[:, -1])]])
-    return found[:num, :-1], found[:num, -1]
-
-
-# ---- Streams of rows -----------------------------------------------------------------------------
-
-
-def new_record(seed: int, sizes: list[int], mistakes: Sequence[str] = KINDS) -> dict:
-    """What a checkpoint remembers of its data, so that held-out targets stay held out."""
-    return {
-        "source": "generated",
-        "seed": seed,
-        "sizes": sizes,
-        "held_out": list(HELD_OUT),
-        "mistakes": list(mistakes),
-    }
-
-
-BLOCK = 256  # rows a block: the solver's arrays are of one block
-
-
-def make_block(record: dict, split: str, index: int) -> list[dict]:
-    """Block number `index` of a split's endless stream of rows. Its problems have sizes[index %
-    len(sizes)] numbers. Only training rows depend on the record's seed."""
-    seed = record["seed"] if split == "train" else 0
-    rng = np.random.default_rng([SPLITS.index(split), seed, index])
-    size = record["sizes"][index % len(record["sizes"])]
-    nums, target = draw_problems(rng, split, size, BLOCK, record["held_out"])
-    return make_rows(rng, nums, target, record.get("mistakes", KINDS))
-
-
-def make_rows(rng, nums: np.ndarray, target: np.ndarray, kinds=KINDS) -> list[dict]:
-    """`make_row` for each of nums (problems, k) and target (problems,), all solvable."""
-    steps, _ = programs(nums)
-    efforts = plan_efforts(steps, target)
-    row_rng = random.Random(int(rng.integers(2**62)))  # faster where numbers are drawn singly
-    rows = []
-    for index, (own_nums, own_target) in enumerate(zip(nums.tolist(), target.tolist())):
-        problem = SolvedProblem(own_nums, own_target, index, steps, efforts)
-        rows.append(make_row(row_rng, problem, kinds))
-    return rows
-
-
-def generate(
-    record: dict, split: str, num: int, offset: int = 0, map_function=map
-) -> Iterator[dict]:
-    """Rows offset .. offset + num of a split's stream; map_function applies a function to blocks (a
-    pool's imap: in parallel)."""
-    indices = range(offset // BLOCK, -(-(offset + num) // BLOCK))  # -(-a // b) rounds up
-    blocks = map_function(partial(make_block, record, split), indices)
-    rows = itertools.chain.from_iterable(blocks)
-    return itertools.islice(rows, offset % BLOCK, offset % BLOCK + num)
-
-
 # ---- Tokens and the loss mask --------------------------------------------------------------------
 
 MASKS = ("none", "action", "choice")
@@ -596,9 +389,9 @@ def no_loss_spans(row: dict, mask: str) -> list[tuple[int, int]]:
                         like 25*2=52, is masked whole
         mask="none"     nothing
 
-    Why "choice", which is ours: with "action", every last line that is learned ends in the target,
-    because only solutions have one. So a small model comes to write the target after any last
-    line: `50-10=60`. With "choice" it sees true last lines that miss the target, too.
+    Why "choice", which is ours: with "action", of all third lines only those of solutions are
+    learned, and they end in the target. So a small model comes to write the target after any third
+    line: `50-10=60`. With "choice" it also learns true third lines that miss the target.
 
     Of a row without `no_loss` the last action before `<backtrack>` is masked, if it has one."""
     begin = len(prompt_text(row["nums"], row["target"]))
@@ -721,6 +514,217 @@ class Tokenizer:
         with replacing(folder) as staging:
             self.backend.save(str(staging / "tokenizer.json"))
             (staging / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+# ---- The exact solver: all programs of a block of problems, as arrays ----------------------------
+# A program is a choice at each step: of an operator, and of a pair of the numbers that are left.
+# Four numbers have 6 pairs, so that step 1 has 4 * 6 = 24 choices; then three numbers have 3 pairs,
+# and step 2 has 12 choices; and step 3 has 4: 24 * 12 * 4 = 1,152 programs a problem. All of them
+# are computed, because arrays do that 20 times faster than a recursion that stops early.
+#
+#     step 1: arrays (problems, 24)           [p, 5]: what choice 5 does in problem p
+#     step 2: arrays (problems, 24, 12)       [p, 5, 7]: what choice 7 does after choice 5
+#     step 3: arrays (problems, 24, 12, 4)    [p, 5, 7, 2]: what choice 2 does after both
+#
+# The axes before the last say what came before: the problem, and the choice of each earlier step.
+# Shapes write these axes as "...": at step 2, (..., choices) is (problems, 24, 12).
+#
+# A choice has the number: (the operator's number) * pairs + (the pair's number). For example, with
+# numbers 5, 3, 2 and the target 13, step 1 is
+#
+#     choice    0      1      2      3      4      5      6       7       8      9      10     11
+#     action    5+3    5+2    3+2    5-3    5-2    3-2    5*3     5*2     3*2    5/3    5/2    3/2
+#     result    8      7      5      2      3      1      15      10      6      1      2      1
+#     legal     yes    yes    yes    yes    yes    yes    yes     yes     yes    no     no     no
+#     effort    inf    inf    inf    inf    inf    inf    8.1     7.6     inf    inf    inf    inf
+#
+# Two choices can still lead to 13, by 15-2 and by 10+3; the second is the simpler solution.
+
+
+class Step(NamedTuple):
+    """Every choice of one step, after everything that may have come before."""
+
+    numbers: np.ndarray  # (..., m): the m numbers that are left
+    a: np.ndarray  # (..., pairs): the larger number of each pair
+    b: np.ndarray  # (..., pairs): the smaller number
+    result: np.ndarray  # (..., choices): all pairs added, then all subtracted, and so on
+    legal: np.ndarray  # (..., choices) bool: do this step and all steps before it obey the rules?
+
+
+def all_choices(numbers: np.ndarray, legal_before: np.ndarray) -> Step:
+    """Every choice where numbers (..., m) are left. legal_before (...) bool: did all steps up to
+    here obey the rules?"""
+    first, second = np.triu_indices(numbers.shape[-1], 1)  # the pairs, by their places in `numbers`
+    a = np.maximum(numbers[..., first], numbers[..., second])  # (..., pairs)
+    b = np.minimum(numbers[..., first], numbers[..., second])
+    results = []
+    allowed = []
+    for operator in OPERATORS:
+        result, obeys_rules = calculate(a, operator, b)
+        results.append(result)
+        allowed.append(np.broadcast_to(obeys_rules, a.shape))  # for + and * it is just True
+    legal = np.concatenate(allowed, -1) & legal_before[..., None]  # (..., choices)
+    return Step(numbers, a, b, np.concatenate(results, -1), legal)
+
+
+def remaining(step: Step) -> np.ndarray:
+    """(..., choices, m - 1): the numbers that are left after each choice; its result comes last."""
+    count = step.numbers.shape[-1]
+    unused = []  # for each pair the places of the other numbers
+    for pair in zip(*np.triu_indices(count, 1)):
+        unused.append([place for place in range(count) if place not in pair])
+    # (choices, m - 2): the list repeated, because it is the same for every operator
+    unused = np.array(unused * len(OPERATORS), int)
+    others = step.numbers[..., unused]  # (..., choices, m - 2)
+    return np.concatenate([others, step.result[..., None]], -1)
+
+
+def programs(nums: np.ndarray, stop_at: int = 1) -> tuple[list[Step], np.ndarray]:
+    """All ways to combine nums (problems, k) until `stop_at` numbers are left: the steps, and the
+    numbers that are left after them."""
+    largest = max(int(nums.max(initial=1)), 2) ** nums.shape[1]  # no result is larger
+    numbers_left = nums.astype(np.int32 if largest < 2**31 else np.int64)
+    # sorted, so that it does not matter in which order they are written
+    numbers_left = -np.sort(-numbers_left, axis=1)
+    legal = np.ones(len(nums), bool)
+    steps = []
+    while numbers_left.shape[-1] > stop_at:
+        step = all_choices(numbers_left, legal)
+        steps.append(step)
+        numbers_left = remaining(step)
+        legal = step.legal
+    return steps, numbers_left
+
+
+def expand_like(target: np.ndarray, array: np.ndarray) -> np.ndarray:
+    """target (problems,) as (problems, 1, 1, ...): so it compares with array (problems, ...)."""
+    return target.reshape(-1, *[1] * (array.ndim - 1))
+
+
+def solvable(nums: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """(problems,) bool: can any program reach target (problems,)? Faster than `plan_efforts`: what
+    the last step gives is compared with the target at once, and not stored."""
+    steps, numbers_left = programs(nums, stop_at=2)
+    # (problems, choices of step 1, of step 2, ...): the larger number of the two, and the smaller
+    a = np.maximum(numbers_left[..., 0], numbers_left[..., 1])
+    b = np.minimum(numbers_left[..., 0], numbers_left[..., 1])
+    wanted = expand_like(target.astype(a.dtype), a)
+    reached = np.zeros(a.shape, bool)
+    for operator in OPERATORS:
+        result, legal = calculate(a, operator, b)
+        reached |= (result == wanted) & legal
+    if steps:
+        reached &= steps[-1].legal
+    return reached.reshape(len(nums), -1).any(-1)
+
+
+def plan_efforts(steps: list[Step], target: np.ndarray) -> list[np.ndarray]:
+    """For each step (..., choices) float32: the effort of the simplest solution that makes this
+    choice after what came before; inf if no solution does, and the target (problems,) is lost.
+
+    A solution's effort: 4 for each * and /, and log2(result + 2) for each result but the last. One
+    canonical solution, the simplest, is far easier to learn than any one of many.
+
+    From the last step back, by dynamic programming."""
+    efforts = []
+    for step in reversed(steps):
+        pairs = step.a.shape[-1]
+        own_effort = [np.full(pairs, effort, np.float32) for _, effort in OPERATORS.values()]
+        own_effort = np.concatenate(own_effort)  # (choices,)
+        if efforts:
+            possible = step.legal
+            # of the best choice at the next step, for example (problems, 24, 12) -> (problems, 24)
+            onwards = efforts[0].min(-1)
+            total = own_effort + np.log2(step.result + 2, dtype=np.float32) + onwards
+        else:
+            possible = step.legal & (step.result == expand_like(target, step.result))
+            total = own_effort
+        efforts.insert(0, np.where(possible, total, np.float32(np.inf)))
+    return efforts
+
+
+# ---- Problems ------------------------------------------------------------------------------------
+
+MAX_NUMBER = 99
+TARGETS = range(10, 101)
+HELD_OUT = (18, 21, 28, 42, 56, 81, 89, 96, 98)  # a tenth of the targets, never trained on: "new"
+SPLITS = ("train", "val", "val_new")  # val: validation problems of seen targets; val_new: of new
+
+
+def in_validation(nums: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """(problems,) bool: a hash of sorted numbers and target puts one problem in 16 into validation,
+    whatever the seed."""
+    hash_key = target.astype(np.uint64)
+    for column in np.sort(nums, axis=1).T:
+        hash_key = hash_key * np.uint64(1_000_003) + column.astype(np.uint64)
+    return (hash_key * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(60) == 0
+
+
+def draw_problems(rng, split: str, size: int, num: int, held_out: Sequence[int] = HELD_OUT):
+    """`num` solvable problems of a split: nums (num, k) in 1..99 and target (num,) in 10..100."""
+    if split == "val_new":
+        allowed_targets = held_out
+    else:
+        allowed_targets = [target for target in TARGETS if target not in held_out]
+    found = np.empty((0, size + 1), int)
+    while len(found) < num:
+        candidates = rng.integers(1, MAX_NUMBER + 1, (1024, size))
+        candidates = np.column_stack([candidates, rng.choice(allowed_targets, 1024)])
+        if split != "val_new":
+            validation = in_validation(candidates[:, :-1], candidates[:, -1])
+            candidates = candidates[validation if split == "val" else ~validation]
+        found = np.concatenate([found, candidates[solvable(candidates[:, :-1], candidates[:, -1])]])
+    return found[:num, :-1], found[:num, -1]
+
+
+# ---- Streams of rows -----------------------------------------------------------------------------
+
+
+def new_record(seed: int, sizes: list[int], mistakes: Sequence[str] = KINDS) -> dict:
+    """What a checkpoint remembers of its data, so that held-out targets stay held out."""
+    return {
+        "source": "generated",
+        "seed": seed,
+        "sizes": sizes,
+        "held_out": list(HELD_OUT),
+        "mistakes": list(mistakes),
+    }
+
+
+BLOCK = 256  # rows a block: the solver's arrays are of one block
+
+
+def make_block(record: dict, split: str, index: int) -> list[dict]:
+    """Block number `index` of a split's endless stream of rows. Its problems have sizes[index %
+    len(sizes)] numbers. Only training rows depend on the record's seed."""
+    seed = record["seed"] if split == "train" else 0
+    rng = np.random.default_rng([SPLITS.index(split), seed, index])
+    size = record["sizes"][index % len(record["sizes"])]
+    nums, target = draw_problems(rng, split, size, BLOCK, record["held_out"])
+    return make_rows(rng, nums, target, record.get("mistakes", KINDS))
+
+
+def make_rows(rng, nums: np.ndarray, target: np.ndarray, kinds=KINDS) -> list[dict]:
+    """`make_row` for each of nums (problems, k) and target (problems,), all solvable."""
+    steps, _ = programs(nums)
+    efforts = plan_efforts(steps, target)
+    row_rng = random.Random(int(rng.integers(2**62)))  # faster where numbers are drawn singly
+    rows = []
+    for index, (own_nums, own_target) in enumerate(zip(nums.tolist(), target.tolist())):
+        problem = SolvedProblem(own_nums, own_target, index, steps, efforts)
+        rows.append(make_row(row_rng, problem, kinds))
+    return rows
+
+
+def generate(
+    record: dict, split: str, num: int, offset: int = 0, map_function=map
+) -> Iterator[dict]:
+    """Rows offset .. offset + num of a split's stream; map_function applies a function to blocks (a
+    pool's imap: in parallel)."""
+    indices = range(offset // BLOCK, -(-(offset + num) // BLOCK))  # -(-a // b) rounds up
+    blocks = map_function(partial(make_block, record, split), indices)
+    rows = itertools.chain.from_iterable(blocks)
+    return itertools.islice(rows, offset % BLOCK, offset % BLOCK + num)
 
 
 # ==== Plumbing: a first reading may stop here =====================================================

@@ -5,13 +5,14 @@ A search may find an answer only after stepping back. The row that is kept holds
 without the mistakes and the steps back that led to it. A model that is trained on such rows comes
 to give the answer at once, by greedy decoding.
 
-A round searches training problems (generated ones are new) and keeps three kinds of rows:
+A round searches training problems and keeps three kinds of rows:
 
 - D_op: of each problem that was solved, the best right answer. This is the paper's.
 - D_back: answers that were chosen but are wrong, cut after the action that fails.
 - D_back: a few rows of the usual training data, so that stepping back is not forgotten.
 
-For example, `evaluate` (in search.py) says of two problems, among other things:
+For example, `evaluate` (in search.py) says of two problems, both with the numbers 2, 4, 10, 25 and
+the target 60, among other things:
 
     response      4-2=2 25*2=50 50+10=60 Goal Reached!      4-2=2 25*2=52 52+8=60 Goal Reached!
     correct       True                                      False
@@ -19,7 +20,8 @@ For example, `evaluate` (in search.py) says of two problems, among other things:
     failed_step   None                                      2
 
 The first becomes the row of D_op `4-2=2 25*2=50 50+10=60 Goal Reached!`, the second the row of
-D_back `4-2=2 25*2=52 <backtrack>`, whose two actions carry no loss. (Blanks stand for newlines.)
+D_back `4-2=2 25*2=52 <backtrack>`, whose two actions are named in `no_loss`. (Blanks stand for
+newlines.)
 
 The validation problems that accuracy is reported on are never trained on.
 
@@ -52,8 +54,9 @@ def expert_iteration(
     model: Llama, tokenizer: Tokenizer, record: dict, validation: dict, options: argparse.Namespace
 ) -> None:
     """Every round goes on from the model of the round before, with the next problems and a new
-    optimizer. record: where problems come from; validation: {split: problems} to measure on.
-    Raises UserError."""
+    optimizer. record: where problems come from (generated ones are new: `main` gives the record a
+    seed that training did not have); validation: {split: problems} to measure on. Raises
+    UserError."""
     settings = Settings(b=options.b, n=options.n, seed=options.seed)
     measure(model, tokenizer, validation, settings, options, 0, "before")
     for round_number in range(1, options.rounds + 1):
@@ -66,8 +69,8 @@ def expert_iteration(
 
 
 def improve(model, tokenizer, rows, settings, record, options, round_number: int) -> int:
-    """One round: search the problems of `rows`, keep what verifies, fine-tune on it. Returns how
-    many problems the search solved. Raises UserError if it solved none."""
+    """One round: search the problems of `rows`, keep three kinds of rows, fine-tune on them.
+    Returns how many problems the search solved. Raises UserError if it solved none."""
     answers = evaluate(model, tokenizer, rows, settings)
     solved = solved_rows(rows, answers)
     mistakes = own_mistakes(rows, answers)
@@ -93,8 +96,8 @@ def solved_rows(rows: list[dict], answers: list[dict]) -> list[dict]:
 
 def own_mistakes(rows: list[dict], answers: list[dict]) -> list[dict]:
     """D_back from chosen answers in which an action fails, cut after that action. All actions up to
-    it carry no loss, because an earlier one may have lost the target already. (A wrong answer whose
-    actions are all right, but which misses the target, is not used.)"""
+    it are named in `no_loss`: an earlier one may have lost the target already. (A wrong answer
+    whose actions are all right, but which misses the target, is not used.)"""
     kept_rows = []
     for row, answer in zip(rows, answers):
         if answer["failed_step"]:

@@ -229,14 +229,15 @@ def spread(logits: torch.Tensor, responses: list[Response], settings: Settings) 
 
     Each token covers an interval of [0, 1), in the order of their ids, as long as its probability.
     The n samples of a state are n points, 1 / n apart. A step finds the token in whose interval
-    each point lies, and stretches this interval to [0, 1) for the next step.
+    each point lies, and stretches this interval to [0, 1) for the next step. Random is only where
+    the first point lies, in [0, 1 / n); and a sample that is alone, see `Expansion.extend`.
 
     Four samples at 0.1, 0.35, 0.6, 0.85, and two tokens of probabilities 0.4 and 0.6: the first two
     samples take the first token. Its interval [0, 0.4) is stretched to [0, 1), and they are at 0.25
     and 0.875: their first point is 0.25, and their spacing is 0.25 / 0.4 = 0.625.
 
-    So floor(n p) or ceil(n p) samples take a whole response of probability p (after temperature and
-    min_p), where independent samples might all take the same one."""
+    So a whole response of probability p (after temperature and min_p) is taken by floor(n p) or
+    ceil(n p) samples, where independent samples might all take the same one."""
     most = max(response.count for response in responses)
     first_point = np.array([response.first_point for response in responses])
     spacing = np.array([response.spacing for response in responses])
@@ -295,7 +296,8 @@ def find_tokens(logits: torch.Tensor, points: np.ndarray, settings: Settings) ->
     shares = tempered.softmax(-1)  # (R, V): how often each token is drawn
     ends = shares.cumsum(-1)  # token t covers [ends[t] - shares[t], ends[t])
 
-    # `below_one` and the last end guard against rounding; without it points would stay as they are.
+    # Without rounding the next lines would change nothing, because the last end would be 1. They
+    # keep every point below it, so that searchsorted finds a token.
     below_one = 1 - torch.finfo(precision).eps
     points = torch.from_numpy(points).to(logits.device, precision).clamp(max=below_one)
     points = points * ends[:, -1:]
@@ -381,7 +383,7 @@ class Expansion:
     ended: list[Response] = field(default_factory=list)  # the samples that have ended
     finished: bool = False  # have all samples ended?
 
-    def begin(self, seed: int) -> Response:
+    def first_response(self, seed: int) -> Response:
         """All samples of the state together, before they draw their first token."""
         self.rng = np.random.default_rng([seed, self.search.key, self.state.round, self.place])
         self.ended = []
@@ -392,8 +394,8 @@ class Expansion:
     def extend(self, parent: Response, draw: Draw) -> Response:
         """The Response of the samples that take a token."""
         first_point = draw.first_point
-        # Beyond a spacing of 1 no second point fits into [0, 1). A single sample may be anywhere in
-        # it, and draws a new point at each step: else its digits would be used up by stretching.
+        # Beyond a spacing of 1 no second point fits into [0, 1): this sample is alone. Each stretch
+        # costs its point some digits of precision: so draw a new one, which is as random.
         if draw.spacing > 1:
             first_point = self.rng.random()
         return replace(
@@ -424,7 +426,7 @@ def search_slowly(
     search.advance()
     while search.expansions:
         for expansion in search.expansions:
-            growing = [expansion.begin(settings.seed)]
+            growing = [expansion.first_response(settings.seed)]
             while growing:
                 input_ids = [prompt + list(response.tokens) for response in growing]
                 input_ids = torch.tensor(input_ids, device=device)  # (R, T): all of one length
@@ -440,18 +442,20 @@ def search_slowly(
     return search.all_samples
 
 
-# ---- 4. The engine: many problems, fast ----------------------------------------------------------
+# ==== What makes it fast: you now know the whole method ===========================================
+
+# ---- 4. The engine: many problems, one token a step ----------------------------------------------
 # All states of many problems go on together, one token a step, and the cache keeps what has been
 # computed. A state with n = 4, its prompt in the slots 1 and 2:
 #
-#     growing      slot_table         draws
-#     ""      x4   [1, 2]             four take "7"
-#     "7"     x4   [1, 2, 3]          three take "*", one takes "+"
-#     "7*"    x3   [1, 2, 3, 4]       two take "5", one takes "6"
-#     "7+"    x1   [1, 2, 3, 5]       takes "5"
-#     "7*5"   x2   [1, 2, 3, 4, 6]
-#     "7*6"   x1   [1, 2, 3, 4, 7]
-#     "7+5"   x1   [1, 2, 3, 5, 8]
+#               growing      slot_table         draws
+#     step 1    ""      x4   [1, 2]             four take "7"
+#     step 2    "7"     x4   [1, 2, 3]          three take "*", one takes "+"
+#     step 3    "7*"    x3   [1, 2, 3, 4]       two take "5", one takes "6"
+#               "7+"    x1   [1, 2, 3, 5]       takes "5"
+#     step 4    "7*5"   x2   [1, 2, 3, 4, 6]
+#               "7*6"   x1   [1, 2, 3, 4, 7]
+#               "7+5"   x1   [1, 2, 3, 5, 8]
 
 
 class Engine:
@@ -534,12 +538,12 @@ class Engine:
     def begin(self, expansions: list[Expansion]) -> None:
         """Begin to expand states, *either* new prompts *or* branches. A new prompt passes the model
         whole. A branch has its keys and values in the cache, but not the logits after its last
-        token: so this token passes the model again, into a new slot. (Not both at once: a branch's
-        token would be padded to the length of a prompt, for which its row has no columns.)"""
+        token: so this token passes the model again, into a new slot. (Not both at once: new tokens
+        are padded to the longest, and a branch's row has no columns for a prompt's length.)"""
         beginnings, new_tokens = [], []
         slot_table = torch.zeros(len(expansions), self.slot_table.shape[1], dtype=torch.int64)
         for own_slots, expansion in zip(slot_table, expansions):
-            beginning = expansion.begin(self.settings.seed)
+            beginning = expansion.first_response(self.settings.seed)
             reused_slots = beginning.slots[:-1]  # a new prompt has none
             tokens = expansion.search.prompt + list(beginning.tokens)
             to_feed = tokens[len(reused_slots) :]
@@ -604,11 +608,18 @@ class Engine:
         places = min(places, spare_slots // slots_per_state)
         return places if self.expansions else max(places, 1)
 
+    def most_new_slots(self) -> int:
+        """A step needs at most one for each sample, or beam, that has not ended."""
+        ended = 0
+        for expansion in self.expansions:
+            ended += sum(sample.count for sample in expansion.ended)
+        return len(self.expansions) * self.settings.samples_per_state() - ended
+
     def make_room(self) -> None:
-        """A step needs at most one slot for each sample. While fewer are free, give up the youngest
-        expansion: it waits again, and will draw the same samples, because they depend on the seed
-        alone. Raises UserError if no other is left."""
-        while sum(response.count for response in self.growing) > len(self.cache.free):
+        """While fewer slots are free than a step may need, give up the youngest expansion: it waits
+        again, and will draw the same samples, because they depend on the seed alone. Raises
+        UserError if no other is left."""
+        while self.most_new_slots() > len(self.cache.free):
             if len(self.expansions) == 1:
                 raise UserError("the cache is too small for one state's samples: more --cache_gib")
             youngest = self.expansions.pop()

@@ -74,16 +74,25 @@ def fit(
     report_every: int = 1000,
     report=None,
 ) -> None:
-    """Train `model` in place. dtype: what autocast computes in. After every `report_every` steps,
-    and after the last, report(loss, state) is called. To resume, give this state, {"step",
-    "optimizer"}, to another call."""
+    """Train `model` in place. On one device, in fp32, with one part a step, a step is this:
+
+        loss = model(input_ids, labels=labels) / num_labels
+        loss.backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    dtype: what autocast computes in. After every `report_every` steps, and after the last,
+    report(loss, state) is called. To resume, give this state, {"step", "optimizer"}, to another
+    call."""
     device, rank, world = device_rank_world()
     model.model.compiled_layer = torch.compile(LlamaDecoderLayer.forward) if compiled else None
     parallel = model
     if world > 1:
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     # In fp16 small gradients would become 0: so the loss, and with it the gradients, are scaled up.
-    # A step whose gradients overflow is then skipped as a whole, but only if AdamW is not fused.
+    # If they overflow, it does not call optimizer.step(). But a fused AdamW it calls always,
+    # and that skips its own part of the step, but not Muon's.
     scaled = dtype == torch.float16
     optimizer = make_optimizer(model, muon, lr, weight_decay, fused=not scaled)
     scaler = torch.amp.GradScaler(device.type, enabled=scaled)
@@ -198,9 +207,10 @@ class Batches(Dataset):
         steps = []
         for begin in range(0, count, self.rows_per_step):
             step_rows = encoded[begin : begin + self.rows_per_step]
-            own_rows = step_rows[self.rank :: self.world]  # every world-th row,
+            # a rank takes every world-th row, and a part takes every accum-th of these
+            own_rows = step_rows[self.rank :: self.world]
             parts = [self.pad_rows(own_rows[part :: self.accum]) for part in range(self.accum)]
-            steps.append(parts)  # and of these, for each part, every accum-th
+            steps.append(parts)
         order = np.random.default_rng([self.seed, item_number]).permutation(self.STEPS)
         return [steps[step] for step in order]
 
@@ -265,10 +275,10 @@ def make_optimizer(model: Llama, muon: bool, lr: float, weight_decay: float, fus
         {"params": gain_vectors, "weight_decay": 0.0, "orthogonal": False},
     ]
     optimizer_class = Muon if muon else torch.optim.AdamW
-    settings = {"lr": lr, "betas": (0.9, 0.95 if muon else 0.999), "fused": fused}
+    hyperparameters = {"lr": lr, "betas": (0.9, 0.95 if muon else 0.999), "fused": fused}
     if dist.is_initialized():
-        return ZeroRedundancyOptimizer(param_groups, optimizer_class, **settings)
-    return optimizer_class(param_groups, **settings)
+        return ZeroRedundancyOptimizer(param_groups, optimizer_class, **hyperparameters)
+    return optimizer_class(param_groups, **hyperparameters)
 
 
 def optimizer_state(optimizer) -> dict:

@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 ASSETS = Path(__file__).parent
 COLOURS = {0: "tab:blue", 1: "tab:orange", 3: "tab:green"}  # of b
 TITLES = {"val": "seen targets", "val_new": "new targets"}
+RULES = {"independent", "temperature", "last_line", "prompt_again"}  # lines with other rules
 KINDS = ("none", "exploratory", "computational", "rule violation")
 
 
@@ -39,7 +40,7 @@ def legend(ax, **settings) -> None:
 
 def searches(ax, lines: list[dict], split: str) -> None:
     """Accuracy against sampled tokens: a line for each b, a point for each n."""
-    lines = [line for line in lines if line["split"] == split and "independent" not in line]
+    lines = [line for line in lines if line["split"] == split and not RULES & line.keys()]
     for line in lines:
         if line.get("decoder") == "greedy":
             height = percent(line, "selected")

@@ -74,6 +74,11 @@ DECODERS = [
     {"decoder": "self_backtrack", "b": 3, "n": 8},
     {"decoder": "self_backtrack", "b": 3, "n": 32},
     {"decoder": "self_backtrack", "b": 7, "n": 32},
+    # without one of our additions to the paper's rule
+    {"decoder": "self_backtrack", "b": 1, "n": 32, "independent": True},
+    {"decoder": "self_backtrack", "b": 1, "n": 32, "temperature": 0.7, "min_p": 0.0},
+    {"decoder": "self_backtrack", "b": 1, "n": 32, "last_line": False},
+    {"decoder": "self_backtrack", "b": 1, "n": 32, "prompt_again": False},
 ]
 LOOKED_INTO = {"decoder": "best_of_n", "n": 32}  # the line whose samples' mistakes are counted
 JUDGEMENT = {"judgement": None}
@@ -84,10 +89,11 @@ def line_name(line: dict) -> str:
     if line == JUDGEMENT:
         return "judgement"
     words = [line["decoder"]]
-    for flag in ("b", "n"):
-        if flag in line:
-            words.append(f"{flag}={line[flag]}")
-    if "independent" in line:
+    is_papers = PAPER_SEARCH.items() <= line.items()
+    for flag, value in line.items():
+        if flag != "decoder" and not (is_papers and flag in PAPER_SEARCH):
+            words.append(f"{flag}={value}")
+    if is_papers:
         words.append("paper")
     return " ".join(words)
 

@@ -503,7 +503,7 @@ def test_rows_depend_on_the_seed_alone():
 def test_rows_made_in_parallel_are_the_same():
     record = new_record(0, [3, 4])
     with Pool(2) as pool:
-        rows = list(data.generate(record, "train", 1500, over=pool.imap))
+        rows = list(data.generate(record, "train", 1500, map_function=pool.imap))
     assert rows == rows_of(1500, [3, 4])
 
 
