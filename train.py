@@ -91,7 +91,7 @@ def fit(
     if world > 1:
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     # In fp16 small gradients would become 0: so the loss, and with it the gradients, are scaled up.
-    # If they overflow, it does not call optimizer.step(). But a fused AdamW it calls always,
+    # If they overflow, GradScaler does not call optimizer.step(); but a fused AdamW it always calls,
     # and that skips its own part of the step, but not Muon's.
     scaled = dtype == torch.float16
     optimizer = make_optimizer(model, muon, lr, weight_decay, fused=not scaled)
