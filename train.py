@@ -90,9 +90,9 @@ def fit(
     parallel = model
     if world > 1:
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    # In fp16 small gradients would become 0: so the loss, and with it the gradients, are scaled up.
-    # If they overflow, GradScaler does not call optimizer.step(); but a fused AdamW it always calls,
-    # and that skips its own part of the step, but not Muon's.
+    # In fp16 small gradients would become 0, so the loss (and with it every gradient) is scaled up.
+    # GradScaler skips a step whose gradients overflow, by not calling optimizer.step(). But a fused
+    # AdamW is always called and skips by itself, which Muon's own part of the step would not do.
     scaled = dtype == torch.float16
     optimizer = make_optimizer(model, muon, lr, weight_decay, fused=not scaled)
     scaler = torch.amp.GradScaler(device.type, enabled=scaled)
