@@ -564,10 +564,13 @@ class Engine:
         self, responses: list[Response], new_tokens: list[list[int]], slot_table: torch.Tensor
     ) -> torch.Tensor:
         """Pass the last tokens of each response through the model; the logits after each, (R, V).
-        Rows and columns are filled up to multiples of 16 and 8, so that only a few different shapes
-        occur: for every new one a library builds, and keeps, a kernel."""
+        Rows and columns are filled up, so that only a few different shapes occur: for every new one
+        a library builds, and keeps, a kernel."""
         device = slot_table.device
-        filler = [[0]] * (-len(responses) % 16)  # rows of one token in slot 0
+        row_grain = 16  # rows come in 16s; of more than 128 in 32s; of more than 256 in 64s ...
+        while row_grain * 8 < len(responses):
+            row_grain *= 2
+        filler = [[0]] * (-len(responses) % row_grain)  # rows of one token in slot 0
         cached = [len(response.slots) - len(new) for response, new in zip(responses, new_tokens)]
         cached = torch.tensor(cached + [0] * len(filler), device=device)  # tokens, by row
         new_tokens = new_tokens + filler
