@@ -35,6 +35,7 @@ import json
 import math
 import random
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -47,7 +48,19 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tqdm import tqdm
 
-from model import Arguments, UserError, checkpoint_folder, cli, number, read_json, replacing
+from model import (
+    Arguments,
+    UserError,
+    check_fields,
+    checkpoint_folder,
+    cli,
+    is_list,
+    is_main,
+    is_whole,
+    number,
+    read_json,
+    replacing,
+)
 
 # ---- The task ------------------------------------------------------------------------------------
 
@@ -98,7 +111,8 @@ def calculate(a, operator: str, b):
 
 
 ACTION = re.compile(
-    r"([0-9]{1,20})([%s])([0-9]{1,20})=([0-9]{1,20})" % re.escape("".join(OPERATORS))
+    "(NUMBER)([%s])(NUMBER)=(NUMBER)".replace("NUMBER", "0|[1-9][0-9]{0,4000}")
+    % re.escape("".join(OPERATORS))
 )
 
 
@@ -428,7 +442,7 @@ class Tokenizer:
         self.backend = backend
         self.eos = backend.token_to_id(eos_text)
         self.backtrack = backend.token_to_id(BACKTRACK)
-        self.vocab_size = backend.get_vocab_size()
+        self.vocab_size = 1 + max(backend.get_vocab().values())  # ids may have gaps
         if self.eos is None or self.backtrack is None:
             raise UserError(
                 f"the tokenizer lacks {BACKTRACK if self.backtrack is None else eos_text}"
@@ -441,7 +455,7 @@ class Tokenizer:
     def prompts(self, problems: list[dict]) -> list[list[int]]:
         """The token ids of each problem's prompt. problems: {nums, target}."""
         texts = [prompt_text(problem["nums"], problem["target"]) for problem in problems]
-        return [encoding.ids for encoding in self.backend.encode_batch(texts)]
+        return [encoding.ids for encoding in self.encode(texts)]
 
     def encode_rows(
         self, rows: list[dict], mask: str = "action"
@@ -453,7 +467,7 @@ class Tokenizer:
         `<backtrack>` as after `Goal Reached!`."""
         texts = [prompt_text(row["nums"], row["target"]) + row["search_path"] for row in rows]
         encoded = []
-        for row, text, encoding in zip(rows, texts, self.backend.encode_batch(texts)):
+        for row, text, encoding in zip(rows, texts, self.encode(texts)):
             masked = [False] * len(text)  # by character
             for begin, end in no_loss_spans(row, mask):
                 masked[begin:end] = [True] * (end - begin)
@@ -463,6 +477,24 @@ class Tokenizer:
                 labels.append(token if learned else -100)
             encoded.append((encoding.ids + [self.eos], labels + [self.eos]))
         return encoded
+
+    def encode(self, texts: list[str]) -> list[tokenizers.Encoding]:
+        """Raises UserError for text that the tokenizer does not know."""
+        try:
+            return self.backend.encode_batch(texts)
+        except Exception:  # the library raises bare Exceptions
+            raise UserError(unknown_text(self.backend, texts)) from None
+
+    def ids_without_token(self, size: int) -> list[int]:
+        """Which of the ids 0 ... size - 1 stand for no token: vocabularies of models are padded."""
+        return [index for index in range(size) if self.backend.id_to_token(index) is None]
+
+    def check_fits(self, size: int) -> None:
+        """Raises UserError if a model of so many embeddings is too small for this tokenizer."""
+        if size < self.vocab_size:
+            raise UserError(
+                f"the model has {size} embeddings, its tokenizer {self.vocab_size} tokens"
+            )
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of response tokens, `<backtrack>` included, without end-of-text."""
@@ -492,14 +524,15 @@ class Tokenizer:
         """The tokenizer in a folder or of a Hub id; add_backtrack: where it is lacking.
         Raises UserError."""
         folder = checkpoint_folder(name)
-        eos_text = read_json(folder / "tokenizer_config.json").get("eos_token", EOS)
         try:
             backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises bare Exceptions
             raise UserError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
+        backend.no_padding()  # a file may ask for either
+        backend.no_truncation()
         if add_backtrack:  # if it is there already, it keeps its id
             backend.add_special_tokens([AddedToken(BACKTRACK, special=True, normalized=False)])
-        return cls(backend, eos_text["content"] if isinstance(eos_text, dict) else eos_text)
+        return cls(backend, read_eos(folder, backend))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer reads
@@ -734,30 +767,46 @@ def generate(
 REFERENCE = "yangxw/countdown-backtracking"  # the reference's dataset on the Hub
 
 
-def is_whole(value, smallest: float = -np.inf) -> bool:
-    return type(value) is int and value >= smallest  # isinstance would take True for a number
+def to_whole(value, smallest: int) -> int:
+    """A whole number, also of `51.0` or of text. Raises ValueError or TypeError."""
+    number = float(value)
+    if isinstance(value, bool) or number != int(number) or number < smallest:
+        raise ValueError
+    return int(value) if isinstance(value, int | str) else int(number)
 
 
-def is_list(value, smallest: int) -> bool:
-    return isinstance(value, list) and all(is_whole(element, smallest) for element in value)
+def to_list(value, smallest: int) -> list[int]:
+    """A list of whole numbers, also of its text. Raises ValueError or TypeError."""
+    values = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(values, list):
+        raise TypeError
+    return [to_whole(one, smallest) for one in values]
 
 
-COLUMNS = {  # name: (what it must be, is it so?)
-    "nums": ("positive whole numbers", lambda value: is_list(value, 1) and len(value) > 0),
-    "target": ("a whole number", is_whole),
-    "search_path": ("text", lambda value: isinstance(value, str)),
-    "no_loss": ("numbers of actions, from 0", lambda value: is_list(value, 0)),
+def to_text(value) -> str:
+    """Text without blanks and newlines around it. Raises TypeError."""
+    if not isinstance(value, str):
+        raise TypeError
+    return value.strip()
+
+
+COLUMNS = {  # of a row: (what it must be, what makes it so)
+    "nums": ("positive whole numbers", partial(to_list, smallest=1)),
+    "target": ("a whole number", partial(to_whole, smallest=-(2**62))),
+    "search_path": ("text", to_text),
+    "no_loss": ("numbers of actions, from 0", partial(to_list, smallest=0)),
 }
-NEEDED_COLUMNS = ("nums", "target", "search_path")
+PROBLEM_COLUMNS = ("nums", "target")
+ROW_COLUMNS = (*PROBLEM_COLUMNS, "search_path")
 
 
-def read_rows(path: Path, columns: Sequence[str] = NEEDED_COLUMNS) -> list[dict]:
-    """Rows of a JSON Lines file, or of a JSON file that is one list of rows. Raises UserError that
-    names the line."""
+def read_rows(path: Path, columns: Sequence[str] = ROW_COLUMNS) -> list[dict]:
+    """Rows of a JSON Lines file, or of a JSON file that is one list of rows or has it as "data".
+    Raises UserError that names the line."""
     rows = []
     place = str(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # with a byte-order mark or without
         if text.lstrip().startswith("["):
             rows = json.loads(text)
         else:
@@ -765,48 +814,122 @@ def read_rows(path: Path, columns: Sequence[str] = NEEDED_COLUMNS) -> list[dict]
                 place = f"{path}, line {line_number}"
                 if line.strip():
                     rows.append(json.loads(line))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{place} cannot be read: {error}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
+    if len(rows) == 1 and isinstance(rows[0], dict) and isinstance(rows[0].get("data"), list):
+        rows = rows[0]["data"]
     for row_number, row in enumerate(rows or [None], 1):  # no row at all is complained of, too
         check_row(row, columns, f"{path}: row {row_number}")
     return rows
 
 
 def check_row(row, columns: Sequence[str], place: str) -> None:
-    """Raises UserError where a needed column is lacking, or any column is not what it must be."""
-    for column, (what, holds) in COLUMNS.items():
+    """Make every column what it must be. Raises UserError where one cannot be, or is lacking."""
+    for column, (what, convert) in COLUMNS.items():
         present = isinstance(row, dict) and column in row
         if column in columns and not present:
             raise UserError(f"{place} lacks the column {column}")
-        if present and not holds(row[column]):
-            raise UserError(f"{place}: {column} must be {what}, not {row[column]!r}")
+        if not present:
+            continue
+        try:
+            row[column] = convert(row[column])
+            if row[column] == [] and column == "nums":
+                raise ValueError
+        except (ValueError, TypeError, OverflowError, RecursionError):
+            raise UserError(f"{place}: {column} must be {what}, not {row[column]!r}") from None
+
+
+def doubtful_rows(rows: list[dict]) -> list[str]:
+    """A line for each kind of training row that is probably not what it should be."""
+    found = {}
+    for row_number, row in enumerate(rows, 1):
+        doubt = None
+        if re.search(r"\s[-+*/=]|[-+*/=]\s", row["search_path"]):
+            doubt = "have blanks around a sign"
+        elif not row["search_path"].endswith((GOAL, BACKTRACK)):
+            doubt = f"end neither in {GOAL!r} nor in {BACKTRACK!r}"
+        elif row["search_path"].endswith(GOAL):
+            if not verify(row["nums"], row["target"], row["search_path"]).correct:
+                doubt = f"end in {GOAL!r}, but do not solve their problem"
+        if doubt:
+            found.setdefault(doubt, []).append(row_number)
+    return [
+        f"{len(numbers)} of {len(rows)} rows {doubt}: the first is row {numbers[0]}"
+        for doubt, numbers in found.items()
+    ]
+
+
+NAMES = {"train": ["train"], "val": ["val", "dev"]}  # what files of a part have in their names
+TO_JSON = (
+    "python -c \"import pandas; pandas.read_parquet('FILE.parquet')"
+    ".to_json('FILE.jsonl', orient='records', lines=True)\""
+)
 
 
 def read_split(source: str, split: str) -> list[dict]:
     """A split of a folder that `data.py` wrote, or of a dataset like the reference's, in a folder
-    or on the Hub: JSON files with `train` and `val` in their names. The first half of the
-    validation file is `val`, the second half `val_new`. Raises UserError."""
-    folder = checkpoint_folder(source, "dataset")
-    if (folder / f"{split}.jsonl").exists():
-        return read_rows(folder / f"{split}.jsonl")
+    or on the Hub: JSON files with `train`, or with `val` or `dev`, in their names. The first half
+    of the validation file is `val`, the second half `val_new`. Raises UserError."""
     part = split.removesuffix("_new")
-    files = [file for file in sorted(folder.glob("*.json*")) if part in file.name]
+    patterns = [f"*{name}*.json*" for name in NAMES[part]]
+    folder = checkpoint_folder(source, "dataset", patterns)
+    columns = ROW_COLUMNS if split == "train" else PROBLEM_COLUMNS
+    if (folder / f"{split}.jsonl").exists():
+        return read_rows(folder / f"{split}.jsonl", columns)
+    files = []
+    for file in sorted(folder.rglob("*.json*")):
+        if any(name in file.name for name in NAMES[part]):
+            files.append(file)
     if not files:
-        raise UserError(f"{source} holds no JSON with {part!r} in its name (parquet is not read)")
+        wanted = " or ".join(repr(name) for name in NAMES[part])
+        raise UserError(
+            f"{source} holds no JSON with {wanted} in its name; parquet becomes JSON by {TO_JSON}"
+        )
     files.sort(key=lambda file: "backtrack" not in file.name)  # the reference has files without it
-    rows = read_rows(files[0])
+    rows = read_rows(files[0], columns)
     half = len(rows) // 2
     return {"train": rows, "val": rows[:half], "val_new": rows[half:]}[split]
+
+
+RECORD_FIELDS = {  # of record.json: (what it must be, is it so?)
+    "source": ("text", lambda value: isinstance(value, str)),
+    "seed": ("a whole number", lambda value: is_whole(value, 0, 2**62)),
+    "sizes": (
+        "numbers from 2 to 5",
+        lambda value: is_list(value, lambda one: is_whole(one, 2, 6)) and value,
+    ),
+    "held_out": (
+        "targets",
+        lambda value: (
+            is_list(value, lambda one: one in TARGETS) and 0 < len(set(value)) < len(TARGETS)
+        ),
+    ),
+    "mistakes": (
+        f"among {', '.join(KINDS)}",
+        lambda value: is_list(value, lambda one: one in KINDS),
+    ),
+    "settings": ("an object", lambda value: isinstance(value, dict)),
+}
+GENERATED_FIELDS = ("seed", "sizes", "held_out")
 
 
 def load_record(name: str, repo_type: str = "model") -> dict:
     """What a checkpoint or dataset was made from; where nobody wrote it down: the reference's, or
     itself."""
-    path = checkpoint_folder(name, repo_type) / "record.json"
+    patterns = ["record.json"] if repo_type == "dataset" else None
+    path = checkpoint_folder(name, repo_type, patterns) / "record.json"
     if path.exists():
-        return read_json(path)
+        record = read_json(path)
+        generated = record.get("source") == "generated"
+        check_fields(
+            record,
+            RECORD_FIELDS,
+            str(path),
+            ("source", *GENERATED_FIELDS) if generated else ("source",),
+        )
+        return record
     return {"source": REFERENCE if repo_type == "model" else str(name)}
 
 
@@ -815,7 +938,7 @@ def load_rows(data: str, record: dict, num: int, offset: int = 0) -> list[dict]:
     file. Raises UserError."""
     dataset, _, split = data.rpartition(":")
     if data not in SPLITS and Path(data).is_file():
-        rows = read_rows(Path(data), ("nums", "target"))[offset : offset + num]
+        rows = read_rows(Path(data), PROBLEM_COLUMNS)[offset : offset + num]
     elif split not in SPLITS:
         wanted = "val, val_new, DATASET:val or a file of JSON Lines"
         raise UserError(f"--data wants {wanted}, and {data} is none of them")
@@ -830,7 +953,46 @@ def load_rows(data: str, record: dict, num: int, offset: int = 0) -> list[dict]:
         rows = read_split(record["source"], data)[offset : offset + num]
     if not rows:
         raise UserError(f"{data} has no row number {offset}")
+    if len(rows) < num and is_main():
+        print(f"note: {data} has only {len(rows)} rows from {offset} on", file=sys.stderr)
     return rows
+
+
+def unknown_text(backend: tokenizers.Tokenizer, texts: list[str]) -> str:
+    """Which text a tokenizer refuses, and from which character on."""
+
+    def knows(text: str) -> bool:
+        try:
+            backend.encode(text)
+        except Exception:  # the library raises bare Exceptions
+            return False
+        return True
+
+    for text in texts:
+        if not knows(text):
+            known = next(end for end in range(len(text), -1, -1) if knows(text[:end]))
+            return f"the tokenizer does not know {text[known]!r} in {text!r}"
+    return "the tokenizer refuses the text"
+
+
+def read_eos(folder: Path, backend: tokenizers.Tokenizer) -> str:
+    """The end-of-text token: tokenizer_config.json says it, or else config.json its number.
+    Raises UserError."""
+    eos_text = None
+    if (folder / "tokenizer_config.json").exists():
+        eos_text = read_json(folder / "tokenizer_config.json").get("eos_token")
+    if isinstance(eos_text, dict):
+        eos_text = eos_text.get("content")
+    if eos_text is None and (folder / "config.json").exists():
+        token = read_json(folder / "config.json").get("eos_token_id")
+        token = token[0] if isinstance(token, list) and token else token
+        if type(token) is int and token >= 0:
+            eos_text = backend.id_to_token(token)
+    if eos_text is None and backend.token_to_id(EOS) is not None:
+        eos_text = EOS
+    if not isinstance(eos_text, str):
+        raise UserError(f"{folder} does not tell its end-of-text token")
+    return eos_text
 
 
 # ---- The command ---------------------------------------------------------------------------------

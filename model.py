@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # noqa: F401  once a group exists, importing it keeps it alive
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict, snapshot_download
@@ -372,15 +373,73 @@ def read_slots(cache: KVCache, stored: torch.Tensor, vector_numbers: torch.Tenso
 # What Hugging Face's Llama can vary and this one does not.
 FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 INDEX = "model.safetensors.index.json"  # of a checkpoint in several files
-NEEDED = {
-    "model": ["*config.json", "tokenizer.json", "record.json", "model*.safetensors*"],
-    "dataset": ["*.json", "*.jsonl"],
+NEEDED = ["*config.json", "tokenizer.json", "record.json", "model*.safetensors*"]  # of a model
+
+
+def is_whole(value, low: int, high: int = 2**31) -> bool:
+    return type(value) is int and low <= value < high  # isinstance would take True for a number
+
+
+def is_number(value, low: float) -> bool:
+    return type(value) in (int, float) and low < value < math.inf
+
+
+def is_token(value) -> bool:
+    return value is None or is_whole(value, 0) or is_list(value, lambda one: is_whole(one, 0))
+
+
+def is_list(value, holds) -> bool:
+    return isinstance(value, list) and all(holds(one) for one in value)
+
+
+def is_scaling(value) -> bool:
+    return value is None or isinstance(value, dict)
+
+
+CONFIG_FIELDS = {  # of config.json: (what it must be, is it so?)
+    "vocab_size": ("1 or more", lambda value: is_whole(value, 1)),
+    "hidden_size": ("1 or more", lambda value: is_whole(value, 1)),
+    "intermediate_size": ("1 or more", lambda value: is_whole(value, 1)),
+    "num_hidden_layers": ("1 to 1000", lambda value: is_whole(value, 1, 1001)),
+    "num_attention_heads": ("1 or more", lambda value: is_whole(value, 1)),
+    "num_key_value_heads": ("1 or more", lambda value: value is None or is_whole(value, 1)),
+    "head_dim": (
+        "an even number",
+        lambda value: value is None or is_whole(value, 2) and value % 2 == 0,
+    ),
+    "max_position_embeddings": ("1 or more", lambda value: is_whole(value, 1)),
+    "rms_norm_eps": ("above 0", lambda value: is_number(value, 0)),
+    "initializer_range": ("above 0", lambda value: is_number(value, 0)),
+    "rope_theta": ("above 0", lambda value: is_number(value, 0)),
+    "rope_scaling": ("an object", is_scaling),
+    "rope_parameters": ("an object", is_scaling),
+    "tie_word_embeddings": ("true or false", lambda value: isinstance(value, bool)),
+    "bos_token_id": ("a token", is_token),
+    "eos_token_id": ("a token", is_token),
+    "pad_token_id": ("a token", is_token),
 }
+ROPE_FIELDS = {
+    "factor": ("above 0", lambda value: is_number(value, 0)),
+    "low_freq_factor": ("above 0", lambda value: is_number(value, 0)),
+    "high_freq_factor": ("above 0", lambda value: is_number(value, 0)),
+    "original_max_position_embeddings": ("1 or more", lambda value: is_whole(value, 1)),
+    "rope_theta": ("above 0", lambda value: is_number(value, 0)),
+}
+
+
+def check_fields(values: dict, fields: dict, place: str, needed=()) -> None:
+    """Raises UserError where a field of a file is not what it must be, or a needed one lacks."""
+    for field, (what, holds) in fields.items():
+        if field in needed and field not in values:
+            raise UserError(f"{place} lacks {field}")
+        if field in values and not holds(values[field]):
+            raise UserError(f"{place}: {field} must be {what}, not {str(values[field])[:80]!r}")
 
 
 def read_config(raw: dict) -> LlamaConfig:
     """config.json's content, in either spelling of the RoPE fields, as LlamaConfig. Raises
     UserError for what is no Llama."""
+    check_fields(raw, CONFIG_FIELDS, "config.json", ("hidden_size", "num_attention_heads"))
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     for key, value in FIXED.items():
@@ -388,8 +447,12 @@ def read_config(raw: dict) -> LlamaConfig:
             raise UserError(f"config.json says {key}: {raw[key]!r}; this Llama has {value!r} only")
     if rope_type not in ("default", "llama3"):
         raise UserError(f"config.json is no Llama's: RoPE of type {rope_type!r}")
-    if "hidden_size" not in raw or "num_attention_heads" not in raw:
-        raise UserError("config.json is no Llama's: it lacks hidden_size or num_attention_heads")
+    check_fields(
+        rope,
+        ROPE_FIELDS,
+        "config.json",
+        ROPE_FIELDS.keys() - {"rope_theta"} if rope_type == "llama3" else (),
+    )
     names = [field.name for field in dataclasses.fields(LlamaConfig)]
     values = {name: raw[name] for name in names if name in raw}
     # where config.json does not say, what transformers would take
@@ -402,6 +465,8 @@ def read_config(raw: dict) -> LlamaConfig:
     values["rope_scaling"] = None
     if rope_type == "llama3":
         values["rope_scaling"] = {key: rope[key] for key in rope if key != "rope_theta"}
+    if values["num_attention_heads"] % values["num_key_value_heads"] or values["head_dim"] % 2:
+        raise UserError("config.json's heads do not fit: query heads share key heads, of even size")
     return LlamaConfig(**values)
 
 
@@ -441,6 +506,10 @@ def save_llama(model: Llama, folder: Path, dtype: torch.dtype) -> None:
             Path(folder, INDEX).unlink(missing_ok=True)
 
 
+def is_file_name(value) -> bool:
+    return isinstance(value, str) and value == Path(value).name and value not in ("", "..")
+
+
 def read_weights(folder: Path, device, dtype: torch.dtype | None, new_rows: int) -> dict:
     """All tensors of a checkpoint by name; embedding and head with so many new rows, their mean.
     Each tensor is mapped by itself, so that the files take no memory beside it. Raises
@@ -448,7 +517,10 @@ def read_weights(folder: Path, device, dtype: torch.dtype | None, new_rows: int)
     index = folder / INDEX
     names = ["model.safetensors"]
     if index.exists():
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not is_list(list(weight_map.values()), is_file_name):
+            raise UserError(f"{index} does not map weights to files beside it")
+        names = sorted(set(weight_map.values()))
     weights = {}
     for name in names:
         try:
@@ -460,6 +532,8 @@ def read_weights(folder: Path, device, dtype: torch.dtype | None, new_rows: int)
             for key in keys:
                 with opened() as file:
                     value = file.get_tensor(key).to(dtype)
+                if value.is_floating_point() and not value.isfinite().all():
+                    raise UserError(f"{folder / name}: {key} holds NaN or infinite numbers")
                 if new_rows and key in ("model.embed_tokens.weight", "lm_head.weight"):
                     mean = value.mean(0, keepdim=True, dtype=torch.float32).to(value.dtype)
                     value = torch.cat([value, mean.expand(new_rows, -1)])
@@ -469,14 +543,16 @@ def read_weights(folder: Path, device, dtype: torch.dtype | None, new_rows: int)
     return weights
 
 
-def checkpoint_folder(name: str | Path, repo_type: str = "model") -> Path:
-    """The folder `name` itself, or the cached download of the Hub's model or dataset of that name.
-    Raises UserError."""
+def checkpoint_folder(
+    name: str | Path, repo_type: str = "model", patterns: list[str] | None = None
+) -> Path:
+    """The folder `name` itself, or the cached download of the Hub's model or dataset of that name:
+    of the files that match patterns, or of all that are needed. Raises UserError."""
     if Path(name).is_dir():
         return Path(name)
     try:
         return Path(
-            snapshot_download(str(name), repo_type=repo_type, allow_patterns=NEEDED[repo_type])
+            snapshot_download(str(name), repo_type=repo_type, allow_patterns=patterns or NEEDED)
         )
     except GatedRepoError:
         address = f"https://huggingface.co/{name}"
@@ -491,8 +567,8 @@ def checkpoint_folder(name: str | Path, repo_type: str = "model") -> Path:
 def read_json(path: Path) -> dict:
     """A file's JSON object. Raises UserError."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        return dict(json.loads(path.read_text(encoding="utf-8-sig")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 

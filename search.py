@@ -482,6 +482,7 @@ class Engine:
         no_slots = torch.zeros(0, width, dtype=torch.int64, device=head.device)
         self.slot_table = no_slots  # (R, width): the numbers of each response's slots
         self.logits = head.new_zeros(0, len(head))  # (R, V): what follows each response
+        self.no_tokens = tokenizer.ids_without_token(len(head))  # never drawn
 
     def submit(self, expansions: list[Expansion]) -> None:
         """Take expansions in. They begin when there is room."""
@@ -583,7 +584,9 @@ class Engine:
         width = min(width + -width % 8, slot_table.shape[1])
         slots = F.pad(slot_table[:, :width], (0, 0, 0, len(filler)))  # (rows, S)
         cached_rows = CachedRows(self.cache, slots, positions)
-        return self.model(input_ids, cached_rows=cached_rows, last=last)[: len(responses)]
+        logits = self.model(input_ids, cached_rows=cached_rows, last=last)[: len(responses)]
+        logits[:, self.no_tokens] = -torch.inf
+        return logits
 
     # Memory: how many states are expanded together. A first reading may pass over what follows.
 
@@ -650,6 +653,7 @@ def decode(
     numbers depend on the seed, keys[i], its round and its place in the frontier alone, and not on
     the states that share its batch. Raises UserError."""
     prompts = tokenizer.prompts(problems)
+    tokenizer.check_fits(len(model.lm_head.weight))
     engine = Engine(model, tokenizer, settings, longest=max(map(len, prompts), default=0))
     for index, (prompt, key) in enumerate(zip(prompts, keys)):
         search = Search(index, prompt, key, settings.algorithm(tokenizer))

@@ -35,6 +35,7 @@ from data import (
     MASKS,
     SPLITS,
     Tokenizer,
+    doubtful_rows,
     generate,
     load_record,
     load_rows,
@@ -54,6 +55,7 @@ from model import (
     number,
     replacing,
     device_rank_world,
+    is_main,
 )
 from search import Settings, compare, evaluate
 
@@ -134,9 +136,12 @@ def fit(
         # Report.
         loss = sum_over_ranks(loss)
         smooth_loss = loss if smooth_loss is None else 0.98 * smooth_loss + 0.02 * loss
-        if rank == 0 and step % 20 == 0:  # not at every step, because it waits for the device
+        reports = (step + 1) % report_every == 0 or step + 1 == steps
+        if step % 20 == 0 or reports:  # not at every step, because it waits for the device
+            if not math.isfinite(smooth_loss):
+                raise UserError(f"the loss is not finite at step {step + 1}: try a smaller --lr")
             progress.set_postfix(loss=f"{float(smooth_loss):.4f}")
-        if report and ((step + 1) % report_every == 0 or step + 1 == steps):
+        if report and reports:
             report(float(smooth_loss), {"step": step + 1, "optimizer": optimizer_state(optimizer)})
 
 
@@ -444,14 +449,16 @@ class Reporter:
 
     def evaluate(self, split: str, rows: list[dict], device: torch.device) -> dict:
         """The loss, by the paper's mask whichever is trained with, and greedy accuracy."""
-        encoded = self.tokenizer.encode_rows(rows)
+        encoded = self.tokenizer.encode_rows([row for row in rows if "search_path" in row])
         batches = []
-        for begin in range(0, len(rows), 64):
+        for begin in range(0, len(encoded), 64):
             batches.append(self.batches.pad_rows(encoded[begin : begin + 64]).to(device))
         judged = evaluate(self.model, self.tokenizer, rows, Settings(decoder="greedy"))
         correct = sum(row["correct"] for row in judged)
-        loss = mean_loss(self.model, batches)
-        return {f"{split}_loss": loss, f"{split}_greedy": correct / len(rows)}
+        found = {f"{split}_greedy": correct / len(rows)}
+        if batches:  # problems alone have no responses to measure it on
+            found[f"{split}_loss"] = mean_loss(self.model, batches)
+        return found
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -551,8 +558,15 @@ def training_rows(options) -> tuple[list[dict] | dict, dict]:
         record = new_record(options.seed, options.sizes, options.mistakes)
         return record, record
     if Path(options.data).is_file():
-        return read_rows(Path(options.data)), {"source": options.data}
-    return read_split(options.data, "train"), load_record(options.data, "dataset")
+        rows = read_rows(Path(options.data))
+        record = {"source": options.data}
+    else:
+        rows = read_split(options.data, "train")
+        record = load_record(options.data, "dataset")
+    if is_main():
+        for line in doubtful_rows(rows):
+            print("note:", line, file=sys.stderr)
+    return rows, record
 
 
 def start_wandb(options, rank: int) -> None:

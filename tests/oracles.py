@@ -43,7 +43,7 @@ def is_right(nums: list[int], target: int, response: str) -> bool:
             return False
         operator = signs[0]
         parts = line.replace(operator, " ", 1).replace("=", " ", 1).split(" ")
-        if not all(parts):
+        if not all(parts) or any(part != str(int(part)) for part in parts):
             return False
         a, b, claimed = map(int, parts)
         for operand in (a, b):

@@ -592,7 +592,7 @@ DAMAGES = [
     ("model.safetensors", cut_off, "is missing or damaged"),
     ("config.json", add_a_layer, "do not fit"),
     ("config.json", writing("{"), "cannot be read"),
-    ("config.json", writing("{}"), "is no Llama's"),
+    ("config.json", writing("{}"), "lacks hidden_size"),
     ("tokenizer.json", writing("{}"), "tokenizer.json cannot be read"),
     ("tokenizer.json", take_away, "tokenizer.json cannot be read"),
     ("tokenizer_config.json", writing("[1]"), "tokenizer_config.json cannot be read"),

@@ -712,7 +712,6 @@ ODD_ROWS = [
     ('{"nums": [1, 2], "target": 3.5, "search_path": ""}', "target must be a whole number"),
     ('{"nums": [1, 2], "target": 3, "search_path": null}', "search_path must be text"),
     ("{" + GOOD + ', "no_loss": 1}', "no_loss must be numbers of actions"),
-    ("{" + GOOD + ', "no_loss": ["1"]}', "no_loss must be numbers of actions"),
     ("{" + GOOD + ', "no_loss": [0, -1]}', "no_loss must be numbers of actions"),
     ("{" + GOOD + ', "no_loss": [true]}', "no_loss must be numbers of actions"),
 ]

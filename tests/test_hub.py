@@ -192,7 +192,7 @@ def test_a_dataset_is_read_by_its_name(online):
 def test_names_that_lead_nowhere_are_named(online):
     assert "no model at me/nothing" in online["nothing"]
     assert "no model at no name" in online["no name"]
-    assert "parquet is not read" in online["parquet"]
+    assert "parquet becomes JSON by" in online["parquet"]
 
 
 def test_who_has_no_access_is_told_how_to_get_it(online):

@@ -1,0 +1,302 @@
+"""Files as strangers have them: each is read for what it says, or refused in one line."""
+
+import json
+import math
+from itertools import islice
+
+import pytest
+import torch
+
+import search
+import train
+from data import (
+    GOAL,
+    Tokenizer,
+    doubtful_rows,
+    generate,
+    load_record,
+    load_rows,
+    new_record,
+    read_rows,
+    read_split,
+    verify,
+)
+from model import Llama, LlamaConfig, UserError, read_config
+from search import Settings
+from train import Batches, fit
+
+TOK = Tokenizer.digits()
+ROW = {"nums": [3, 5, 8, 6], "target": 48, "search_path": "8*6=48\n5-3=2\n48/2=24\n<backtrack>"}
+
+
+def tiny(**changes) -> Llama:
+    torch.manual_seed(0)
+    config = {
+        "vocab_size": TOK.vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+    }
+    return Llama(LlamaConfig(**{**config, **changes}))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A whole checkpoint, to be changed."""
+    tiny().save_pretrained(tmp_path)
+    TOK.save_pretrained(tmp_path)
+    (tmp_path / "record.json").write_text(json.dumps(new_record(0, [3])))
+    return tmp_path
+
+
+def change(path, **fields) -> None:
+    values = json.loads(path.read_text())
+    values.update(fields)
+    path.write_text(json.dumps(values))
+
+
+# ---- Rows ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"search_path": ROW["search_path"] + "\n"},
+        {"search_path": "\n " + ROW["search_path"]},
+        {"nums": "[3, 5, 8, 6]"},
+        {"target": "48"},
+        {"nums": [3.0, 5.0, 8.0, 6.0], "target": 48.0},
+    ],
+)
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_other_spellings_of_a_row_are_read_as_the_row(tmp_path, changes, mark):
+    (tmp_path / "rows.jsonl").write_text(mark + json.dumps({**ROW, **changes}) + "\n")
+    assert read_rows(tmp_path / "rows.jsonl") == [ROW]
+
+
+@pytest.mark.parametrize("whole", [[ROW, ROW], {"data": [ROW, ROW]}])
+def test_a_file_may_be_one_list_or_hold_it_as_data(tmp_path, whole):
+    (tmp_path / "rows.json").write_text(json.dumps(whole))
+    assert read_rows(tmp_path / "rows.json") == [ROW, ROW]
+
+
+@pytest.mark.parametrize("value", [51.5, True, "x", None, [], math.inf, 1e400, "[" * 9999])
+def test_what_is_no_whole_number_is_refused(tmp_path, value):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({**ROW, "target": value}))
+    with pytest.raises(UserError, match="target must be a whole number"):
+        read_rows(tmp_path / "rows.jsonl")
+
+
+def test_a_hundred_thousand_brackets_are_refused_in_one_line(tmp_path):
+    (tmp_path / "rows.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_rows(tmp_path / "rows.json")
+
+
+def test_doubtful_rows_are_counted_and_the_first_is_named():
+    paths = [
+        "8*6=48\n" + GOAL,  # does not use all numbers
+        "8 * 6 = 48\n<backtrack>",
+        "8*6=48\n",
+        "8*6=47\n<backtrack>",  # as it should be
+        "8*6=48\n" + GOAL,
+    ]
+    lines = doubtful_rows([{**ROW, "search_path": path} for path in paths])
+    assert len(lines) == 3
+    assert lines[0].startswith("2 of 5 rows end in 'Goal Reached!', but do not solve")
+    assert lines[0].endswith("the first is row 1")
+    assert "1 of 5 rows have blanks around a sign: the first is row 2" in lines
+    assert any(line.startswith("1 of 5 rows end neither") for line in lines)
+
+
+def test_generated_rows_are_not_doubtful():
+    assert doubtful_rows(list(generate(new_record(0, [3, 4]), "train", 600))) == []
+
+
+def test_files_in_subfolders_and_named_dev_are_found(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "my_train.json").write_text(json.dumps([ROW] * 3))
+    problem = {"nums": ROW["nums"], "target": ROW["target"]}
+    (tmp_path / "deep" / "dev.jsonl").write_text(json.dumps(problem) + "\n" + json.dumps(ROW))
+    assert len(read_split(str(tmp_path), "train")) == 3
+    assert read_split(str(tmp_path), "val") == [problem]  # the first half
+    assert read_split(str(tmp_path), "val_new") == [ROW]
+
+
+def test_parquet_is_named_with_a_command_that_turns_it_into_json(tmp_path):
+    (tmp_path / "train.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="to_json"):
+        read_split(str(tmp_path), "train")
+
+
+def test_it_is_said_how_many_rows_there_were(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(ROW)] * 5))
+    assert len(load_rows(str(tmp_path / "rows.jsonl"), {}, 10, 2)) == 3
+    assert "has only 3 rows from 2 on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["03+3=6", "3+3=06", "3+03=6"])
+def test_numbers_with_leading_zeros_are_no_actions(line):
+    assert verify([3, 3], 6, f"{line}\n{GOAL}").failed_step == 1
+
+
+def test_large_results_are_right_if_they_are():
+    a, b = 10**15 + 1, 10**15 - 1
+    assert verify([a, b], a * b, f"{a}*{b}={a * b}\n{GOAL}").correct
+
+
+# ---- The tokenizer -------------------------------------------------------------------------------
+
+
+def test_padding_and_truncation_in_a_tokenizers_file_are_switched_off(checkpoint):
+    backend = Tokenizer.from_pretrained(checkpoint).backend
+    backend.enable_padding(length=99)
+    backend.enable_truncation(max_length=5)
+    backend.save(str(checkpoint / "tokenizer.json"))
+    assert Tokenizer.from_pretrained(checkpoint).prompts([ROW, ROW]) == TOK.prompts([ROW, ROW])
+
+
+@pytest.mark.parametrize("config", [{"eos_token": None}, {}, None])
+def test_end_of_text_falls_back_on_the_models_config(checkpoint, config):
+    change(checkpoint / "config.json", eos_token_id=TOK.eos)
+    (checkpoint / "tokenizer_config.json").unlink()
+    if config is not None:
+        (checkpoint / "tokenizer_config.json").write_text(json.dumps(config))
+    assert Tokenizer.from_pretrained(checkpoint).eos == TOK.eos
+
+
+@pytest.mark.parametrize("eos_token", [{"content": 3}, 3, []])
+def test_an_end_of_text_that_is_no_text_is_refused(checkpoint, eos_token):
+    change(checkpoint / "config.json", eos_token_id=None)
+    change(checkpoint / "tokenizer_config.json", eos_token=eos_token)
+    with pytest.raises(UserError, match="end-of-text"):
+        Tokenizer.from_pretrained(checkpoint)
+
+
+def test_a_character_that_the_tokenizer_does_not_know_is_named():
+    with pytest.raises(UserError, match="does not know 'G' in .*Goal reached!"):
+        TOK.encode_rows([{**ROW, "search_path": "8*6=48\nGoal reached!"}])
+
+
+@pytest.mark.parametrize("decoder", search.DECODERS)
+def test_ids_without_a_token_are_never_drawn(decoder):
+    """A vocabulary that is padded to 64, in which those ids are the most probable."""
+    model = tiny(vocab_size=64, tie_word_embeddings=False).eval()
+    with torch.no_grad():
+        direction = model.model(torch.randint(0, 20, (8, 8))).mean((0, 1))
+        model.lm_head.weight[TOK.vocab_size :] = 5 * direction / direction.norm()
+    settings = Settings(decoder=decoder, n=4, max_new_tokens=8, cache_gib=0.01)
+    for _, samples in search.decode(model, TOK, [ROW], [0], settings):
+        drawn = {token for sample in samples for token in sample.tokens}
+        assert max(drawn) < TOK.vocab_size
+
+
+def test_a_model_with_fewer_embeddings_than_tokens_is_refused():
+    with pytest.raises(UserError, match="5 embeddings"):
+        next(search.decode(tiny(vocab_size=5), TOK, [ROW], [0], Settings(cache_gib=0.01)))
+
+
+# ---- The model -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused(checkpoint, number):
+    model = tiny()
+    with torch.no_grad():
+        model.model.norm.weight[3] = number
+    model.save_pretrained(checkpoint)
+    with pytest.raises(UserError, match="model.norm.weight holds NaN or infinite numbers"):
+        Llama.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "field,value",
+    [
+        ("vocab_size", ""),
+        ("hidden_size", -3),
+        ("num_hidden_layers", 1_000_000),
+        ("num_attention_heads", 2.5),
+        ("num_key_value_heads", 0),
+        ("head_dim", 31),
+        ("rope_scaling", 3),
+        ("rms_norm_eps", "small"),
+        ("tie_word_embeddings", "yes"),
+        ("eos_token_id", {}),
+        ("rope_theta", math.nan),
+        ("rope_scaling", {"rope_type": "llama3", "factor": 0}),
+        ("rope_scaling", {"rope_type": "llama3"}),
+    ],
+)
+def test_each_field_of_config_json_is_checked(checkpoint, field, value):
+    raw = json.loads((checkpoint / "config.json").read_text())
+    read_config(raw)  # which is right
+    with pytest.raises(UserError, match="config.json"):
+        read_config({**raw, field: value})
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "..", "", 3, None])
+def test_an_index_may_name_only_files_beside_it(checkpoint, name):
+    index = {"weight_map": {"lm_head.weight": name}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="does not map weights to files beside it"):
+        Llama.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "field,value",
+    [
+        ("sizes", [7]),
+        ("sizes", []),
+        ("held_out", [1_000_000]),
+        ("held_out", list(range(10, 101))),
+        ("mistakes", ["exploratry"]),
+        ("seed", -1),
+        ("seed", "x"),
+        ("source", None),
+        ("settings", []),
+    ],
+)
+def test_each_field_of_record_json_is_checked(checkpoint, field, value):
+    load_record(checkpoint)  # which is right
+    change(checkpoint / "record.json", **{field: value})
+    with pytest.raises(UserError, match=f"{field} must be"):
+        load_record(checkpoint)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"source": "generated"}'])
+def test_a_record_without_what_it_needs_is_refused(checkpoint, text):
+    (checkpoint / "record.json").write_text(text)
+    with pytest.raises(UserError, match="lacks"):
+        load_record(checkpoint)
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(monkeypatch):
+    model = tiny()
+    rows = list(islice(generate(new_record(0, [3]), "train", 64), 64))
+    reports = []
+    with pytest.raises(UserError, match="not finite at step"):
+        fit(
+            model,
+            Batches(rows, TOK, 4),
+            40,
+            1e9,
+            warmup=1,
+            report_every=7,
+            report=lambda *given: reports.append(given),
+        )
+    assert all(math.isfinite(loss) for loss, _ in reports)
+
+
+def test_validation_rows_without_a_response_are_enough_to_measure(checkpoint):
+    """Of problems alone there is no loss to report, but accuracy."""
+    problem = {"nums": [3, 5, 8], "target": 48}
+    options = None
+    reporter = train.Reporter(options, tiny(), TOK, Batches([ROW], TOK, 1), {}, {}, 0)
+    found = reporter.evaluate("val", [problem], torch.device("cpu"))
+    assert found.keys() == {"val_greedy"}
