@@ -19,6 +19,7 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # noqa: F401  once a group exists, importing it keeps it alive
+import torch.distributed.nn.functional  # noqa: F401  before any group: it would hold it to the end
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict, snapshot_download
@@ -657,13 +658,23 @@ def number(whole_or_real: type, low: float, strict: bool = False):
 
 
 def cli(main) -> None:
-    """Run a program's `main()`; a UserError becomes one line on stderr and exit code 2."""
+    """Run a program's `main()`. A UserError becomes one line on stderr and exit code 2; Ctrl-C and
+    SIGTERM one line and the exit code that shells know, 130 and 143."""
+
+    def terminate(number, frame):
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         main()
         sys.stdout.flush()  # while a broken pipe can still be caught
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if stop.args else signal.SIGINT
+        print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
+        sys.exit(128 + number)
     except BrokenPipeError:  # nobody reads on: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

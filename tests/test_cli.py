@@ -2,6 +2,7 @@
 nothing that was saved is lost."""
 
 import json
+import signal
 import os
 import shutil
 import subprocess
@@ -638,3 +639,19 @@ def test_a_resume_that_cannot_be_costs_no_checkpoint(complaint, ckpt):
     before = files_of(ckpt)
     assert "cannot resume from" in complaint(train, "--resume", "--out", ckpt, "--steps", 9)
     assert files_of(ckpt) == before
+
+
+# ---- Signals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_who_is_stopped_says_so_in_one_line(capsys, number, code):
+    before = {other: signal.getsignal(other) for other in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            cli(lambda: signal.raise_signal(number))
+    finally:
+        for other, handler in before.items():
+            signal.signal(other, handler)
+    assert stopped.value.code == code
+    assert capsys.readouterr().err == f"stopped by {number.name}\n"
