@@ -19,6 +19,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -579,13 +580,32 @@ def replacing(folder: str | Path):
     them are complete. Raises UserError."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as staging:
+        sweep(Path(folder))
+        with tempfile.TemporaryDirectory(prefix=f".new-{os.getpid()}-", dir=folder) as staging:
             yield Path(staging)
             for file in Path(staging).iterdir():
                 file.chmod(0o644)  # safetensors writes for its owner alone
                 os.replace(file, Path(folder) / file.name)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write to {folder}: {error}") from None
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes that were killed have left behind: folders `.new-PID-...`."""
+    for left_behind in folder.glob(".new-*"):
+        pid = left_behind.name.split("-")[1]
+        if not pid.isdigit() or not is_running(int(pid)):
+            shutil.rmtree(left_behind, ignore_errors=True)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
 # ---- Device, ranks, precision --------------------------------------------------------------------
@@ -655,6 +675,28 @@ def number(whole_or_real: type, low: float, strict: bool = False):
 
     parse.__name__ = "whole number" if whole_or_real is int else "number"
     return parse
+
+
+class Interruptible:
+    """Goes through steps. Meanwhile Ctrl-C and SIGTERM are only noted, as `stopped_by`, so that a
+    step can be finished, and what there is be saved."""
+
+    def __init__(self, steps):
+        self.steps = steps
+        self.stopped_by = 0
+
+    def __iter__(self):
+        before = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, self.note)
+        try:
+            yield from self.steps
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def note(self, number, frame) -> None:
+        self.stopped_by = number
 
 
 def cli(main) -> None:

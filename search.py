@@ -702,14 +702,22 @@ def judge(tokenizer: Tokenizer, problem: dict, samples: list[Response], settings
 
 
 def evaluate(
-    model: Llama, tokenizer: Tokenizer, problems: list[dict], settings: Settings, offset: int = 0
+    model: Llama,
+    tokenizer: Tokenizer,
+    problems: list[dict],
+    settings: Settings,
+    offset: int = 0,
+    answers: "AnswerFile | None" = None,
 ) -> list[dict]:
-    """`judge`'s row for every problem. Its samples are keyed by offset + i, so that neither batches
-    nor ranks change them."""
+    """`judge`'s row for every problem, and its number, offset + i. Samples depend on this number,
+    so that neither batches nor ranks change them. answers: a file that gets the rows as they come,
+    and may hold some already."""
     _, rank, world = device_rank_world()
-    own_problems = problems[rank::world]
-    keys = range(offset + rank, offset + len(problems), world)
-    searches = decode(model, tokenizer, own_problems, keys, settings)
+    rows = dict(answers.rows) if answers else {}
+    numbers = range(offset, offset + len(problems))
+    own_numbers = [one for one in numbers if one not in rows][rank::world]
+    own_problems = [problems[one - offset] for one in own_numbers]
+    searches = decode(model, tokenizer, own_problems, own_numbers, settings)
     progress = tqdm(
         searches,
         settings.decoder,
@@ -718,12 +726,17 @@ def evaluate(
         leave=False,
         disable=rank > 0,
     )
-    rows = {i: judge(tokenizer, own_problems[i], samples, settings) for i, samples in progress}
-    by_rank = gather([rows[i] for i in range(len(own_problems))])
-    return [by_rank[i % world][i // world] for i in range(len(problems))]
+    for i, samples in progress:
+        row = {"number": own_numbers[i], **judge(tokenizer, own_problems[i], samples, settings)}
+        rows[own_numbers[i]] = row
+        if answers:
+            answers.add(row)
+    for rows_of_rank in gather(rows):
+        rows |= rows_of_rank
+    return [rows[one] for one in numbers]
 
 
-def gather(rows: list) -> list[list]:
+def gather(rows) -> list:
     """Every rank's rows, on every rank."""
     if not dist.is_initialized():
         return [rows]
@@ -740,6 +753,7 @@ def compare(
     settings: Settings,
     title: str = "",
     offset: int = 0,
+    answers: "AnswerFile | None" = None,
 ) -> dict:
     """Evaluate every decoder on the problems of every split and print a table, one line for each;
     {(split, decoder): rows}."""
@@ -749,9 +763,9 @@ def compare(
         headings = ("selected % [95 %]", "verified % [95 %]", "tokens")
         print(f"{title:34}{headings[0]:>20}{headings[1]:>20}{headings[2]:>13}", flush=True)
     for split, decoder in product(problems_by_split, decoders):
-        rows = evaluate(
-            model, tokenizer, problems_by_split[split], replace(settings, decoder=decoder), offset
-        )
+        problems = problems_by_split[split]
+        own_settings = replace(settings, decoder=decoder)
+        rows = evaluate(model, tokenizer, problems, own_settings, offset, answers)
         results[split, decoder] = rows
         selected = sum(row["correct"] for row in rows) / len(rows)
         verified = sum(row["verified"] for row in rows) / len(rows)
@@ -871,6 +885,61 @@ def draw_tree(
     return "\n".join([header, f"{'action':30}samples", *tree.lines()])
 
 
+# ---- The file of answers -------------------------------------------------------------------------
+
+
+class AnswerFile:
+    """What --out names. Rows are appended to FILE.part as they come, so that who is stopped loses
+    none; when all are there, they replace FILE, in order. Raises UserError."""
+
+    def __init__(self, path: pathlib.Path, resumes: bool, problems: list[dict], offset: int):
+        self.path = path
+        self.part = path.with_name(path.name + ".part")
+        self.rows = {}  # {number: row}, of those that were there already
+        lines = []
+        if resumes and self.part.exists():
+            lines = self.part.read_text(encoding="utf-8").split("\n")[:-1]  # the last: incomplete
+        for line in lines:
+            row = self.read(line)
+            problem = row
+            if 0 <= row["number"] - offset < len(problems):
+                problem = problems[row["number"] - offset]
+            if (row["nums"], row["target"]) != (problem["nums"], problem["target"]):
+                raise UserError(f"{self.part} holds answers to other problems")
+            self.rows[row["number"]] = row
+        gather(None)  # nobody writes before all have read
+        if is_main():
+            self.write("w", [json.dumps(row) for row in self.rows.values()])
+        gather(None)
+
+    def read(self, line: str) -> dict:
+        try:
+            row = dict(json.loads(line))
+            for key in ("number", "nums", "target", "correct", "verified", "tokens"):
+                row[key]
+            return {**row, "number": int(row["number"])}
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise UserError(f"{self.part} holds a line that is no answer: {line[:60]!r}") from None
+
+    def add(self, row: dict) -> None:
+        self.write("a", [json.dumps(row)])
+
+    def write(self, mode: str, lines: list[str]) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.part, mode, encoding="utf-8") as file:
+                file.write("".join(line + "\n" for line in lines))
+        except OSError as error:
+            raise UserError(f"cannot write to {self.part}: {error}") from None
+
+    def finish(self, rows: list[dict]) -> None:
+        with replacing(self.path.parent) as staging:
+            with open(staging / self.path.name, "w", encoding="utf-8") as file:
+                for row in rows:
+                    file.write(json.dumps(row) + "\n")
+        self.part.unlink(missing_ok=True)
+
+
 # ---- The command ---------------------------------------------------------------------------------
 
 SHIPPED = pathlib.Path(__file__).parent / "assets" / "checkpoint"
@@ -907,6 +976,7 @@ def arguments() -> argparse.Namespace:
     options.add_argument(
         "--out", type=pathlib.Path, help="write one JSON line a problem to this file"
     )
+    options.add_argument("--resume", action="store_true", help="go on with --out's FILE.part")
     options.set_defaults(**asdict(Settings()))
     if "--paper" in sys.argv:
         options.set_defaults(**PAPER_SEARCH)
@@ -919,6 +989,8 @@ def arguments() -> argparse.Namespace:
         )
     if options.out and (options.data is None or options.out.is_dir()):
         raise UserError("--out wants a file, and --data beside it")
+    if options.resume and options.out is None:
+        raise UserError("--resume goes with --out")
     return options
 
 
@@ -945,17 +1017,15 @@ def main() -> None:
     decoders = (
         [options.decoder] if options.data else list(dict.fromkeys(["greedy", options.decoder]))
     )
-    if options.out is None:
-        compare(model, tokenizer, problems_by_split, decoders, settings, offset=options.offset)
-        return
-    with replacing(options.out.parent) as staging:  # an unwritable folder is told at once
-        results = compare(
-            model, tokenizer, problems_by_split, decoders, settings, offset=options.offset
-        )
-        if rank == 0:
-            with open(staging / options.out.name, "w", encoding="utf-8") as out_file:
-                for row in results[options.data, options.decoder]:
-                    out_file.write(json.dumps(row) + "\n")
+    answers = None
+    if options.out:
+        problems = problems_by_split[options.data]
+        answers = AnswerFile(options.out, options.resume, problems, options.offset)
+    results = compare(
+        model, tokenizer, problems_by_split, decoders, settings, "", options.offset, answers
+    )
+    if answers and rank == 0:
+        answers.finish(results[options.data, options.decoder])
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -46,6 +47,7 @@ from data import (
 from model import (
     DTYPES,
     Arguments,
+    Interruptible,
     Llama,
     LlamaConfig,
     LlamaDecoderLayer,
@@ -85,8 +87,8 @@ def fit(
         optimizer.zero_grad()
 
     dtype: what autocast computes in. After every `report_every` steps, and after the last,
-    report(loss, state) is called. To resume, give this state, {"step", "optimizer"}, to another
-    call."""
+    report(loss, state, True) is called; if Ctrl-C or SIGTERM stops it, report(loss, state, False).
+    To resume, give this state, {"step", "optimizer"}, to another call."""
     device, rank, world = device_rank_world()
     model.model.compiled_layer = torch.compile(LlamaDecoderLayer.forward) if compiled else None
     parallel = model
@@ -106,7 +108,8 @@ def fit(
     stream = stream_batches(batches, first_step, steps, device)
     progress = tqdm(range(first_step, steps), "train", steps, initial=first_step, disable=rank > 0)
     smooth_loss = None  # a moving average
-    for step in progress:
+    interruptible = Interruptible(progress)
+    for step in interruptible:
         # The loss is one mean over the labelled tokens of all ranks and parts: count them first.
         parts = [part.to(device, non_blocking=True) for part in next(stream)]
         num_labels = sum((labels[:, 1:] != -100).sum() for _, labels in parts)
@@ -137,12 +140,18 @@ def fit(
         loss = sum_over_ranks(loss)
         smooth_loss = loss if smooth_loss is None else 0.98 * smooth_loss + 0.02 * loss
         reports = (step + 1) % report_every == 0 or step + 1 == steps
+        stopped_by = 0
         if step % 20 == 0 or reports:  # not at every step, because it waits for the device
             if not math.isfinite(smooth_loss):
                 raise UserError(f"the loss is not finite at step {step + 1}: try a smaller --lr")
             progress.set_postfix(loss=f"{float(smooth_loss):.4f}")
-        if report and reports:
-            report(float(smooth_loss), {"step": step + 1, "optimizer": optimizer_state(optimizer)})
+            stopped_by = torch.tensor(interruptible.stopped_by, device=device)
+            stopped_by = int(sum_over_ranks(stopped_by))
+        if report and (reports or stopped_by):
+            new_state = {"step": step + 1, "optimizer": optimizer_state(optimizer)}
+            report(float(smooth_loss), new_state, not stopped_by)
+        if stopped_by:
+            raise KeyboardInterrupt(interruptible.stopped_by or signal.SIGTERM)
 
 
 def learning_rate(step: int, steps: int, lr: float, warmup: int) -> float:
@@ -423,7 +432,7 @@ class Reporter:
     last_step: int
     last_time: float = field(default_factory=time.perf_counter)
 
-    def __call__(self, loss: float, state: dict) -> None:
+    def __call__(self, loss: float, state: dict, evaluates: bool) -> None:
         device, rank, _ = device_rank_world()
         seconds = time.perf_counter() - self.last_time
         steps = state["step"] - self.last_step
@@ -433,8 +442,9 @@ class Reporter:
         log_line["rows_per_s"] = round(steps * rows_per_step / seconds, 1)
         if device.type == "cuda":  # of this rank
             log_line["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        for split, rows in self.validation.items():
-            log_line |= self.evaluate(split, rows, device)
+        if evaluates:
+            for split, rows in self.validation.items():
+                log_line |= self.evaluate(split, rows, device)
         if rank == 0:
             tqdm.write(json.dumps(log_line))
             if self.options.wandb:

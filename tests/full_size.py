@@ -203,7 +203,9 @@ def grow(theirs: transformers.LlamaForCausalLM, vocab_size: int) -> None:
 def training_loss(model: Llama, batches: Batches) -> float:
     """The loss that `fit` reports of one step; the model has taken it."""
     losses = []
-    fit(model, batches, 1, 1e-5, 1, 0.01, muon=False, report=lambda loss, _: losses.append(loss))
+    fit(
+        model, batches, 1, 1e-5, 1, 0.01, muon=False, report=lambda loss, *rest: losses.append(loss)
+    )
     return losses[0]
 
 

@@ -393,6 +393,60 @@ def test_search_writes_a_line_a_problem(program, trained, tmp_path, decoder):
     assert [(row["nums"], row["target"]) for row in rows] == expected
 
 
+EVALUATION = "--data val_new --num 6 --offset 2 --decoder greedy --max_new_tokens 12".split()
+
+
+@pytest.mark.parametrize("torn", ["", '{"number": 5, "nu'])
+def test_who_is_stopped_goes_on_where_the_file_of_answers_ends(
+    program, trained, tmp_path, capsys, monkeypatch, torn
+):
+    """No answer is lost or doubled, not even with half a line at the end of the file."""
+    whole = tmp_path / "whole.jsonl"
+    program(search, "--ckpt", trained, *EVALUATION, "--out", whole)
+    out = tmp_path / "rows.jsonl"
+    out.write_text("an older file\n")
+    judge = search.judge
+    judged = []
+
+    def stop_at_the_fourth(*given):
+        if len(judged) == 3:
+            raise KeyboardInterrupt
+        judged.append(given)
+        return judge(*given)
+
+    monkeypatch.setattr(search, "judge", stop_at_the_fourth)
+    args = ("--ckpt", trained, *EVALUATION, "--out", out)
+    code, _, err = run(capsys, monkeypatch, search, *args)
+    assert (code, err.splitlines()[-1]) == (130, "stopped by SIGINT")
+    part = tmp_path / "rows.jsonl.part"
+    assert len(part.read_text().splitlines()) == 3
+    assert out.read_text() == "an older file\n"
+
+    part.write_text(part.read_text() + torn)
+    monkeypatch.setattr(search, "judge", lambda *given: judged.append(given) or judge(*given))
+    program(search, *args, "--resume")
+    assert len(judged) == 6
+    assert out.read_text() == whole.read_text()
+    assert not part.exists()
+
+
+@pytest.mark.parametrize(
+    "line,expected",
+    [
+        ('{"number": 2}', "is no answer"),
+        ("[", "is no answer"),
+        (
+            '{"number": 2, "nums": [1], "target": 1, "correct": 1, "verified": 1, "tokens": 1}',
+            "other problems",
+        ),
+    ],
+)
+def test_a_file_of_other_answers_is_not_gone_on_with(complaint, trained, tmp_path, line, expected):
+    (tmp_path / "rows.jsonl.part").write_text(line + "\n")
+    args = ("--ckpt", trained, *EVALUATION, "--out", tmp_path / "rows.jsonl", "--resume")
+    assert expected in complaint(search, *args)
+
+
 def test_search_takes_problems_of_a_file_and_of_a_dataset(program, trained, dataset, tmp_path):
     file = tmp_path / "problems.jsonl"
     file.write_text('{"nums": [3, 4], "target": 7}\n{"nums": [5, 4], "target": 20}\n')

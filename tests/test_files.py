@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from itertools import islice
 
 import pytest
@@ -300,3 +303,19 @@ def test_validation_rows_without_a_response_are_enough_to_measure(checkpoint):
     reporter = train.Reporter(options, tiny(), TOK, Batches([ROW], TOK, 1), {}, {}, 0)
     found = reporter.evaluate("val", [problem], torch.device("cpu"))
     assert found.keys() == {"val_greedy"}
+
+
+# ---- Writing -------------------------------------------------------------------------------------
+
+
+def test_what_a_killed_process_left_behind_is_swept(tmp_path):
+    """And not what a living one is writing."""
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    for name in (f".new-{killed.pid}-x", f".new-{os.getppid()}-x"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("half")
+    TOK.save_pretrained(tmp_path)
+    assert not (tmp_path / f".new-{killed.pid}-x").exists()
+    assert (tmp_path / f".new-{os.getppid()}-x").exists()
+    assert (tmp_path / "tokenizer.json").exists()

@@ -562,11 +562,13 @@ def test_problems_are_keyed_by_their_place_in_the_data(precise, settings):
 def test_two_ranks_find_what_one_finds(precise, settings, monkeypatch, rank):
     """A rank of two searches every other problem, and all rows come back in order."""
     rows = search.evaluate(precise, TOK, PROBLEMS, settings, offset=3)
-    by_rank = [rows[0::2], rows[1::2]]
+    by_rank = []
+    for own in (rows[0::2], rows[1::2]):
+        by_rank.append({row["number"]: row for row in own})
     gathered = []
 
     def gather(own_rows):
-        gathered.append(own_rows)
+        gathered.append(dict(own_rows))
         return by_rank
 
     monkeypatch.setattr(search, "device_rank_world", lambda: (torch.device("cpu"), rank, 2))

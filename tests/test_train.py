@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -405,7 +406,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path, tied, muon)
     settings = {"steps": 40, "lr": 1e-2, "warmup": 5, "muon": muon}
     fit(whole, batches, **settings)
 
-    def stop(loss, state):
+    def stop(loss, state, evaluates):
         train.save(tmp_path, interrupted, TOKENIZER, RECORD, state)
         raise Interrupted
 
@@ -420,6 +421,42 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path, tied, muon)
         assert not torch.equal(value, interrupted.get_parameter(name)), name
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_a_signal_stops_is_saved_and_resumes_to_the_last_bit(
+    tmp_path, monkeypatch, number
+):
+    """It goes on to the end of a step, is saved without being evaluated, and then stops."""
+    whole = tiny()
+    stopped = copy.deepcopy(whole)
+    batches = Batches(RECORD, TOKENIZER, 4)
+    fit(whole, batches, 30, 1e-2, warmup=5)
+    learning_rate = train.learning_rate
+
+    def stop_at_7(step, *settings):
+        if step == 7:
+            signal.raise_signal(number)
+        return learning_rate(step, *settings)
+
+    def save(loss, state, evaluates):
+        assert not evaluates
+        train.save(tmp_path, stopped, TOKENIZER, RECORD, state)
+
+    monkeypatch.setattr(train, "learning_rate", stop_at_7)
+    handler = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt) as stop:
+        fit(stopped, batches, 30, 1e-2, warmup=5, report=save)
+    assert stop.value.args == (number,)
+    monkeypatch.setattr(train, "learning_rate", learning_rate)
+    resumed = Llama.from_pretrained(tmp_path, dtype=torch.float32)
+    state = train.load_state(tmp_path, resumed)
+    assert state["step"] == 21
+    fit(resumed, batches, 30, 1e-2, warmup=5, state=state)
+    for name, value in whole.named_parameters():
+        assert torch.equal(value, resumed.get_parameter(name)), name
+    del stop
+    assert signal.getsignal(number) == handler
+
+
 def test_reports_come_every_so_many_steps_and_after_the_last():
     reports = []
     fit(
@@ -429,7 +466,7 @@ def test_reports_come_every_so_many_steps_and_after_the_last():
         1e-2,
         warmup=1,
         report_every=3,
-        report=lambda loss, state: reports.append((loss, state["step"])),
+        report=lambda loss, state, evaluates: reports.append((loss, state["step"])),
     )
     assert [step for _, step in reports] == [3, 6, 8]
     assert all(1 < loss < 5 for loss, _ in reports)
@@ -554,7 +591,7 @@ def whole_run(out: Path, dtype: torch.dtype, muon: bool) -> dict:
             gradients.extend(parameter.grad.clone() for parameter in model.parameters())
         return clip(parameters, norm)
 
-    def report(loss, state):
+    def report(loss, state, evaluates):
         losses.append(torch.tensor(loss, dtype=torch.float64))
         if rank == 0 and state["step"] == 10:
             train.save(out, model, TOKENIZER, RECORD, state)
