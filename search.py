@@ -13,13 +13,13 @@ The model says `<backtrack>` when its last action was a mistake, and the search 
 
 For instance, with the numbers 7, 23, 12, 5, the target 56 and n = 32 (a `/` stands for a newline):
 
-    round 0    7-5=2 / 23*2=46 / 46+12=58 / <backtrack>    8 samples
-               12-7=5 / 5*5=25 / <backtrack>               4 samples
-               12-7=5 / <backtrack>                        2 samples
-               ... and 18 more, but none that reaches the goal
-    frontier   7-5=2 / 23*2=46 /                           from the first line,
-               12-7=5 /                                    from the second,
-               the prompt                                  from the third, and so on
+    round 0    7-5=2 / 23*2=46 / 46+12=58 / <backtrack>        4 samples
+               7-5=2 / <backtrack>                             2 samples
+               7+5=12 / <backtrack>                            2 samples
+               ... and 24 more, but none that reaches the goal
+    frontier   7-5=2 / 23*2=46 /                               from the first line,
+               the prompt                                      from the second and the third,
+               12-7=5 /                                        and so on: int(sqrt(32)) states
     round 1    12*7=84 / 23+5=28 / 84-28=56 / Goal Reached!    1 of 32 samples of the prompt
     answer     that one: it is the only candidate
 
