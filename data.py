@@ -54,6 +54,7 @@ from model import (
     check_fields,
     checkpoint_folder,
     cli,
+    in_worker,
     is_list,
     is_main,
     is_whole,
@@ -1010,7 +1011,7 @@ def main() -> None:
     options = options.parse_args()
     record = new_record(options.seed, options.sizes)
     counts = {"train": options.num, "val": options.num_val, "val_new": options.num_val}
-    with replacing(options.out) as staging, Pool() as pool:
+    with replacing(options.out) as staging, Pool(initializer=in_worker) as pool:
         for split, num in counts.items():
             rows = generate(record, split, num, map_function=pool.imap)
             with open(staging / f"{split}.jsonl", "w", encoding="utf-8") as out_file:

@@ -699,14 +699,24 @@ class Interruptible:
         self.stopped_by = number
 
 
+def in_worker(*_) -> None:
+    """What a worker process does first: leave Ctrl-C to its parent, which will end it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def cli(main) -> None:
     """Run a program's `main()`. A UserError becomes one line on stderr and exit code 2; Ctrl-C and
     SIGTERM one line and the exit code that shells know, 130 and 143."""
 
+    own_pid = os.getpid()
+
     def terminate(number, frame):
+        if os.getpid() != own_pid:  # a worker that has just been forked: see `in_worker`
+            os._exit(128 + number)
         raise KeyboardInterrupt(number)
 
-    signal.signal(signal.SIGTERM, terminate)
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         main()
         sys.stdout.flush()  # while a broken pipe can still be caught
@@ -721,5 +731,6 @@ def cli(main) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     finally:
+        signal.signal(signal.SIGTERM, before)
         if dist.is_initialized():
             dist.destroy_process_group()

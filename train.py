@@ -54,6 +54,7 @@ from model import (
     UserError,
     best_dtype,
     cli,
+    in_worker,
     number,
     replacing,
     device_rank_world,
@@ -263,6 +264,7 @@ def stream_batches(batches: Batches, first_step: int, steps: int, device: torch.
         sampler=range(first_step // batches.STEPS, -(-steps // batches.STEPS)),
         num_workers=max(cores_per_rank - 1, 1) if on_gpu else 0,
         pin_memory=on_gpu,
+        worker_init_fn=in_worker,
     )
     stream = itertools.chain.from_iterable(loader)
     return itertools.islice(stream, first_step % batches.STEPS, None)
