@@ -712,7 +712,7 @@ def test_compare_prints_a_line_for_each_split_and_decoder(monkeypatch, capsys):
 def test_compare_gives_each_decoder_its_settings(monkeypatch):
     asked = []
 
-    def evaluate(model, tokenizer, problems, settings, offset):
+    def evaluate(model, tokenizer, problems, settings, offset, answers):
         asked.append((problems, settings, offset))
         return [{"correct": True, "verified": True, "tokens": 1}]
 
