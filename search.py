@@ -59,10 +59,10 @@ from model import (
     UserError,
     best_dtype,
     cli,
-    number,
-    replacing,
     device_rank_world,
     is_main,
+    number,
+    replacing,
 )
 
 # ---- 1. The algorithm, for one problem (paper, section 4.2) --------------------------------------
@@ -158,10 +158,15 @@ def rate(sample: Response, tokenizer: Tokenizer, last_line: bool) -> float:
     return score
 
 
+def candidates(samples: list[Response], tokenizer: Tokenizer, last_line: bool) -> list[Response]:
+    """The samples that reached the goal, the best score first."""
+    found = [sample for sample in samples if reached_goal(sample, tokenizer)]
+    return sorted(found, key=lambda sample: -rate(sample, tokenizer, last_line))
+
+
 def select(samples: list[Response], tokenizer: Tokenizer, last_line: bool) -> Response | None:
     """The answer: the candidate with the best score."""
-    candidates = [sample for sample in samples if reached_goal(sample, tokenizer)]
-    return max(candidates, key=lambda sample: rate(sample, tokenizer, last_line), default=None)
+    return next(iter(candidates(samples, tokenizer, last_line)), None)
 
 
 @dataclass(frozen=True)
@@ -347,7 +352,7 @@ def beams(logits: torch.Tensor, responses: list[Response], settings: Settings) -
 
 @dataclass(eq=False)
 class Search:
-    """One problem's search: the algorithm, and who gets samples for it."""
+    """One problem's search: the algorithm, and the expansions that get samples for it."""
 
     index: int  # the problem's place among those given
     prompt: list[int]
@@ -436,8 +441,10 @@ def search_slowly(
                     children.append(expansion.extend(growing[draw.parent], draw))
                 growing = []
                 for child in children:
-                    is_over = has_ended(child, tokenizer, settings)
-                    (expansion.ended if is_over else growing).append(child)
+                    if has_ended(child, tokenizer, settings):
+                        expansion.ended.append(child)
+                    else:
+                        growing.append(child)
         search.advance()
     return search.all_samples
 
@@ -683,10 +690,11 @@ def judge(tokenizer: Tokenizer, problem: dict, samples: list[Response], settings
         text = tokenizer.decode(answer.tokens)
         score = rate(answer, tokenizer, settings.last_line)
         verdict = verify(nums, target, text)
-    candidates = [sample for sample in samples if reached_goal(sample, tokenizer)]
-    candidates.sort(key=lambda sample: -rate(sample, tokenizer, settings.last_line))
-    candidate_texts = [tokenizer.decode(candidate.tokens) for candidate in candidates]
-    solutions = [one for one in candidate_texts if verify(nums, target, one).correct]
+    solutions = []
+    for candidate in candidates(samples, tokenizer, settings.last_line):
+        candidate_text = tokenizer.decode(candidate.tokens)
+        if verify(nums, target, candidate_text).correct:
+            solutions.append(candidate_text)
     return {
         "nums": nums,
         "target": target,
@@ -889,46 +897,52 @@ def draw_tree(
 
 
 class AnswerFile:
-    """What --out names. Rows are appended to FILE.part as they come, so that who is stopped loses
-    none; when all are there, they replace FILE, in order. Raises UserError."""
+    """What --out names. Rows are appended to FILE.part as they come, so that a run that is stopped
+    loses none; when all are there, they replace FILE, in order. The first line of FILE.part says
+    what they were made by: a run of other settings does not go on with it. Raises UserError."""
 
-    def __init__(self, path: pathlib.Path, resumes: bool, problems: list[dict], offset: int):
+    def __init__(self, path: pathlib.Path, resumes: bool, made_by: dict, problems: dict):
+        """made_by: settings, as JSON has them; problems: {number: problem}."""
         self.path = path
         self.part = path.with_name(path.name + ".part")
         self.rows = {}  # {number: row}, of those that were there already
-        lines = []
         if resumes and self.part.exists():
-            lines = self.part.read_text(encoding="utf-8").split("\n")[:-1]  # the last: incomplete
-        for line in lines:
-            row = self.read(line)
-            problem = row
-            if 0 <= row["number"] - offset < len(problems):
-                problem = problems[row["number"] - offset]
-            if (row["nums"], row["target"]) != (problem["nums"], problem["target"]):
-                raise UserError(f"{self.part} holds answers to other problems")
-            self.rows[row["number"]] = row
+            first_line, *lines = self.read_lines()
+            if first_line != made_by:
+                raise UserError(f"{self.part} was made by other settings: {json.dumps(first_line)}")
+            for row in lines:
+                self.take(row, problems)
         gather(None)  # nobody writes before all have read
         if is_main():
-            self.write("w", [json.dumps(row) for row in self.rows.values()])
+            self.write("w", [made_by, *self.rows.values()])
         gather(None)
 
-    def read(self, line: str) -> dict:
+    def read_lines(self) -> list:
         try:
-            row = dict(json.loads(line))
-            for key in ("number", "nums", "target", "correct", "verified", "tokens"):
-                row[key]
-            return {**row, "number": int(row["number"])}
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise UserError(f"{self.part} holds a line that is no answer: {line[:60]!r}") from None
+            lines = self.part.read_text(encoding="utf-8").split("\n")[:-1]  # the last: incomplete
+            return [json.loads(line) for line in lines] or [None]
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{self.part} cannot be read: {error}") from None
+
+    def take(self, row, problems: dict) -> None:
+        """Keep a row that was read, if it answers one of the problems."""
+        needed = {"number", "nums", "target", "correct", "verified", "tokens"}
+        if not isinstance(row, dict) or not needed <= row.keys():
+            raise UserError(f"{self.part} holds a line that is no answer: {json.dumps(row)[:60]}")
+        problem = problems.get(str(row["number"]))
+        if problem is None or (row["nums"], row["target"]) != (problem["nums"], problem["target"]):
+            raise UserError(f"{self.part} holds answers to other problems")
+        self.rows[row["number"]] = row
 
     def add(self, row: dict) -> None:
-        self.write("a", [json.dumps(row)])
+        self.write("a", [row])
 
-    def write(self, mode: str, lines: list[str]) -> None:
+    def write(self, mode: str, lines: list[dict]) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.part, mode, encoding="utf-8") as file:
-                file.write("".join(line + "\n" for line in lines))
+                for line in lines:
+                    file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise UserError(f"cannot write to {self.part}: {error}") from None
 
@@ -1019,8 +1033,13 @@ def main() -> None:
     )
     answers = None
     if options.out:
-        problems = problems_by_split[options.data]
-        answers = AnswerFile(options.out, options.resume, problems, options.offset)
+        made_by = {"ckpt": options.ckpt, "data": options.data, **asdict(settings)}
+        for name in ("batch_size", "cache_gib"):  # these change no sample
+            del made_by[name]
+        problems = {}
+        for place, problem in enumerate(problems_by_split[options.data]):
+            problems[str(options.offset + place)] = problem
+        answers = AnswerFile(options.out, options.resume, made_by, problems)
     results = compare(
         model, tokenizer, problems_by_split, decoders, settings, "", options.offset, answers
     )

@@ -54,11 +54,11 @@ from model import (
     UserError,
     best_dtype,
     cli,
+    device_rank_world,
     in_worker,
+    is_main,
     number,
     replacing,
-    device_rank_world,
-    is_main,
 )
 from search import Settings, compare, evaluate
 
@@ -141,17 +141,17 @@ def fit(
         loss = sum_over_ranks(loss)
         smooth_loss = loss if smooth_loss is None else 0.98 * smooth_loss + 0.02 * loss
         reports = (step + 1) % report_every == 0 or step + 1 == steps
-        stopped_by = 0
+        stops = False
         if step % 20 == 0 or reports:  # not at every step, because it waits for the device
             if not math.isfinite(smooth_loss):
                 raise UserError(f"the loss is not finite at step {step + 1}: try a smaller --lr")
             progress.set_postfix(loss=f"{float(smooth_loss):.4f}")
-            stopped_by = torch.tensor(interruptible.stopped_by, device=device)
-            stopped_by = int(sum_over_ranks(stopped_by))
-        if report and (reports or stopped_by):
+            signals = torch.tensor(interruptible.stopped_by, device=device)
+            stops = bool(sum_over_ranks(signals))  # all ranks stop together
+        if report and (reports or stops):
             new_state = {"step": step + 1, "optimizer": optimizer_state(optimizer)}
-            report(float(smooth_loss), new_state, not stopped_by)
-        if stopped_by:
+            report(float(smooth_loss), new_state, not stops)
+        if stops:
             raise KeyboardInterrupt(interruptible.stopped_by or signal.SIGTERM)
 
 

@@ -419,7 +419,7 @@ def test_who_is_stopped_goes_on_where_the_file_of_answers_ends(
     code, _, err = run(capsys, monkeypatch, search, *args)
     assert (code, err.splitlines()[-1]) == (130, "stopped by SIGINT")
     part = tmp_path / "rows.jsonl.part"
-    assert len(part.read_text().splitlines()) == 3
+    assert len(part.read_text().splitlines()) == 1 + 3  # the settings, and the answers
     assert out.read_text() == "an older file\n"
 
     part.write_text(part.read_text() + torn)
@@ -434,17 +434,40 @@ def test_who_is_stopped_goes_on_where_the_file_of_answers_ends(
     "line,expected",
     [
         ('{"number": 2}', "is no answer"),
-        ("[", "is no answer"),
+        ("3", "is no answer"),
+        ("[", "cannot be read"),
         (
             '{"number": 2, "nums": [1], "target": 1, "correct": 1, "verified": 1, "tokens": 1}',
             "other problems",
         ),
     ],
 )
-def test_a_file_of_other_answers_is_not_gone_on_with(complaint, trained, tmp_path, line, expected):
-    (tmp_path / "rows.jsonl.part").write_text(line + "\n")
-    args = ("--ckpt", trained, *EVALUATION, "--out", tmp_path / "rows.jsonl", "--resume")
-    assert expected in complaint(search, *args)
+def test_a_file_of_other_answers_is_not_gone_on_with(
+    complaint, trained, tmp_path, monkeypatch, capsys, line, expected
+):
+    args = ("--ckpt", trained, *EVALUATION, "--out", tmp_path / "rows.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "judge", stopped_at_once)
+        run(capsys, patch, search, *args)
+    with open(tmp_path / "rows.jsonl.part", "a") as part:
+        part.write(line + "\n")
+    assert expected in complaint(search, *args, "--resume")
+
+
+def stopped_at_once(*given):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("flags", [["--decoder", "beam"], ["--max_new_tokens", "9"]])
+def test_answers_of_other_settings_are_not_gone_on_with(
+    complaint, program, trained, tmp_path, monkeypatch, capsys, flags
+):
+    args = ("--ckpt", trained, *EVALUATION, "--out", tmp_path / "rows.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "judge", stopped_at_once)
+        run(capsys, patch, search, *args)
+    assert "other settings" in complaint(search, *args, *flags, "--resume")
+    program(search, *args, "--batch_size", 1, "--resume")  # which changes no answer
 
 
 def test_search_takes_problems_of_a_file_and_of_a_dataset(program, trained, dataset, tmp_path):

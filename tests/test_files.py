@@ -80,9 +80,10 @@ def test_other_spellings_of_a_row_are_read_as_the_row(tmp_path, changes, mark):
     assert read_rows(tmp_path / "rows.jsonl") == [ROW]
 
 
+@pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("whole", [[ROW, ROW], {"data": [ROW, ROW]}])
-def test_a_file_may_be_one_list_or_hold_it_as_data(tmp_path, whole):
-    (tmp_path / "rows.json").write_text(json.dumps(whole))
+def test_a_file_may_be_one_list_or_hold_it_as_data(tmp_path, whole, indent):
+    (tmp_path / "rows.json").write_text(json.dumps(whole, indent=indent))
     assert read_rows(tmp_path / "rows.json") == [ROW, ROW]
 
 
@@ -254,6 +255,7 @@ def test_an_index_may_name_only_files_beside_it(checkpoint, name):
         ("sizes", [7]),
         ("sizes", []),
         ("held_out", [1_000_000]),
+        ("held_out", [18.0]),
         ("held_out", list(range(10, 101))),
         ("mistakes", ["exploratry"]),
         ("seed", -1),
@@ -293,7 +295,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(monkeypatch)
             report_every=7,
             report=lambda *given: reports.append(given),
         )
-    assert all(math.isfinite(loss) for loss, _ in reports)
+    assert reports == []
 
 
 def test_validation_rows_without_a_response_are_enough_to_measure(checkpoint):

@@ -431,9 +431,11 @@ def test_a_run_that_a_signal_stops_is_saved_and_resumes_to_the_last_bit(
     batches = Batches(RECORD, TOKENIZER, 4)
     fit(whole, batches, 30, 1e-2, warmup=5)
     learning_rate = train.learning_rate
+    raised = []
 
     def stop_at_7(step, *settings):
-        if step == 7:
+        if step == 7 and not raised:
+            raised.append(number)
             signal.raise_signal(number)
         return learning_rate(step, *settings)
 
@@ -455,6 +457,19 @@ def test_a_run_that_a_signal_stops_is_saved_and_resumes_to_the_last_bit(
         assert torch.equal(value, resumed.get_parameter(name)), name
     del stop
     assert signal.getsignal(number) == handler
+
+
+def test_a_second_signal_stops_at_once(monkeypatch):
+    def stop(step, *settings):
+        asked.append(step)
+        signal.raise_signal(signal.SIGTERM)
+        return 1e-2
+
+    asked = []
+    monkeypatch.setattr(train, "learning_rate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny(), Batches(RECORD, TOKENIZER, 2), 8, 1e-2, warmup=1)
+    assert asked == [0, 0]  # it is asked once for each group of parameters
 
 
 def test_reports_come_every_so_many_steps_and_after_the_last():
