@@ -35,7 +35,6 @@ import json
 import math
 import random
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -56,8 +55,8 @@ from model import (
     cli,
     in_worker,
     is_list,
-    is_main,
     is_whole,
+    note,
     number,
     read_json,
     replacing,
@@ -439,8 +438,15 @@ class Tokenizer:
     """A `tokenizers` tokenizer and what the method asks of one: prompts, rows with labels, where
     lines end."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, eos_text: str = EOS):
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        eos_text: str = EOS,
+        carried: dict[str, str] | None = None,
+    ):
+        """carried: the content of files that are to be saved with it, see CARRIED."""
         self.backend = backend
+        self.carried = carried or {}
         self.eos = backend.token_to_id(eos_text)
         self.backtrack = backend.token_to_id(BACKTRACK)
         self.vocab_size = 1 + max(backend.get_vocab().values())  # ids may have gaps
@@ -525,29 +531,27 @@ class Tokenizer:
         """The tokenizer in a folder or of a Hub id; add_backtrack: where it is lacking.
         Raises UserError."""
         folder = checkpoint_folder(name)
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises bare Exceptions
-            raise UserError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
-        backend.no_padding()  # a file may ask for either
-        backend.no_truncation()
+        backend = read_tokenizer(folder / "tokenizer.json")
         if add_backtrack:  # if it is there already, it keeps its id
             backend.add_special_tokens([AddedToken(BACKTRACK, special=True, normalized=False)])
-        return cls(backend, read_eos(folder, backend))
+        return cls(backend, read_eos(folder, backend), read_carried(folder))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer reads
         them."""
         eos_text = self.backend.id_to_token(self.eos)
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            "eos_token": eos_text,
-            "pad_token": eos_text if self.backend.token_to_id(PAD) is None else PAD,
-        }
+        config = json.loads(self.carried.get("tokenizer_config.json", "{}"))
+        config.setdefault("clean_up_tokenization_spaces", False)
+        config.setdefault("pad_token", eos_text if self.backend.token_to_id(PAD) is None else PAD)
+        config["tokenizer_class"] = (
+            "PreTrainedTokenizerFast"  # the one that takes the file as it is
+        )
+        config["eos_token"] = eos_text
+        files = {**self.carried, "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
         with replacing(folder) as staging:
             self.backend.save(str(staging / "tokenizer.json"))
-            (staging / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+            for name, content in files.items():
+                (staging / name).write_text(content, encoding="utf-8")
 
 
 # ---- The exact solver: all programs of a block of problems, as arrays ----------------------------
@@ -924,7 +928,9 @@ RECORD_FIELDS = {  # of record.json: (what it must be, is it so?)
 
 def load_record(name: str, repo_type: str = "model") -> dict:
     """What a checkpoint or dataset was made from; where nobody wrote it down: the reference's, or
-    itself."""
+    itself. Raises UserError."""
+    if repo_type == "dataset" and Path(name).is_file():
+        return {"source": name}
     patterns = ["record.json"] if repo_type == "dataset" else None
     path = checkpoint_folder(name, repo_type, patterns) / "record.json"
     if path.exists():
@@ -935,6 +941,11 @@ def load_record(name: str, repo_type: str = "model") -> dict:
         check_fields(record, RECORD_FIELDS, str(path), needed)
         return record
     return {"source": REFERENCE if repo_type == "model" else str(name)}
+
+
+def whole_path(name: str) -> str:
+    """A path as one that works from any folder; a name on the Hub as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def load_rows(data: str, record: dict, num: int, offset: int = 0) -> list[dict]:
@@ -948,18 +959,32 @@ def load_rows(data: str, record: dict, num: int, offset: int = 0) -> list[dict]:
         raise UserError(f"--data wants {wanted}, and {data} is none of them")
     elif dataset:
         rows = load_rows(split, load_record(dataset, "dataset"), num, offset)
-    elif Path(record["source"]).is_file():
-        message = f"no {data}: the checkpoint's data was a file (search.py takes one as --data)"
-        raise UserError(message)
     elif record["source"] == "generated":
         rows = list(generate(record, data, num, offset))
+    elif is_one_file(record):
+        if data != "train":
+            raise UserError(f"no {data}: the checkpoint's data was the file {record['source']}")
+        rows = read_rows(Path(record["source"]), PROBLEM_COLUMNS)[offset : offset + num]
     else:
         rows = read_split(record["source"], data)[offset : offset + num]
     if not rows:
         raise UserError(f"{data} has no row number {offset}")
-    if len(rows) < num and is_main():
-        print(f"note: {data} has only {len(rows)} rows from {offset} on", file=sys.stderr)
+    if len(rows) < num:
+        note(f"{data} has only {len(rows)} rows from {offset} on")
     return rows
+
+
+def is_one_file(record: dict) -> bool:
+    return record["source"] != "generated" and Path(record["source"]).is_file()
+
+
+def load_validation(record: dict, num: int, offset: int = 0) -> dict[str, list[dict]]:
+    """Rows of both validation splits; none, and a line that says so, where the data was a file.
+    Raises UserError."""
+    if is_one_file(record):
+        note(f"no table, for {record['source']} has no validation splits")
+        return {}
+    return {split: load_rows(split, record, num, offset) for split in ("val", "val_new")}
 
 
 def unknown_text(backend: tokenizers.Tokenizer, texts: list[str]) -> str:
@@ -977,6 +1002,38 @@ def unknown_text(backend: tokenizers.Tokenizer, texts: list[str]) -> str:
             known = next(end for end in range(len(text), -1, -1) if knows(text[:end]))
             return f"the tokenizer does not know {text[known]!r} in {text!r}"
     return "the tokenizer refuses the text"
+
+
+MOST_TOKENS = 2**24
+
+
+def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    """Raises UserError."""
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+        largest = max(backend.get_vocab().values())
+    except Exception as error:  # the library raises bare Exceptions
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if largest >= MOST_TOKENS:
+        raise UserError(f"{path} has a token number {largest}: an embedding so large is no use")
+    backend.no_padding()  # the file may ask for either
+    backend.no_truncation()
+    return backend
+
+
+CARRIED = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+
+
+def read_carried(folder: Path) -> dict[str, str]:
+    """Files that only other programs have a use for, and that are saved as they were opened."""
+    found = {}
+    for name in CARRIED:
+        if (folder / name).is_file():
+            if name.endswith("json"):
+                found[name] = json.dumps(read_json(folder / name), indent=2)
+            else:
+                found[name] = (folder / name).read_text(encoding="utf-8", errors="replace")
+    return found
 
 
 def read_eos(folder: Path, backend: tokenizers.Tokenizer) -> str:

@@ -29,12 +29,12 @@ The validation problems that accuracy is reported on are never trained on.
 """
 
 import argparse
-import json
+import sys
 from pathlib import Path
 
 import torch
 
-from data import BACKTRACK, Tokenizer, load_record, load_rows
+from data import BACKTRACK, Tokenizer, load_record, load_rows, load_validation, whole_path
 from model import (
     Arguments,
     Llama,
@@ -46,26 +46,34 @@ from model import (
     number,
     replacing,
 )
-from search import Settings, compare, evaluate
-from train import Batches, fit, save
+from search import PAPER_SEARCH, Settings, compare, evaluate
+from train import Batches, as_flags, fit, load_state, put_back, save
 
 
 def expert_iteration(
-    model: Llama, tokenizer: Tokenizer, record: dict, validation: dict, options: argparse.Namespace
+    model: Llama,
+    tokenizer: Tokenizer,
+    record: dict,
+    validation: dict,
+    options: argparse.Namespace,
+    rounds_done: int,
+    log: list[dict],
 ) -> None:
     """Every round goes on from the model of the round before, with the next problems and a new
     optimizer. record: where problems come from (generated ones are new: `main` gives the record a
     seed that training did not have); validation: {split: problems} to measure on. Raises
     UserError."""
-    settings = Settings(b=options.b, n=options.n, seed=options.seed)
-    measure(model, tokenizer, validation, settings, options, 0, "before")
-    for round_number in range(1, options.rounds + 1):
+    settings = search_settings(options)
+    if rounds_done == 0:
+        log.append(measure(model, tokenizer, validation, settings, 0, "before"))
+    for round_number in range(rounds_done + 1, options.rounds + 1):
         rows = load_rows("train", record, options.num, options.num * (round_number - 1))
         count = improve(model, tokenizer, rows, settings, record, options, round_number)
         title = f"round {round_number} (solved {count} of {len(rows)})"
-        measure(model, tokenizer, validation, settings, options, round_number, title)
+        log.append(measure(model, tokenizer, validation, settings, round_number, title))
         if is_main():  # one of the ranks is enough
-            save(options.out, model, tokenizer, record)
+            state = {"round": round_number, "settings": own_settings(options)}
+            save(options.out, model, tokenizer, record, log, state)
 
 
 def improve(model, tokenizer, rows, settings, record, options, round_number: int) -> int:
@@ -78,7 +86,7 @@ def improve(model, tokenizer, rows, settings, record, options, round_number: int
         message = "the search solved nothing to learn from: start from a better checkpoint"
         raise UserError(message)
     # at most as many mistakes as solutions, and some of D_back
-    back = [row for row in rows if row["search_path"].endswith(BACKTRACK)]
+    back = [row for row in rows if row.get("search_path", "").endswith(BACKTRACK)]
     kept_rows = solved + mistakes[: len(solved)] + back[: len(solved) // 10]
     fine_tune(model, tokenizer, kept_rows, record, options, options.seed + round_number)
     return sum(answer["verified"] for answer in answers)
@@ -113,12 +121,12 @@ def training_row(problem: dict, response: str, no_loss: list[int]) -> dict:
 
 
 def fine_tune(model, tokenizer, kept_rows, record, options, seed: int) -> None:
-    """A few epochs over what a round has kept, with the optimizer, weight decay and mask of the
-    checkpoint's own training, if its record tells them; else with the paper's."""
+    """A few epochs over what a round has kept, with the optimizer and mask of the checkpoint's own
+    training, if its record tells them; else with the paper's. No weight decay, as in the
+    reference."""
     device, rank, world = device_rank_world()
     training = record.get("settings", {})
     uses_muon = training.get("optimizer") == "muon"
-    weight_decay = training.get("weight_decay", 0.01)
     loss_mask = training.get("mask", "action")
     learning_rate = options.lr or (2e-3 if uses_muon else 1e-5)
     batches = Batches(kept_rows, tokenizer, options.batch_size, 1, seed, rank, world, loss_mask)
@@ -129,7 +137,7 @@ def fine_tune(model, tokenizer, kept_rows, record, options, seed: int) -> None:
         total_steps,
         learning_rate,
         warmup=10,
-        weight_decay=weight_decay,
+        weight_decay=0.0,
         muon=uses_muon,
         dtype=best_dtype(device),
     )
@@ -138,51 +146,87 @@ def fine_tune(model, tokenizer, kept_rows, record, options, seed: int) -> None:
 # ==== Plumbing: a first reading may stop here =====================================================
 
 
+def search_settings(options: argparse.Namespace) -> Settings:
+    chosen = dict(PAPER_SEARCH) if options.paper else {}
+    if options.temperature is not None:
+        chosen["temperature"] = options.temperature
+    return Settings(b=options.b, n=options.n, seed=options.seed, **chosen)
+
+
 def measure(
-    model, tokenizer, validation: dict, settings: Settings, options, round_number: int, title: str
-) -> None:
-    """Print the table of greedy decoding and search, and add a line to log.jsonl."""
+    model, tokenizer, validation: dict, settings: Settings, round_number: int, title: str
+) -> dict:
+    """Print the table of greedy decoding and search; the line of log.jsonl."""
     decoders = ["greedy", "self_backtrack"]
     results = compare(model, tokenizer, validation, decoders, settings, title)
     log_line = {"round": round_number}
     for (split, decoder), rows in results.items():
         log_line[f"{split}_{decoder}"] = sum(row["correct"] for row in rows) / len(rows)
-    if is_main():
-        with open(options.out / "log.jsonl", "a") as log_file:
-            log_file.write(json.dumps(log_line) + "\n")
+    return log_line
 
 
-def arguments() -> argparse.Namespace:
+def arguments() -> tuple[argparse.Namespace, dict | None]:
+    """The command line; and with --resume the state of the run, whose own settings count where
+    none are given. Raises UserError."""
     options = Arguments("Expert iteration: search, verify, keep, fine-tune, repeat.")
-    options.add_argument("--ckpt", default="checkpoint", help="a folder or Hub id")
+    options.add_argument("--ckpt", type=whole_path, default="checkpoint", help="a folder or Hub id")
+    options.add_argument(
+        "--data",
+        type=whole_path,
+        help="a file, a folder of data.py, a Hub dataset; else what the checkpoint was trained on",
+    )
     options.add_argument("--out", type=Path, default="improved", help="the folder to save to")
+    options.add_argument("--resume", action="store_true", help="go on after --out's last round")
     options.add_argument("--rounds", type=number(int, 1), default=3)
     options.add_argument("--num", type=number(int, 1), default=15_000, help="problems a round")
     options.add_argument("--b", type=number(int, 0), default=1, help="how often to step back")
     options.add_argument("--n", type=number(int, 1), default=16, help="samples a state")
+    options.add_argument("--temperature", type=number(float, 0.001), help="else search.py's")
+    options.add_argument("--paper", action="store_true", help="search by the paper's rule")
     options.add_argument("--epochs", type=number(int, 1), default=3, help="over what a round kept")
     options.add_argument("--lr", type=number(float, 0, True), help="Muon: 2e-3; AdamW: 1e-5")
     options.add_argument("--batch_size", type=number(int, 1), default=64)
     options.add_argument("--gradient_checkpointing", action="store_true", help="saves memory")
     options.add_argument("--num_eval", type=number(int, 1), default=300, help="problems a split")
     options.add_argument("--seed", type=number(int, 0), default=0)
-    return options.parse_args()
+    known, _ = options.parse_known_args()
+    if not known.resume:
+        return options.parse_args(), None
+    state = load_state(known.out, ("round", "settings"))
+    options = options.parse_args(as_flags(state["settings"]) + sys.argv[1:])
+    if state["round"] >= options.rounds:
+        raise UserError(f"{options.out} holds all of its {state['round']} rounds: give --rounds")
+    return options, state
+
+
+def own_settings(options: argparse.Namespace) -> dict:
+    settings = vars(options).copy()
+    del settings["out"], settings["resume"]
+    return settings
 
 
 def main() -> None:
-    options = arguments()
+    options, state = arguments()
     device, _, _ = device_rank_world()
-    tokenizer = Tokenizer.from_pretrained(options.ckpt)
-    model = Llama.from_pretrained(options.ckpt, device, torch.float32)
+    origin = options.out if state else options.ckpt
+    tokenizer = Tokenizer.from_pretrained(origin)
+    model = Llama.from_pretrained(origin, device, torch.float32)
     model.model.gradient_checkpointing = options.gradient_checkpointing
     with replacing(options.out):
         pass  # if it cannot be written to, say so now
-    record = load_record(options.ckpt)
-    validation = {split: load_rows(split, record, options.num_eval) for split in ("val", "val_new")}
-    # Of generated data: another seed than training had, so that its problems are unseen. It is
-    # saved with the model, so that improving that one again takes still another.
-    record = {**record, "seed": record.get("seed", 0) + 1_000_000 * (options.seed + 1)}
-    expert_iteration(model, tokenizer, record, validation, options)
+    if state:
+        put_back(model, state)
+        record, rounds_done, log = state["record"], state["round"], state["log"]
+    else:
+        record = load_record(options.ckpt)
+        if options.data:
+            record = {**record, **load_record(options.data, "dataset")}
+        # Of generated data: another seed than training had, so that its problems are unseen. It is
+        # saved with the model, so that improving that one again takes still another.
+        record["seed"] = record.get("seed", 0) + 1_000_000 * (options.seed + 1)
+        rounds_done, log = 0, []
+    validation = load_validation(record, options.num_eval)
+    expert_iteration(model, tokenizer, record, validation, options, rounds_done, log)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ size, C hidden size, V vocabulary.
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -23,7 +24,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -261,10 +262,12 @@ class Llama(nn.Module):
         mean of the others: so `<backtrack>` joins a vocabulary. Raises UserError."""
         return load_llama(checkpoint_folder(name), device, dtype, vocab_size)
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Write config.json and model.safetensors (beyond 5 GB: shards with their index). Raises
-        UserError."""
-        save_llama(self, Path(folder), dtype)
+    def save_pretrained(
+        self, folder: str | Path, dtype: torch.dtype = torch.bfloat16, record: str = ""
+    ) -> None:
+        """Write config.json and model.safetensors (beyond 5 GB: shards with their index). The
+        weights remember which record.json, of this text, belongs to them. Raises UserError."""
+        save_llama(self, Path(folder), dtype, record)
 
 
 # ---- The cache -----------------------------------------------------------------------------------
@@ -375,7 +378,14 @@ def read_slots(cache: KVCache, stored: torch.Tensor, vector_numbers: torch.Tenso
 # What Hugging Face's Llama can vary and this one does not.
 FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 INDEX = "model.safetensors.index.json"  # of a checkpoint in several files
-NEEDED = ["*config.json", "tokenizer.json", "record.json", "model*.safetensors*"]  # of a model
+RESUME = "resume.pt"  # of a run that can be gone on with: see train.py
+NEEDED = [  # of a model
+    "*config.json",
+    "tokenizer.json",
+    "chat_template.jinja",
+    "record.json",
+    "model*.safetensors*",
+]
 
 
 def is_whole(value, low: int, high: int = 2**31) -> bool:
@@ -490,7 +500,7 @@ def load_llama(folder: Path, device, dtype: torch.dtype | None, vocab_size: int)
     return model.to(device)
 
 
-def save_llama(model: Llama, folder: Path, dtype: torch.dtype) -> None:
+def save_llama(model: Llama, folder: Path, dtype: torch.dtype, record: str) -> None:
     """See Llama.save_pretrained."""
     weights = {key: value.detach().to(dtype) for key, value in model.state_dict().items()}
     if model.config.tie_word_embeddings:
@@ -498,10 +508,13 @@ def save_llama(model: Llama, folder: Path, dtype: torch.dtype) -> None:
     config = {"architectures": ["LlamaForCausalLM"], **FIXED, **dataclasses.asdict(model.config)}
     config["dtype"] = str(dtype).removeprefix("torch.")
     with replacing(folder) as staging:
-        save_torch_state_dict(weights, staging)
+        metadata = {"record": fingerprint(record)} if record else None
+        save_torch_state_dict(weights, staging, metadata=metadata)
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if not (staging / INDEX).exists():  # readers would believe an index of older shards
-            Path(folder, INDEX).unlink(missing_ok=True)
+
+
+def fingerprint(record: str) -> str:
+    return hashlib.sha256(record.encode()).hexdigest()[:16]
 
 
 def is_file_name(value) -> bool:
@@ -512,33 +525,61 @@ def read_weights(folder: Path, device, dtype: torch.dtype | None, new_rows: int)
     """All tensors of a checkpoint by name; embedding and head with so many new rows, their mean.
     Each tensor is mapped by itself, so that the files take no memory beside it. Raises
     UserError."""
-    index = folder / INDEX
-    names = ["model.safetensors"]
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not is_list(list(weight_map.values()), is_file_name):
-            raise UserError(f"{index} does not map weights to files beside it")
-        names = sorted(set(weight_map.values()))
+    paths = weight_files(folder)
+    versions = [version(path) for path in paths]
     weights = {}
-    for name in names:
+    for path in paths:
         try:
-            opened = partial(safe_open, folder / name, framework="pt", device=str(device))
+            opened = partial(safe_open, path, framework="pt", device=str(device))
             with opened() as file:
                 keys = [key for key in file.keys() if "rotary" not in key]
+                check_record(folder, file.metadata())
             # what grows comes first, while there is room
             keys.sort(key=lambda key: ".layers." in key)
             for key in keys:
                 with opened() as file:
                     value = file.get_tensor(key).to(dtype)
                 if not torch.stack(value.aminmax()).isfinite().all():  # no copy of it is made
-                    raise UserError(f"{folder / name}: {key} holds NaN or infinite numbers")
+                    raise UserError(f"{path}: {key} holds NaN or infinite numbers")
                 if new_rows and key in ("model.embed_tokens.weight", "lm_head.weight"):
                     mean = value.mean(0, keepdim=True, dtype=torch.float32).to(value.dtype)
                     value = torch.cat([value, mean.expand(new_rows, -1)])
                 weights[key] = value
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder / name} is missing or damaged: {error}") from None
+            raise UserError(f"{path} is damaged: {error}") from None
+    if versions != [version(path) for path in paths]:  # tensors of two models
+        raise UserError(f"{folder} was saved anew while it was read: try again")
     return weights
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Raises UserError."""
+    names = ["model.safetensors"]
+    if (folder / INDEX).exists():
+        index = read_json(folder / INDEX)
+        check_record(folder, index.get("metadata"))
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not is_list(list(weight_map.values()), is_file_name):
+            raise UserError(f"{folder / INDEX} does not map weights to files beside it")
+        names = sorted(set(weight_map.values()))
+    for name in names:
+        if not (folder / name).is_file():  # a pipe would never end
+            raise UserError(f"{folder / name} is missing")
+    return [folder / name for name in names]
+
+
+def version(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns
+
+
+def check_record(folder: Path, metadata) -> None:
+    """Say so where weights remember another record than the one beside them."""
+    named = metadata.get("record") if isinstance(metadata, dict) else None
+    path = folder / "record.json"
+    if named and path.is_file():
+        if fingerprint(path.read_text(encoding="utf-8", errors="replace")) != named:
+            note(f"{path} is not the one its weights were saved with")
 
 
 def checkpoint_folder(
@@ -547,7 +588,11 @@ def checkpoint_folder(
     """The folder `name` itself, or the cached download of the Hub's model or dataset of that name:
     of the files that match patterns, or of all that are needed. Raises UserError."""
     if Path(name).is_dir():
+        with suppress(OSError):  # it may be read-only
+            settle(Path(name))
         return Path(name)
+    if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
+        raise UserError(f"no such folder: {name}")
     try:
         return Path(
             snapshot_download(str(name), repo_type=repo_type, allow_patterns=patterns or NEEDED)
@@ -570,27 +615,60 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
+# Other files of an older save that would be taken for the new one's, if it has none of that name.
+STALE = (RESUME, INDEX, "model.safetensors")
+
+
 @contextmanager
 def replacing(folder: str | Path):
-    """A new folder to write files into; they move to `folder`, over the old ones, only when all of
-    them are complete. Raises UserError."""
+    """A new folder to write files into. When all are complete they take the places of the old ones
+    in `folder`: whoever is killed leaves the old files or the new ones, see `settle`. Raises
+    UserError."""
+    folder = Path(folder)
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        sweep(Path(folder))
-        with tempfile.TemporaryDirectory(prefix=f".new-{os.getpid()}-", dir=folder) as staging:
-            yield Path(staging)
-            for file in Path(staging).iterdir():
+        folder.mkdir(parents=True, exist_ok=True)
+        settle(folder)
+        with tempfile.TemporaryDirectory(prefix=f".new-{os.getpid()}-", dir=folder) as own:
+            staging = Path(own) / "files"
+            staging.mkdir()
+            yield staging
+            for file in staging.iterdir():
                 file.chmod(0o644)  # safetensors writes for its owner alone
-                os.replace(file, Path(folder) / file.name)
+            if list(staging.glob("model*.safetensors")):
+                for name in STALE:
+                    (staging / name).touch()  # an empty file: the old one goes
+            ready = staging.rename(folder / Path(own).name.replace(".new", ".ready"))
+            move(ready, folder)
+    except BrokenPipeError:  # of what was printed meanwhile
+        raise
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write to {folder}: {error}") from None
 
 
-def sweep(folder: Path) -> None:
-    """Remove what processes that were killed have left behind: folders `.new-PID-...`."""
-    for left_behind in folder.glob(".new-*"):
-        pid = left_behind.name.split("-")[1]
-        if not pid.isdigit() or not is_running(int(pid)):
+def move(ready: Path, folder: Path) -> None:
+    """Move complete files to their places, weights last. It can be done once more if it was broken
+    off."""
+    for file in sorted(ready.iterdir(), key=lambda file: file.suffix == ".safetensors"):
+        with suppress(FileNotFoundError):  # somebody else moves them, too
+            if file.stat().st_size == 0:
+                (folder / file.name).unlink(missing_ok=True)
+                file.unlink()
+            else:
+                os.replace(file, folder / file.name)
+    with suppress(FileNotFoundError):
+        ready.rmdir()
+
+
+def settle(folder: Path) -> None:
+    """Finish what processes that were killed have left behind in a folder: `.ready-PID-...`, files
+    that are complete, and `.new-PID-...`, files that are not."""
+    for left_behind in folder.glob(".*-*-*"):
+        state, pid, *_ = left_behind.name.split("-")
+        if pid.isdigit() and int(pid) != os.getpid() and is_running(int(pid)):
+            continue
+        if state == ".ready":
+            move(left_behind, folder)
+        elif state == ".new":
             shutil.rmtree(left_behind, ignore_errors=True)
 
 
@@ -647,6 +725,12 @@ def best_dtype(device: torch.device) -> torch.dtype:
 
 class UserError(Exception):
     """What the user gave cannot be used. `cli` prints the message as one line and exits with 2."""
+
+
+def note(text: str) -> None:
+    """A line on stderr, of one rank."""
+    if is_main():
+        print("note:", text, file=sys.stderr)
 
 
 class Arguments(argparse.ArgumentParser):
@@ -728,6 +812,9 @@ def cli(main) -> None:
     except BrokenPipeError:  # nobody reads on: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # a full disk, a folder that was removed: it names the file
+        print("error:", error, file=sys.stderr)
+        sys.exit(2)
     finally:
         signal.signal(signal.SIGTERM, before)
         if dist.is_initialized():

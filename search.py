@@ -48,7 +48,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import BACKTRACK, GOAL, Tokenizer, Verdict, load_record, load_rows, verify
+from data import (
+    BACKTRACK,
+    GOAL,
+    Tokenizer,
+    Verdict,
+    load_record,
+    load_rows,
+    load_validation,
+    verify,
+)
 from model import (
     DTYPES,
     Arguments,
@@ -1024,13 +1033,14 @@ def main() -> None:
         print(draw_tree(tokenizer, problem, samples, settings), end="\n\n")
     if options.numbers:
         return
-    names = [options.data] if options.data else ["val", "val_new"]
-    problems_by_split = {
-        name: load_rows(name, record, options.num, options.offset) for name in names
-    }
-    decoders = (
-        [options.decoder] if options.data else list(dict.fromkeys(["greedy", options.decoder]))
-    )
+    if options.data:
+        rows = load_rows(options.data, record, options.num, options.offset)
+        problems_by_split, decoders = {options.data: rows}, [options.decoder]
+    else:
+        problems_by_split = load_validation(record, options.num, options.offset)
+        decoders = list(dict.fromkeys(["greedy", options.decoder]))
+    if not problems_by_split:
+        return
     answers = None
     if options.out:
         made_by = {"ckpt": options.ckpt, "data": options.data, **asdict(settings)}

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import random
 import signal
 import sys
 import time
@@ -34,18 +35,19 @@ from tqdm import tqdm
 from data import (
     KINDS,
     MASKS,
-    SPLITS,
     Tokenizer,
     doubtful_rows,
     generate,
     load_record,
-    load_rows,
+    load_validation,
     new_record,
     read_rows,
     read_split,
+    whole_path,
 )
 from model import (
     DTYPES,
+    RESUME,
     Arguments,
     Interruptible,
     Llama,
@@ -53,12 +55,16 @@ from model import (
     LlamaDecoderLayer,
     UserError,
     best_dtype,
+    check_fields,
     cli,
     device_rank_world,
     in_worker,
-    is_main,
+    is_list,
+    is_whole,
+    note,
     number,
     replacing,
+    settle,
 )
 from search import Settings, compare, evaluate
 
@@ -371,9 +377,10 @@ SCRATCH = {
     "weight_decay": 0.1,
     "mask": "choice",
 }
-# ... and with --ckpt the paper's: 3 epochs of 500,000 rows, 16 on each of two devices.
+# ... and with --ckpt the paper's: of 32 rows a step, by two devices or two parts, 46,875 steps.
 PAPER_TRAINING = {
-    "steps": 46875,
+    "epochs": 3,
+    "num_train": 500_000,
     "batch_size": 16,
     "lr": 1e-5,
     "optimizer": "adamw",
@@ -387,38 +394,66 @@ PAPER_TRAINING = {
 
 # ---- Saving and resuming -------------------------------------------------------------------------
 
-RESUME = "resume.pt"
-
 
 def save(
-    folder, model: Llama, tokenizer: Tokenizer, record: dict, state: dict | None = None
+    folder,
+    model: Llama,
+    tokenizer: Tokenizer,
+    record: dict,
+    log: list[dict],
+    state: dict | None = None,
 ) -> None:
-    """A checkpoint in Hugging Face's layout, the record of its data, and what `--resume` needs. All
-    files are complete before any of them moves into its place. Raises UserError."""
+    """A checkpoint in Hugging Face's layout, the record of its data, log.jsonl, and in one file all
+    that `--resume` needs. Raises UserError."""
+    record_text = json.dumps(record) + "\n"
     with replacing(folder) as staging:
-        model.save_pretrained(staging)
+        model.save_pretrained(staging, record=record_text)
         tokenizer.save_pretrained(staging)
-        (staging / "record.json").write_text(json.dumps(record) + "\n")
+        (staging / "record.json").write_text(record_text)
+        (staging / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
         if state:
             weights = {name: value.detach() for name, value in model.named_parameters()}
+            state = {**state, "weights": weights, "record": record, "log": log}
             try:
-                torch.save({**state, "weights": weights}, staging / RESUME)
+                torch.save(state, staging / RESUME)
             except RuntimeError as error:  # so torch calls a full disk
                 raise OSError(error) from None
-    if not state:
-        Path(folder, RESUME).unlink(missing_ok=True)  # it is of other weights than these
 
 
-def load_state(folder: Path, model: Llama) -> dict:
-    """Put back the fp32 weights that `save` wrote, and return fit's state. Raises UserError."""
+STATE_FIELDS = {  # of resume.pt
+    "step": ("a whole number", lambda value: is_whole(value, 0)),
+    "optimizer": ("an object", lambda value: isinstance(value, dict)),
+    "weights": ("an object", lambda value: isinstance(value, dict)),
+    "record": ("an object", lambda value: isinstance(value, dict)),
+    "round": ("a whole number", lambda value: is_whole(value, 1)),
+    "settings": ("an object", lambda value: isinstance(value, dict)),
+    "log": ("a list of objects", lambda value: is_list(value, lambda one: isinstance(one, dict))),
+}
+
+
+def load_state(folder: Path, needed=("step", "optimizer")) -> dict:
+    """What `save` wrote: the state that it was given, "weights" in fp32, "record" and "log". Raises
+    UserError."""
+    path = folder / RESUME
     try:
-        state = torch.load(folder / RESUME, map_location="cpu", weights_only=True)
-        for name, value in state.pop("weights").items():
-            model.get_parameter(name).data.copy_(value)
+        settle(folder)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = dict(state)
     except Exception as error:  # of a damaged file torch raises a dozen kinds
         reason = str(error).split("\n")[0].split(" (1)")[0] or "it is empty"
-        raise UserError(f"cannot resume from {folder / RESUME}: {reason}") from None
+        raise UserError(f"cannot resume from {path}: {reason}") from None
+    place = f"cannot resume: {path}"
+    check_fields(state, STATE_FIELDS, place, (*needed, "weights", "record", "log"))
     return state
+
+
+def put_back(model: Llama, state: dict) -> None:
+    """The fp32 weights of a state. Raises UserError."""
+    try:
+        for name, value in state.pop("weights").items():
+            model.get_parameter(name).data.copy_(value)
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise UserError(f"cannot resume: the saved weights do not fit: {error}") from None
 
 
 @dataclass
@@ -431,6 +466,7 @@ class Reporter:
     batches: Batches
     record: dict
     validation: dict[str, list[dict]]  # the problems of each split
+    log: list[dict]  # of a run that is resumed: what it had reported
     last_step: int
     last_time: float = field(default_factory=time.perf_counter)
 
@@ -453,9 +489,10 @@ class Reporter:
                 import wandb
 
                 wandb.log(log_line, step=state["step"])
-            save(self.options.out, self.model, self.tokenizer, self.record, state)
-            with open(self.options.out / "log.jsonl", "a") as log_file:
-                log_file.write(json.dumps(log_line) + "\n")
+            self.log.append(log_line)
+            save(self.options.out, self.model, self.tokenizer, self.record, self.log, state)
+            if not evaluates:
+                tqdm.write(f"saved after step {state['step']}: --resume goes on", file=sys.stderr)
         self.last_step = state["step"]
         self.last_time = time.perf_counter()
 
@@ -476,13 +513,15 @@ class Reporter:
 # ---- The command ---------------------------------------------------------------------------------
 
 
-def arguments() -> argparse.Namespace:
-    """The command line: --resume takes a run's own settings where none are given. Raises
-    UserError."""
+def arguments() -> tuple[argparse.Namespace, dict | None]:
+    """The command line; and with --resume the state of the run, whose own settings count where
+    none are given. Raises UserError."""
     options = Arguments("Train on D_op and D_back: a small model from scratch, or a checkpoint.")
     options.add_argument("--ckpt", help="a folder or Hub id to start from; else from scratch")
     options.add_argument(
-        "--data", help="a file, a folder of data.py, a Hub dataset; else generated"
+        "--data",
+        type=whole_path,
+        help="a file, a folder of data.py, a Hub dataset; else generated",
     )
     options.add_argument(
         "--sizes", type=int, choices=range(2, 6), nargs="+", default=[3], help="how many numbers"
@@ -493,6 +532,12 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--out", type=Path, default="checkpoint", help="the folder to save to")
     options.add_argument("--resume", action="store_true", help="go on from --out, by its settings")
     options.add_argument("--steps", type=number(int, 1))
+    options.add_argument(
+        "--epochs", type=number(int, 1), help="passes over the rows, in place of --steps"
+    )
+    options.add_argument(
+        "--num_train", type=number(int, 1), help="rows of the data, drawn at random; else all"
+    )
     options.add_argument(
         "--batch_size", type=number(int, 1), help="rows a device and part of a step"
     )
@@ -517,20 +562,38 @@ def arguments() -> argparse.Namespace:
     )
     options.add_argument("--num_eval", type=number(int, 1), default=200, help="problems a split")
     options.add_argument("--wandb", action="store_true", help="log to Weights & Biases, too")
-    from_checkpoint = any(arg.split("=")[0] == "--ckpt" for arg in sys.argv)
-    options.set_defaults(**(PAPER_TRAINING if from_checkpoint else SCRATCH))
+    given = {argument.split("=")[0] for argument in sys.argv}
+    from_checkpoint = "--ckpt" in given
+    defaults = dict(PAPER_TRAINING if from_checkpoint else SCRATCH)
+    if given & {"--steps", "--epochs"}:  # either decides on the length
+        defaults |= {"steps": None, "epochs": None}
+    options.set_defaults(**defaults)
     known, _ = options.parse_known_args()
-    if known.resume:
-        options.set_defaults(**load_record(known.out).get("settings", {}))
-    options = options.parse_args()
-    if from_checkpoint and not options.resume and (options.hidden_size or options.layers):
-        raise UserError("--hidden_size and --layers are of a model from scratch, not of --ckpt's")
-    return options
+    if not known.resume:
+        if from_checkpoint and (known.hidden_size or known.layers):
+            raise UserError("--hidden_size and --layers are of a model from scratch, not --ckpt's")
+        return options.parse_args(), None
+    state = load_state(known.out)
+    options.set_defaults(epochs=None)
+    settings = state["record"].get("settings", {})
+    return options.parse_args(as_flags(settings) + sys.argv[1:]), state
 
 
-def build_model(options, tokenizer: Tokenizer) -> Llama:
+def as_flags(settings: dict) -> list[str]:
+    """Settings as a command line, so that they are checked as what is typed is."""
+    flags = []
+    for name, value in settings.items():
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif isinstance(value, bool):
+            flags += [f"--{name}"] if value else []
+        elif value is not None:
+            flags.append(f"--{name}={value}")
+    return flags
+
+
+def build_model(options, origin: str | Path | None, tokenizer: Tokenizer) -> Llama:
     """The checkpoint to start from, or a small model with random weights; in fp32."""
-    origin = options.out if options.resume else options.ckpt
     if origin:
         return Llama.from_pretrained(origin, dtype=torch.float32, vocab_size=tokenizer.vocab_size)
     config = LlamaConfig(
@@ -548,20 +611,16 @@ def build_model(options, tokenizer: Tokenizer) -> Llama:
     return Llama(config)
 
 
-def load_run(options, model: Llama) -> dict | None:
-    """With --resume, where the run was. Raises UserError where it cannot go on."""
-    if not options.resume:
-        return None
-    state = load_state(options.out, model)
+def check_run(options, state: dict) -> None:
+    """Raises UserError where a run cannot go on."""
     if state["step"] >= options.steps:
         raise UserError(f"{options.out} holds all of its {state['step']} steps: give --steps more")
-    of_parameters = state["optimizer"]["state"].values()
+    of_parameters = state["optimizer"].get("state", {}).values()
     saved_by = "muon" if any("average" in entries for entries in of_parameters) else "adamw"
     if saved_by != options.optimizer:
         raise UserError(
             f"{options.out} was trained by {saved_by}: {options.optimizer} has no use for its state"
         )
-    return state
 
 
 def training_rows(options) -> tuple[list[dict] | dict, dict]:
@@ -571,14 +630,23 @@ def training_rows(options) -> tuple[list[dict] | dict, dict]:
         return record, record
     if Path(options.data).is_file():
         rows = read_rows(Path(options.data))
-        record = {"source": options.data}
     else:
         rows = read_split(options.data, "train")
-        record = load_record(options.data, "dataset")
-    if is_main():
-        for line in doubtful_rows(rows):
-            print("note:", line, file=sys.stderr)
-    return rows, record
+    for line in doubtful_rows(rows):
+        note(line)
+    if options.num_train and options.num_train < len(rows):
+        rows = random.Random(options.seed).sample(rows, options.num_train)
+    return rows, load_record(options.data, "dataset")
+
+
+def number_of_steps(options, rows, rows_per_step: int) -> int:
+    """Raises UserError."""
+    if options.epochs is None:
+        return options.steps
+    count = options.num_train if isinstance(rows, dict) else len(rows)
+    if count is None:
+        raise UserError("--epochs of generated rows, which never end, wants --num_train")
+    return -(-options.epochs * count // rows_per_step)  # rounded up
 
 
 def start_wandb(options, rank: int) -> None:
@@ -593,32 +661,16 @@ def start_wandb(options, rank: int) -> None:
 
 
 def main() -> None:
-    options = arguments()
+    options, state = arguments()
     device, rank, world = device_rank_world()
     start_wandb(options, rank)
     torch.manual_seed(options.seed)
-    origin = options.out if options.resume else options.ckpt
+    origin = options.out if state else options.ckpt
     tokenizer = (
         Tokenizer.from_pretrained(origin, add_backtrack=True) if origin else Tokenizer.digits()
     )
-    model = build_model(options, tokenizer)
-    state = load_run(options, model)
-    model.to(device)
-    model.model.gradient_checkpointing = options.gradient_checkpointing
-
+    model = build_model(options, origin, tokenizer)
     rows, record = training_rows(options)
-    settings = vars(options).copy()
-    for name in ("ckpt", "out", "resume", "wandb"):
-        del settings[name]
-    settings["hidden_size"] = model.config.hidden_size
-    settings["layers"] = model.config.num_hidden_layers
-    record = {**record, "settings": settings}  # --resume and improve.py go on with these
-    with replacing(options.out):
-        pass  # if it cannot be written to, say so now
-    validation = {}
-    if not Path(record["source"]).is_file():
-        validation = {split: load_rows(split, record, options.num_eval) for split in SPLITS[1:]}
-
     batches = Batches(
         rows,
         tokenizer,
@@ -629,8 +681,26 @@ def main() -> None:
         world,
         options.mask,
     )
+    options.steps = number_of_steps(options, rows, batches.rows_per_step)
+    log = []
+    if state:
+        check_run(options, state)
+        put_back(model, state)
+        log = state["log"]
+    model.to(device)
+    model.model.gradient_checkpointing = options.gradient_checkpointing
+
+    settings = vars(options).copy()
+    for name in ("ckpt", "out", "resume", "wandb", "epochs"):  # `steps` says how long it is
+        del settings[name]
+    settings["hidden_size"] = model.config.hidden_size
+    settings["layers"] = model.config.num_hidden_layers
+    record = {**record, "settings": settings}  # --resume and improve.py go on with these
+    with replacing(options.out):
+        pass  # if it cannot be written to, say so now
+    validation = load_validation(record, options.num_eval)
     first_step = state["step"] if state else 0
-    reporter = Reporter(options, model, tokenizer, batches, record, validation, first_step)
+    reporter = Reporter(options, model, tokenizer, batches, record, validation, log, first_step)
     fit(
         model,
         batches,
@@ -645,7 +715,8 @@ def main() -> None:
         report_every=options.eval_every,
         report=reporter,
     )
-    compare(model, tokenizer, validation, ["greedy", "self_backtrack"], Settings())
+    if validation:
+        compare(model, tokenizer, validation, ["greedy", "self_backtrack"], Settings())
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import data
 import improve
@@ -189,15 +190,16 @@ def test_a_run_that_saved_no_state_cannot_be_resumed(complaint, fitted, ckpt):
 
 
 def test_resuming_takes_the_first_runs_settings_but_what_is_given_wins(program, fitted, ckpt):
-    record = record_of(ckpt)
+    state = torch.load(ckpt / "resume.pt")
     changed = {"optimizer": "muon", "steps": 40, "lr": 0.125, "grad_accum": 2, "seed": 5}
-    record["settings"] |= {
+    state["record"]["settings"] |= {
         **train.PAPER_TRAINING,
+        "epochs": None,
         **changed,
         "sizes": [2],
         "mistakes": ["exploratory"],
     }
-    (ckpt / "record.json").write_text(json.dumps(record))
+    torch.save(state, ckpt / "resume.pt")
     program(train, "--resume", "--out", ckpt, "--num_eval", 1, "--warmup", 7)
     [call] = fitted.calls
     expected = {"steps": 40, "lr": 0.125, "warmup": 7, "weight_decay": 0.01, "muon": True}
@@ -212,7 +214,7 @@ def test_resuming_takes_the_first_runs_settings_but_what_is_given_wins(program, 
 def test_a_checkpoint_is_fine_tuned_by_the_papers_settings(program, fitted, ckpt, tmp_path):
     program(train, "--ckpt", ckpt, "--num_eval", 2, "--out", tmp_path / "out")
     [call] = fitted.calls
-    expected = {"steps": 46875, "lr": 1e-5, "warmup": 1, "weight_decay": 0.01, "muon": False}
+    expected = {"steps": 93750, "lr": 1e-5, "warmup": 1, "weight_decay": 0.01, "muon": False}
     assert call.items() >= expected.items()
     assert call["batches"].rows_per_step == 16
     assert call["batches"].mask == "action"
@@ -220,7 +222,7 @@ def test_a_checkpoint_is_fine_tuned_by_the_papers_settings(program, fitted, ckpt
 
 def test_a_flag_overrules_the_papers_settings(program, fitted, ckpt, tmp_path):
     program(train, f"--ckpt={ckpt}", "--lr", 0.5, "--num_eval", 2, "--out", tmp_path / "out")
-    assert fitted.calls[0].items() >= {"steps": 46875, "lr": 0.5, "muon": False}.items()
+    assert fitted.calls[0].items() >= {"steps": 93750, "lr": 0.5, "muon": False}.items()
 
 
 def test_a_model_from_scratch_has_settings_of_its_own(program, fitted, tmp_path):
@@ -326,7 +328,26 @@ def test_improvement_logs_and_saves(program, searched, ckpt, tmp_path):
             assert {f"{split}_greedy", f"{split}_self_backtrack"} <= line.keys()
     weights = (out / "model.safetensors").read_bytes()
     assert weights != (ckpt / "model.safetensors").read_bytes()
-    assert not (out / "resume.pt").exists()
+
+
+def test_improvement_goes_on_after_its_last_round(program, searched, ckpt, tmp_path):
+    """To the same weights and the same log as without a stop, and by the same settings."""
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    program(improve, *IMPROVE, "--ckpt", ckpt, "--out", once, "--rounds", 2, "--seed", 3)
+    program(improve, *IMPROVE, "--ckpt", ckpt, "--out", twice, "--rounds", 1, "--seed", 3)
+    program(improve, "--out", twice, "--resume", "--rounds", 2)
+    assert searched[:2] == searched[2:]
+    assert log_of(once) == log_of(twice)
+    assert record_of(once) == record_of(twice)
+    weights = [load_file(folder / "model.safetensors") for folder in (once, twice)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_improvement_that_is_over_cannot_be_resumed(complaint, program, searched, ckpt, tmp_path):
+    args = ("--out", tmp_path / "better", "--rounds", 1)
+    program(improve, *IMPROVE, "--ckpt", ckpt, *args)
+    assert "holds all of its 1 rounds" in complaint(improve, *args, "--resume")
+    assert "lacks step" in complaint(train, "--out", tmp_path / "better", "--resume")
 
 
 def test_improvement_searches_fresh_rows_in_every_round(program, searched, ckpt, tmp_path):
@@ -534,7 +555,7 @@ BAD_SEARCHES = [
     ("--numbers 3 4 --target 7 --data val", "--numbers and --target"),
     ("--data nosuchsplit", "nosuchsplit is none of them"),
     ("--ckpt no/such", "no model at no/such"),
-    ("--ckpt /no/such/folder", "no model at /no/such/folder"),
+    ("--ckpt /no/such/folder", "no such folder: /no/such/folder"),
     ("--ckpt {tmp}/empty", "cannot be read"),
     ("--data val --out /proc/no/rows.jsonl --num 1 --n 1", "cannot write"),
     ("--data val --out {tmp}", "--out wants a file"),
@@ -593,8 +614,8 @@ BAD_TRAININGS = [
     ("--data {tmp}/good.jsonl", "row 1 lacks the column search_path"),
     ("--data {tmp}/empty", "holds no JSON with 'train' in its name"),
     ("--data no/such", "no dataset at no/such"),
-    ("--resume --out {tmp}/new", "no model at"),
-    ("--resume --out {tmp}/empty", "cannot be read"),
+    ("--resume --out {tmp}/new", "cannot resume from"),
+    ("--resume --out {tmp}/empty", "cannot resume from"),
 ]
 
 
@@ -666,8 +687,8 @@ def name_a_file_as_source(path: Path) -> None:
 
 
 DAMAGES = [
-    ("model.safetensors", take_away, "is missing or damaged"),
-    ("model.safetensors", cut_off, "is missing or damaged"),
+    ("model.safetensors", take_away, "is missing"),
+    ("model.safetensors", cut_off, "is damaged"),
     ("config.json", add_a_layer, "do not fit"),
     ("config.json", writing("{"), "cannot be read"),
     ("config.json", writing("{}"), "lacks hidden_size"),
@@ -676,7 +697,7 @@ DAMAGES = [
     ("tokenizer_config.json", writing("[1]"), "tokenizer_config.json cannot be read"),
     ("record.json", writing("[1]"), "record.json cannot be read"),
     ("record.json", take_away, "no dataset at yangxw/countdown-backtracking"),
-    ("record.json", name_a_file_as_source, "data was a file"),
+    ("record.json", name_a_file_as_source, "data was the file"),
 ]
 
 

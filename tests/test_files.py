@@ -302,7 +302,7 @@ def test_validation_rows_without_a_response_are_enough_to_measure(checkpoint):
     """Of problems alone there is no loss to report, but accuracy."""
     problem = {"nums": [3, 5, 8], "target": 48}
     options = None
-    reporter = train.Reporter(options, tiny(), TOK, Batches([ROW], TOK, 1), {}, {}, 0)
+    reporter = train.Reporter(options, tiny(), TOK, Batches([ROW], TOK, 1), {}, {}, [], 0)
     found = reporter.evaluate("val", [problem], torch.device("cpu"))
     assert found.keys() == {"val_greedy"}
 

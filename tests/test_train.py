@@ -407,13 +407,14 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path, tied, muon)
     fit(whole, batches, **settings)
 
     def stop(loss, state, evaluates):
-        train.save(tmp_path, interrupted, TOKENIZER, RECORD, state)
+        train.save(tmp_path, interrupted, TOKENIZER, RECORD, [], state)
         raise Interrupted
 
     with pytest.raises(Interrupted):
         fit(interrupted, batches, **settings, report_every=27, report=stop)
     resumed = Llama.from_pretrained(tmp_path, dtype=torch.float32)
-    state = train.load_state(tmp_path, resumed)
+    state = train.load_state(tmp_path)
+    train.put_back(resumed, state)
     assert state["step"] == 27
     fit(resumed, batches, **settings, state=state)
     for name, value in whole.named_parameters():
@@ -441,7 +442,7 @@ def test_a_run_that_a_signal_stops_is_saved_and_resumes_to_the_last_bit(
 
     def save(loss, state, evaluates):
         assert not evaluates
-        train.save(tmp_path, stopped, TOKENIZER, RECORD, state)
+        train.save(tmp_path, stopped, TOKENIZER, RECORD, [], state)
 
     monkeypatch.setattr(train, "learning_rate", stop_at_7)
     handler = signal.getsignal(number)
@@ -450,7 +451,8 @@ def test_a_run_that_a_signal_stops_is_saved_and_resumes_to_the_last_bit(
     assert stop.value.args == (number,)
     monkeypatch.setattr(train, "learning_rate", learning_rate)
     resumed = Llama.from_pretrained(tmp_path, dtype=torch.float32)
-    state = train.load_state(tmp_path, resumed)
+    state = train.load_state(tmp_path)
+    train.put_back(resumed, state)
     assert state["step"] == 21
     fit(resumed, batches, 30, 1e-2, warmup=5, state=state)
     for name, value in whole.named_parameters():
@@ -489,9 +491,9 @@ def test_reports_come_every_so_many_steps_and_after_the_last():
 
 def test_saving_without_a_state_takes_the_old_state_away(tmp_path):
     """It belongs to other weights."""
-    train.save(tmp_path, tiny(), TOKENIZER, RECORD, {"step": 1, "optimizer": {}})
+    train.save(tmp_path, tiny(), TOKENIZER, RECORD, [], {"step": 1, "optimizer": {}})
     assert (tmp_path / "resume.pt").exists()
-    train.save(tmp_path, tiny(), TOKENIZER, RECORD)
+    train.save(tmp_path, tiny(), TOKENIZER, RECORD, [])
     assert not (tmp_path / "resume.pt").exists()
     assert (tmp_path / "model.safetensors").exists()
 
@@ -512,11 +514,11 @@ def test_a_disk_that_is_full_is_named_and_leaves_the_old_files(tmp_path, largest
     model = tiny()
     model.model.embed_tokens = torch.nn.Embedding(24, 4000)  # one large tensor
     state = {"step": 1, "optimizer": {}}
-    train.save(tmp_path, model, TOKENIZER, RECORD, state)
+    train.save(tmp_path, model, TOKENIZER, RECORD, [], state)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     largest_file(int(share * len(before["resume.pt"])))
     with pytest.raises(UserError, match="cannot write"):
-        train.save(tmp_path, model, TOKENIZER, {"other": "record"}, state)
+        train.save(tmp_path, model, TOKENIZER, {"other": "record"}, [], state)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -524,12 +526,12 @@ def test_a_disk_that_is_full_is_named_and_leaves_the_old_files(tmp_path, largest
 def test_a_damaged_state_is_named(tmp_path, content):
     (tmp_path / "resume.pt").write_bytes(content)
     with pytest.raises(UserError, match="cannot resume from"):
-        train.load_state(tmp_path, tiny())
+        train.load_state(tmp_path)
 
 
 def test_a_state_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match="cannot resume from"):
-        train.load_state(tmp_path, tiny())
+        train.load_state(tmp_path)
 
 
 class Intruder:
@@ -545,7 +547,7 @@ class Intruder:
 def test_a_state_with_code_in_it_is_not_run(tmp_path):
     torch.save({"weights": {}, "step": Intruder(tmp_path / "made")}, tmp_path / "resume.pt")
     with pytest.raises(UserError, match="cannot resume from"):
-        train.load_state(tmp_path, tiny())
+        train.load_state(tmp_path)
     assert not (tmp_path / "made").exists()
 
 
@@ -609,7 +611,7 @@ def whole_run(out: Path, dtype: torch.dtype, muon: bool) -> dict:
     def report(loss, state, evaluates):
         losses.append(torch.tensor(loss, dtype=torch.float64))
         if rank == 0 and state["step"] == 10:
-            train.save(out, model, TOKENIZER, RECORD, state)
+            train.save(out, model, TOKENIZER, RECORD, [], state)
 
     torch.nn.utils.clip_grad_norm_ = recording
     try:
@@ -623,7 +625,8 @@ def resumed_run(folder: Path, muon: bool) -> list[torch.Tensor]:
     """The weights at the end of a run that goes on from what was saved."""
     _, rank, world = device_rank_world()
     model = Llama.from_pretrained(folder, dtype=torch.float32)
-    state = train.load_state(folder, model)
+    state = train.load_state(folder)
+    train.put_back(model, state)
     train_on(world, rank, model, muon, state=state)
     return weights_of(model)
 
