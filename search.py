@@ -188,6 +188,8 @@ class Settings:
     n: int = 32  # samples of each state, or beams
     temperature: float = 1.5
     min_p: float = 0.02  # never draw tokens less than this times as probable as the best
+    top_k: int = 0  # never draw any but so many most probable tokens; 0: all
+    top_p: float = 1.0  # nor any but the most probable ones that add up to this probability
     independent: bool = False  # does each sample draw for itself? Else they are spread evenly
     prompt_again: bool = True  # may the prompt be sampled once more?
     last_line: bool = True  # is the last line's summed log-probability added to the score?
@@ -297,17 +299,10 @@ def look_up(logits, points, spacing, responses: list[Response], settings: Settin
 def find_tokens(logits: torch.Tensor, points: np.ndarray, settings: Settings) -> list[np.ndarray]:
     """Of each of points (R, M), four arrays (R, M): the token in whose interval it lies, how long
     the interval is, where the point is when the interval is stretched to [0, 1), and the token's
-    log-probability at temperature 1.
-
-    Tokens less than min_p times as probable as the best, at temperature 1, are never drawn (min-p
-    sampling, Nguyen et al., 2024)."""
+    log-probability at temperature 1."""
     precision = torch.float32 if logits.device.type == "mps" else torch.float64
     logps = logits.to(precision).log_softmax(-1)  # (R, V)
-    tempered = logps / settings.temperature
-    if settings.min_p > 0:
-        too_rare = logps < logps.amax(-1, keepdim=True) + math.log(settings.min_p)
-        tempered = tempered.masked_fill(too_rare, -torch.inf)
-    shares = tempered.softmax(-1)  # (R, V): how often each token is drawn
+    shares = shares_of_tokens(logps, settings)
     ends = shares.cumsum(-1)  # token t covers [ends[t] - shares[t], ends[t])
 
     # Without rounding the next lines would change nothing, because the last end would be 1. They
@@ -321,6 +316,25 @@ def find_tokens(logits: torch.Tensor, points: np.ndarray, settings: Settings) ->
     stretched = stretched.clamp(0, below_one)
     logp = logps.gather(1, token)
     return [values.cpu().numpy() for values in (token, share, stretched, logp)]
+
+
+def shares_of_tokens(logps: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """(R, V): how often each token is drawn, by its log-probability at temperature 1.
+
+    Never drawn are tokens less than min_p times as probable as the best (min-p sampling, Nguyen et
+    al., 2024). Top-k and top-p count at the temperature, as in transformers."""
+    tempered = logps / settings.temperature
+    if settings.min_p > 0:
+        too_rare = logps < logps.amax(-1, keepdim=True) + math.log(settings.min_p)
+        tempered = tempered.masked_fill(too_rare, -torch.inf)
+    if 0 < settings.top_k < logps.shape[1]:
+        least = tempered.topk(settings.top_k).values[:, -1:]
+        tempered = tempered.masked_fill(tempered < least, -torch.inf)
+    if settings.top_p < 1:
+        falling, order = tempered.softmax(-1).sort(descending=True)
+        too_late = falling.cumsum(-1) - falling >= settings.top_p  # without these it is reached
+        tempered = tempered.masked_fill(too_late.scatter(1, order, too_late), -torch.inf)
+    return tempered.softmax(-1)
 
 
 def runs_of_equals(token: np.ndarray, counts: list[int]):
@@ -989,6 +1003,8 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--n", type=number(int, 1), help="samples a state; beams")
     options.add_argument("--temperature", type=number(float, 0.001))
     options.add_argument("--min_p", type=number(float, 0), help="leaves out tokens that much rarer")
+    options.add_argument("--top_k", type=number(int, 0), help="leaves out all but so many; 0: none")
+    options.add_argument("--top_p", type=number(float, 0, True), help="leaves out what is beyond")
     options.add_argument("--paper", action="store_true", help="the paper's rule and settings")
     options.add_argument("--limit", type=number(int, 1), help="states in a frontier: int(sqrt(n))")
     options.add_argument("--seed", type=number(int, 0))
@@ -1006,10 +1022,9 @@ def arguments() -> argparse.Namespace:
     options = options.parse_args()
     if (options.numbers is None) != (options.target is None) or (options.numbers and options.data):
         raise UserError("--numbers and --target go together, and --data goes without them")
-    if options.min_p > 1:
-        raise UserError(
-            f"--min_p is a share of the best token's, so at most 1, not {options.min_p}"
-        )
+    for name in ("min_p", "top_p"):
+        if getattr(options, name) > 1:
+            raise UserError(f"--{name} is a share, so at most 1, not {getattr(options, name)}")
     if options.out and (options.data is None or options.out.is_dir()):
         raise UserError("--out wants a file, and --data beside it")
     if options.resume and options.out is None:

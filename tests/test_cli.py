@@ -299,6 +299,50 @@ def test_training_on_a_file_of_rows(program, dataset, tmp_path):
     assert log_of(out)[-1].keys() == {"step", "rows", "loss", "rows_per_s"}
 
 
+def test_a_checkpoint_of_a_file_works_from_another_folder(
+    program, searched, dataset, tmp_path, capsys, monkeypatch
+):
+    """It draws its tree and says why there is no table; it can be improved."""
+    out = tmp_path / "out"
+    monkeypatch.chdir(dataset)
+    program(train, *TRAIN, "--data", "train.jsonl", "--out", out)
+    monkeypatch.chdir("/")
+    flags = ("--n", 2, "--max_new_tokens", 9)
+    code, printed, err = run(capsys, monkeypatch, search, "--ckpt", out, *flags)
+    assert (code, printed[:8]) == (0, "numbers ")
+    assert err == f"note: no table, for {dataset}/train.jsonl has no validation splits\n"
+    program(improve, *IMPROVE, "--ckpt", out, "--out", tmp_path / "better", "--rounds", 1)
+    assert searched == [data.read_rows(dataset / "train.jsonl")[:12]]
+    program(train, *TINY, "--resume", "--out", out, "--steps", 7)
+
+
+def test_improvement_on_problems_of_a_file(program, monkeypatch, dataset, ckpt, tmp_path):
+    """Problems alone are enough; the checkpoint's own are not touched."""
+    rows = data.read_rows(dataset / "val.jsonl")
+    problems = [{"nums": row["nums"], "target": row["target"]} for row in rows]
+    file = tmp_path / "problems.json"
+    file.write_text(json.dumps(problems))
+    searched = []
+    monkeypatch.setattr(improve, "solved_rows", lambda found, _: searched.append(found) or rows)
+    args = ("--ckpt", ckpt, "--data", file, "--out", tmp_path / "better", "--rounds", 1)
+    program(improve, *IMPROVE, *args)
+    assert searched == [problems]
+
+
+@pytest.mark.parametrize("flags", [["--num_train", 30], ["--num_train", 1000], []])
+def test_epochs_are_counted_in_rows_and_rows_are_drawn(program, fitted, dataset, tmp_path, flags):
+    """100 rows, 4 a step."""
+    args = ("--data", dataset, "--out", tmp_path / "out", "--epochs", 3, *flags)
+    program(train, *TINY, *args)
+    [call] = fitted.calls
+    kept = call["batches"].rows
+    rows = data.read_rows(dataset / "train.jsonl")
+    assert len(kept) == (30 if 30 in flags else 100)
+    assert kept != rows[:30]
+    assert all(row in rows for row in kept)
+    assert call["steps"] == -(-3 * len(kept) // 4)
+
+
 @pytest.fixture
 def searched(monkeypatch) -> list[list[dict]]:
     """The problems of each round of improve.py, all of which are taken for solved: so small a model
@@ -538,7 +582,9 @@ BAD_SEARCHES = [
     ("--b -1", "--b: -1 is not at least 0"),
     ("--n x", "--n: invalid whole number value: 'x'"),
     ("--decoder x", "invalid choice: 'x'"),
-    ("--min_p 2", "at most 1, not 2"),
+    ("--min_p 2", "--min_p is a share, so at most 1, not 2"),
+    ("--top_p 1.5", "--top_p is a share, so at most 1, not 1.5"),
+    ("--top_k -1", "--top_k: -1 is not at least 0"),
     ("--temperature 0", "--temperature: 0 is not at least 0.001"),
     ("--temperature -1", "not at least 0.001"),
     ("--temperature nan", "not at least"),
@@ -614,6 +660,7 @@ BAD_TRAININGS = [
     ("--data {tmp}/good.jsonl", "row 1 lacks the column search_path"),
     ("--data {tmp}/empty", "holds no JSON with 'train' in its name"),
     ("--data no/such", "no dataset at no/such"),
+    ("--epochs 2", "--epochs of generated rows, which never end, wants --num_train"),
     ("--resume --out {tmp}/new", "cannot resume from"),
     ("--resume --out {tmp}/empty", "cannot resume from"),
 ]
@@ -737,6 +784,49 @@ def test_a_resume_that_cannot_be_costs_no_checkpoint(complaint, ckpt):
     before = files_of(ckpt)
     assert "cannot resume from" in complaint(train, "--resume", "--out", ckpt, "--steps", 9)
     assert files_of(ckpt) == before
+
+
+@pytest.mark.parametrize(
+    "entry,value", [("step", "3"), ("record", None), ("log", {}), ("log", [1])]
+)
+def test_a_resume_file_of_other_content_is_refused(complaint, fitted, ckpt, entry, value):
+    state = torch.load(ckpt / "resume.pt")
+    torch.save({**state, entry: value}, ckpt / "resume.pt")
+    assert f"{entry} must be" in complaint(train, "--resume", "--out", ckpt, "--steps", 9)
+
+
+@pytest.mark.parametrize(
+    "name,value", [("lr", "x"), ("batch_size", 0), ("unheard", 3), ("steps", -1)]
+)
+def test_settings_of_a_resume_file_are_checked_as_flags_are(complaint, fitted, ckpt, name, value):
+    state = torch.load(ckpt / "resume.pt")
+    state["record"]["settings"][name] = value
+    torch.save(state, ckpt / "resume.pt")
+    assert name in complaint(train, "--resume", "--out", ckpt)
+    assert fitted.calls == []
+
+
+def test_a_run_into_a_folder_that_holds_another_begins_a_new_log(program, no_table, ckpt):
+    program(train, *TRAIN, "--out", ckpt, "--eval_every", 2)
+    assert [line["step"] for line in log_of(ckpt)] == [2, 4, 6]
+
+
+def test_a_folder_that_is_removed_meanwhile_is_made_anew(program, no_table, monkeypatch, tmp_path):
+    evaluate = train.Reporter.evaluate
+
+    def remove(*given):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        return evaluate(*given)
+
+    monkeypatch.setattr(train.Reporter, "evaluate", remove)
+    program(train, *TRAIN, "--out", tmp_path / "out")
+    assert [line["step"] for line in log_of(tmp_path / "out")] == [3, 6]
+
+
+def test_an_error_of_the_disk_is_one_line(complaint, fitted, monkeypatch, tmp_path):
+    """Wherever it comes from; here from a rank that saves nothing."""
+    monkeypatch.setattr(train, "fit", no_space)
+    assert "No space left" in complaint(train, "--num_eval", 2, "--out", tmp_path / "out")
 
 
 # ---- Signals -------------------------------------------------------------------------------------

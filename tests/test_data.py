@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
+from byte_pairs import BOS, byte_pairs
 from oracles import is_right, labelled_characters, solutions
 
 import data
 from data import BACKTRACK, GOAL, HELD_OUT, KINDS, MISTAKES, Tokenizer, new_record, prompt_text
 from model import UserError
+from search import Response, roll_back
 
 
 def rows_of(num: int, sizes: list[int], seed: int = 0, kinds=KINDS, split: str = "train"):
@@ -527,20 +529,21 @@ ALL_KINDS = ("solution", "detour", *KINDS)
 MASK_ROWS = [*ROWS, *rows_of(500, [3, 4])]
 
 
-@pytest.fixture(scope="module")
+# Llama 3's own tokenizer.json (or .xz), if there is one; byte_pairs is of the same make
+LLAMA3 = os.environ.get("LLAMA3_TOKENIZER")
+LIKE_LLAMA3 = ["byte_pairs", "llama3"] if LLAMA3 else ["byte_pairs"]
+
+
 def llama3() -> Tokenizer:
     """Llama 3's own tokenizer, with `<backtrack>`."""
-    if "LLAMA3_TOKENIZER" not in os.environ:
-        pytest.skip("LLAMA3_TOKENIZER names no tokenizer.json(.xz)")
-    path = os.environ["LLAMA3_TOKENIZER"]
-    opener = lzma.open if path.endswith("xz") else open
-    with opener(path, "rt", encoding="utf-8") as file:
+    opener = lzma.open if LLAMA3.endswith("xz") else open
+    with opener(LLAMA3, "rt", encoding="utf-8") as file:
         backend = tokenizers.Tokenizer.from_str(file.read())
     backend.add_special_tokens([tokenizers.AddedToken(BACKTRACK, special=True, normalized=False)])
+    assert backend.token_to_id(BACKTRACK) == 128256
     return Tokenizer(backend)
 
 
-@pytest.fixture
 def pairs() -> Tokenizer:
     """One token for every two characters, so that many belong to two lines."""
     special = [BACKTRACK, data.EOS]
@@ -557,18 +560,23 @@ def pairs() -> Tokenizer:
     return Tokenizer(backend)
 
 
-@pytest.fixture(params=["digits", "pairs", "llama3"])
+MAKERS = {"digits": Tokenizer.digits, "pairs": pairs, "byte_pairs": byte_pairs, "llama3": llama3}
+make_tokenizer = lru_cache(lambda name: MAKERS[name]())
+
+
+@pytest.fixture(params=["digits", "pairs", *LIKE_LLAMA3])
 def any_tokenizer(request) -> Tokenizer:
-    if request.param == "digits":
-        return Tokenizer.digits()
-    return request.getfixturevalue(request.param)
+    return make_tokenizer(request.param)
 
 
-@pytest.fixture(params=["digits", "llama3"])
+@pytest.fixture(params=["digits", *LIKE_LLAMA3])
 def tokenizer(request) -> Tokenizer:
-    if request.param == "digits":
-        return Tokenizer.digits()
-    return request.getfixturevalue("llama3")
+    return make_tokenizer(request.param)
+
+
+@pytest.fixture(params=LIKE_LLAMA3)
+def like_llama3(request) -> Tokenizer:
+    return make_tokenizer(request.param)
 
 
 def no_loss_of(row: dict) -> list[int]:
@@ -651,9 +659,40 @@ def test_where_lines_end(tokenizer):
     assert tokenizer.backtrack not in tokenizer.line_ends
 
 
-def test_backtrack_is_the_first_new_token_of_llama3(llama3):
-    assert llama3.backtrack == 128256
-    assert llama3.vocab_size == 128257
+def test_begin_of_text_stands_in_front_once_and_is_never_learned(like_llama3):
+    """In a prompt, and in a row."""
+    bos = like_llama3.backend.token_to_id(BOS)
+    for row, (ids, labels) in zip(MASK_ROWS, like_llama3.encode_rows(MASK_ROWS, "none")):
+        [prompt] = like_llama3.prompts([row])
+        assert prompt[0] == ids[0] == bos
+        assert ids.count(bos) == prompt.count(bos) == 1
+        assert bos not in labels
+        text = prompt_text(row["nums"], row["target"]) + row["search_path"]
+        assert like_llama3.decode(ids[1:]) == text
+
+
+def test_numbers_are_pieces_of_three_digits_and_newlines_join_what_is_before(like_llama3):
+    """What makes such a tokenizer hard for masks and for stepping back."""
+    pieces = like_llama3.backend.encode("###Response:\n1273-39=1234\n").ids[1:]
+    texts = [like_llama3.backend.decode([piece]) for piece in pieces]
+    assert texts == ["###", "Response", ":\n", "127", "3", "-", "39", "=", "123", "4", "\n"]
+
+
+def test_stepping_back_drops_a_line_of_text(tokenizer):
+    """Against the text without its last line, encoded anew."""
+    stepped = 0
+    for row in MASK_ROWS:
+        actions, goes_back, _ = row["search_path"].partition(BACKTRACK)
+        if not goes_back or not actions.endswith("\n"):
+            continue
+        [prompt] = tokenizer.prompts([row])
+        [(ids, _)] = tokenizer.encode_rows([row])
+        tokens = tuple(ids[len(prompt) : -1])  # `<backtrack>` is the last
+        rolled = roll_back(Response(tokens, (0.0,) * len(tokens)), tokenizer)
+        kept = "".join(actions.splitlines(keepends=True)[:-1])
+        assert tokenizer.decode(rolled.tokens) == kept
+        stepped += 1
+    assert stepped > 100
 
 
 def test_transformers_reads_our_tokenizer(tmp_path):

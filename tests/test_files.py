@@ -3,13 +3,21 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
+from byte_pairs import BOS, byte_pairs
+from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
+from transformers import AutoTokenizer, GenerationConfig
 
+import model
 import search
 import train
 from data import (
@@ -188,12 +196,12 @@ def test_a_character_that_the_tokenizer_does_not_know_is_named():
 @pytest.mark.parametrize("decoder", search.DECODERS)
 def test_ids_without_a_token_are_never_drawn(decoder):
     """A vocabulary that is padded to 64, in which those ids are the most probable."""
-    model = tiny(vocab_size=64, tie_word_embeddings=False).eval()
+    llama = tiny(vocab_size=64, tie_word_embeddings=False).eval()
     with torch.no_grad():
-        direction = model.model(torch.randint(0, 20, (8, 8))).mean((0, 1))
-        model.lm_head.weight[TOK.vocab_size :] = 5 * direction / direction.norm()
+        direction = llama.model(torch.randint(0, 20, (8, 8))).mean((0, 1))
+        llama.lm_head.weight[TOK.vocab_size :] = 5 * direction / direction.norm()
     settings = Settings(decoder=decoder, n=4, max_new_tokens=8, cache_gib=0.01)
-    for _, samples in search.decode(model, TOK, [ROW], [0], settings):
+    for _, samples in search.decode(llama, TOK, [ROW], [0], settings):
         drawn = {token for sample in samples for token in sample.tokens}
         assert max(drawn) < TOK.vocab_size
 
@@ -203,15 +211,57 @@ def test_a_model_with_fewer_embeddings_than_tokens_is_refused():
         next(search.decode(tiny(vocab_size=5), TOK, [ROW], [0], Settings(cache_gib=0.01)))
 
 
+def test_what_a_tokenizer_came_with_is_saved_again(checkpoint, tmp_path):
+    """Against transformers, of a tokenizer with begin-of-text that has grown by `<backtrack>`."""
+    ours = byte_pairs()
+    ours.backend.save(str(checkpoint / "tokenizer.json"))
+    config = {
+        "bos_token": {"__type": "AddedToken", "content": BOS, "special": True},
+        "eos_token": "<|end_of_text|>",
+        "additional_special_tokens": ["###"],
+        "model_max_length": 4321,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "chat_template": "{{ messages[0].content }}!",
+    }
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(config))
+    (checkpoint / "generation_config.json").write_text('{"top_p": 0.9}')
+    out = tmp_path / "saved"
+    Tokenizer.from_pretrained(checkpoint, add_backtrack=True).save_pretrained(out)
+    theirs = AutoTokenizer.from_pretrained(out)
+    assert theirs.bos_token == BOS
+    assert theirs.eos_token == theirs.pad_token == "<|end_of_text|>"
+    assert theirs.model_max_length == 4321
+    assert "###" in theirs.all_special_tokens
+    chat = [{"role": "user", "content": "3+5"}]
+    assert theirs.apply_chat_template(chat, tokenize=False) == "3+5!"
+    assert theirs("3+5=8<backtrack>")["input_ids"] == ours.backend.encode("3+5=8<backtrack>").ids
+    assert GenerationConfig.from_pretrained(out).top_p == 0.9
+
+
+def test_a_chat_template_in_a_file_of_its_own_is_saved_again(checkpoint, tmp_path):
+    (checkpoint / "chat_template.jinja").write_text("{{ 'ä' }}", encoding="utf-8")
+    Tokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "chat_template.jinja").read_text(encoding="utf-8") == "{{ 'ä' }}"
+
+
+def test_a_token_with_a_huge_number_is_refused(checkpoint):
+    """An embedding for it would fill the memory."""
+    tokens = json.loads((checkpoint / "tokenizer.json").read_text())
+    tokens["model"]["vocab"]["="] = 2**31
+    (checkpoint / "tokenizer.json").write_text(json.dumps(tokens))
+    with pytest.raises(UserError, match="token number 2147483648"):
+        Tokenizer.from_pretrained(checkpoint)
+
+
 # ---- The model -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_weights_that_are_not_finite_are_refused(checkpoint, number):
-    model = tiny()
+    llama = tiny()
     with torch.no_grad():
-        model.model.norm.weight[3] = number
-    model.save_pretrained(checkpoint)
+        llama.model.norm.weight[3] = number
+    llama.save_pretrained(checkpoint)
     with pytest.raises(UserError, match="model.norm.weight holds NaN or infinite numbers"):
         Llama.from_pretrained(checkpoint)
 
@@ -249,6 +299,47 @@ def test_an_index_may_name_only_files_beside_it(checkpoint, name):
         Llama.from_pretrained(checkpoint)
 
 
+def test_an_index_that_names_a_pipe_does_not_wait_for_it(checkpoint):
+    os.mkfifo(checkpoint / "pipe.safetensors")
+    index = {"weight_map": {"lm_head.weight": "pipe.safetensors"}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="pipe.safetensors is missing"):
+        Llama.from_pretrained(checkpoint)
+
+
+def test_a_checkpoint_that_is_saved_while_it_is_read_is_not_mixed(checkpoint, monkeypatch):
+    """Its files are opened once for each tensor, and here another one takes their place."""
+    opened = []
+
+    def open_and_replace(path, **settings):
+        opened.append(path)
+        if len(opened) == 4:
+            tiny().save_pretrained(checkpoint)
+        return safe_open(path, **settings)
+
+    monkeypatch.setattr(model, "safe_open", open_and_replace)
+    with pytest.raises(UserError, match="was saved anew while it was read"):
+        Llama.from_pretrained(checkpoint)
+    Llama.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_remember_their_record(checkpoint, monkeypatch, capsys, sharded):
+    if sharded:
+        monkeypatch.setattr(
+            model, "save_torch_state_dict", partial(save_torch_state_dict, max_shard_size=4096)
+        )
+    record = new_record(0, [3])
+    train.save(checkpoint, tiny(), TOK, record, [])
+    assert (checkpoint / "model.safetensors.index.json").exists() == sharded
+    Llama.from_pretrained(checkpoint)
+    assert capsys.readouterr().err == ""
+    change(checkpoint / "record.json", held_out=[50])
+    Llama.from_pretrained(checkpoint)
+    line = f"note: {checkpoint}/record.json is not the one its weights were saved with\n"
+    assert capsys.readouterr().err == line
+
+
 @pytest.mark.parametrize(
     "field,value",
     [
@@ -282,12 +373,12 @@ def test_a_record_without_what_it_needs_is_refused(checkpoint, text):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(monkeypatch):
-    model = tiny()
+    llama = tiny()
     rows = list(islice(generate(new_record(0, [3]), "train", 64), 64))
     reports = []
     with pytest.raises(UserError, match="not finite at step"):
         fit(
-            model,
+            llama,
             Batches(rows, TOK, 4),
             40,
             1e9,
@@ -308,6 +399,77 @@ def test_validation_rows_without_a_response_are_enough_to_measure(checkpoint):
 
 
 # ---- Writing -------------------------------------------------------------------------------------
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("old_is_sharded,new_is_sharded", [(0, 0), (1, 0), (0, 1)])
+@pytest.mark.parametrize("killed_at", range(8))
+def test_who_is_killed_between_two_moves_has_saved(
+    tmp_path, monkeypatch, old_is_sharded, new_is_sharded, killed_at
+):
+    """In a process of its own, which is killed before its move number killed_at: whoever reads the
+    folder next finishes it."""
+    shards = partial(save_torch_state_dict, max_shard_size=4096)
+
+    def save(folder, seed: int, sharded: bool, state) -> None:
+        with monkeypatch.context() as patch:
+            if sharded:
+                patch.setattr(model, "save_torch_state_dict", shards)
+            config = tiny().config
+            torch.manual_seed(seed)
+            weights = Llama(config)
+            train.save(folder, weights, TOK, new_record(seed, [3]), [{"step": seed}], state)
+
+    state = {"step": 1, "optimizer": {}}
+    save(tmp_path / "old", 1, old_is_sharded, state)
+    save(tmp_path / "new", 2, new_is_sharded, None)  # which has no resume.pt
+    folder = tmp_path / "both"
+    save(folder, 1, old_is_sharded, state)
+    if os.fork() == 0:
+        left = [killed_at]
+        replace = os.replace
+
+        def replace_or_die(source, target):
+            if Path(source).parent.parent == folder:
+                left[0] -= 1
+                if left[0] < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, target)
+
+        os.replace = replace_or_die
+        save(folder, 2, new_is_sharded, None)
+        os._exit(0)
+    os.wait()
+    opened = Llama.from_pretrained(folder)
+    for name, value in Llama.from_pretrained(tmp_path / "new").named_parameters():
+        assert torch.equal(opened.get_parameter(name), value)
+    left_over = contents(folder).keys() - contents(tmp_path / "new").keys()
+    assert all("-of-" in name for name in left_over), (
+        left_over
+    )  # older shards, which no index names
+    for name in ("record.json", "log.jsonl", "config.json"):
+        assert (folder / name).read_bytes() == (tmp_path / "new" / name).read_bytes()
+
+
+def test_who_is_killed_before_its_files_are_complete_leaves_the_old_ones(tmp_path):
+    train.save(tmp_path, tiny(), TOK, new_record(1, [3]), [])
+    before = contents(tmp_path)
+    if os.fork() == 0:
+        torch.save = lambda *given: os.kill(os.getpid(), signal.SIGKILL)
+        train.save(tmp_path, tiny(), TOK, new_record(2, [3]), [], {"step": 1, "optimizer": {}})
+    os.wait()
+    assert len(list(tmp_path.glob(".new-*"))) == 1
+    Llama.from_pretrained(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_broken_pipe_is_no_fault_of_the_folder(tmp_path):
+    """It is of what is printed while files are written: nobody reads on."""
+    with pytest.raises(BrokenPipeError), model.replacing(tmp_path):
+        raise BrokenPipeError
 
 
 def test_what_a_killed_process_left_behind_is_swept(tmp_path):

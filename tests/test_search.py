@@ -5,10 +5,16 @@ import copy
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from oracles import beam_search, logits_after, self_backtrack, shares_of
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import search
 from data import Tokenizer, generate, new_record
@@ -343,6 +349,34 @@ def prefix_counts(samples: list[Response]) -> Counter:
         for length in range(len(path.tokens) + 1):
             counts[path.tokens[:length]] += path.count
     return counts
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 5}, {"top_p": 0.6}, {"top_k": 7, "top_p": 0.8}])
+@pytest.mark.parametrize("temperature", [0.7, 1.5])
+def test_top_k_and_top_p_leave_out_what_transformers_leaves_out(cut, temperature):
+    torch.manual_seed(0)
+    logps = torch.randn(50, 30, dtype=torch.float64).mul(2).log_softmax(-1)
+    settings = Settings(temperature=temperature, min_p=0.0, **cut)
+    expected = TemperatureLogitsWarper(temperature)(None, logps)
+    if "top_k" in cut:
+        expected = TopKLogitsWarper(cut["top_k"])(None, expected)
+    if "top_p" in cut:
+        expected = TopPLogitsWarper(cut["top_p"])(None, expected)
+    shares = search.shares_of_tokens(logps, settings)
+    torch.testing.assert_close(shares, expected.softmax(-1))
+    assert (shares == 0).any()
+
+
+def test_what_is_left_out_is_never_drawn(precise):
+    """By the command's own path, not by the shares alone."""
+    settings = replace(SHORT, b=0, n=64, temperature=5.0, top_k=2)
+    [(_, samples)] = search.decode(precise, TOK, PROBLEMS[:1], [0], settings)
+    for sample in samples:
+        tokens = TOK.prompts(PROBLEMS[:1])[0]
+        for token in sample.tokens:
+            best_two = np.argsort(logits_after(precise, tokens))[-2:]
+            assert token in best_two
+            tokens = [*tokens, token]
 
 
 @pytest.mark.parametrize("min_p", [0.0, 0.05])
