@@ -48,6 +48,10 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tqdm import tqdm
 
 from model import (
+    COUNT,
+    MOST_TOKENS,
+    OBJECT,
+    TEXT,
     Arguments,
     UserError,
     check_fields,
@@ -916,13 +920,13 @@ def are_held_out(value) -> bool:
     return is_list(value, is_target) and 0 < len(set(value)) < len(TARGETS)
 
 
-RECORD_FIELDS = {  # of record.json: (what it must be, is it so?)
-    "source": ("text", lambda value: isinstance(value, str)),
-    "seed": ("a whole number", lambda value: is_whole(value, 0, 2**62)),
+RECORD_FIELDS = {  # of record.json
+    "source": TEXT,
+    "seed": COUNT,
     "sizes": ("numbers from 2 to 5", are_sizes),
     "held_out": ("targets", are_held_out),
     "mistakes": (f"among {KINDS}", lambda value: is_list(value, KINDS.__contains__)),
-    "settings": ("an object", lambda value: isinstance(value, dict)),
+    "settings": OBJECT,
 }
 
 
@@ -999,12 +1003,10 @@ def unknown_text(backend: tokenizers.Tokenizer, texts: list[str]) -> str:
 
     for text in texts:
         if not knows(text):
+            text = text[:500]  # enough of it to look through
             known = next(end for end in range(len(text), -1, -1) if knows(text[:end]))
-            return f"the tokenizer does not know {text[known]!r} in {text!r}"
+            return f"the tokenizer does not know {text[known:][:1]!r} in {text!r}"
     return "the tokenizer refuses the text"
-
-
-MOST_TOKENS = 2**24
 
 
 def read_tokenizer(path: Path) -> tokenizers.Tokenizer:

@@ -378,6 +378,7 @@ def read_slots(cache: KVCache, stored: torch.Tensor, vector_numbers: torch.Tenso
 # What Hugging Face's Llama can vary and this one does not.
 FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 INDEX = "model.safetensors.index.json"  # of a checkpoint in several files
+MOST_TOKENS = 2**24  # of a vocabulary
 RESUME = "resume.pt"  # of a run that can be gone on with: see train.py
 NEEDED = [  # of a model
     "*config.json",
@@ -388,54 +389,55 @@ NEEDED = [  # of a model
 ]
 
 
-def is_whole(value, low: int, high: int = 2**31) -> bool:
+def is_whole(value, low: int, high: int) -> bool:
     return type(value) is int and low <= value < high  # isinstance would take True for a number
-
-
-def is_number(value, low: float) -> bool:
-    return type(value) in (int, float) and low < value < math.inf
-
-
-def is_token(value) -> bool:
-    return value is None or is_whole(value, 0) or is_list(value, lambda one: is_whole(one, 0))
 
 
 def is_list(value, holds) -> bool:
     return isinstance(value, list) and all(holds(one) for one in value)
 
 
-def is_scaling(value) -> bool:
-    return value is None or isinstance(value, dict)
+def is_token(value) -> bool:
+    tokens = value if isinstance(value, list) else [value]
+    return all(is_whole(token, 0, MOST_TOKENS) for token in tokens)
 
 
-CONFIG_FIELDS = {  # of config.json: (what it must be, is it so?)
-    "vocab_size": ("1 or more", lambda value: is_whole(value, 1)),
-    "hidden_size": ("1 or more", lambda value: is_whole(value, 1)),
-    "intermediate_size": ("1 or more", lambda value: is_whole(value, 1)),
-    "num_hidden_layers": ("1 to 1000", lambda value: is_whole(value, 1, 1001)),
-    "num_attention_heads": ("1 or more", lambda value: is_whole(value, 1)),
-    "num_key_value_heads": ("1 or more", lambda value: value is None or is_whole(value, 1)),
-    "head_dim": (
-        "an even number",
-        lambda value: value is None or is_whole(value, 2) and value % 2 == 0,
-    ),
-    "max_position_embeddings": ("1 or more", lambda value: is_whole(value, 1)),
-    "rms_norm_eps": ("above 0", lambda value: is_number(value, 0)),
-    "initializer_range": ("above 0", lambda value: is_number(value, 0)),
-    "rope_theta": ("above 0", lambda value: is_number(value, 0)),
-    "rope_scaling": ("an object", is_scaling),
-    "rope_parameters": ("an object", is_scaling),
-    "tie_word_embeddings": ("true or false", lambda value: isinstance(value, bool)),
-    "bos_token_id": ("a token", is_token),
-    "eos_token_id": ("a token", is_token),
-    "pad_token_id": ("a token", is_token),
+# What a field of a file must be: in words, and as a function that says whether a value is it.
+SIZE = ("1 or more, and not huge", partial(is_whole, low=1, high=2**20))
+LENGTH = ("1 or more", partial(is_whole, low=1, high=2**31))
+POSITIVE = ("above 0", lambda value: type(value) in (int, float) and 0 < value < 1e18)
+COUNT = ("a whole number", partial(is_whole, low=0, high=2**62))
+BOOL = ("true or false", lambda value: isinstance(value, bool))
+TEXT = ("text", lambda value: isinstance(value, str))
+OBJECT = ("an object", lambda value: isinstance(value, dict))
+OBJECTS = ("a list of objects", lambda value: is_list(value, OBJECT[1]))
+TOKEN = ("a token", is_token)
+
+CONFIG_FIELDS = {
+    "vocab_size": ("1 or more", partial(is_whole, low=1, high=MOST_TOKENS)),
+    "hidden_size": SIZE,
+    "intermediate_size": SIZE,
+    "num_hidden_layers": ("1 to 1000", partial(is_whole, low=1, high=1001)),
+    "num_attention_heads": SIZE,
+    "num_key_value_heads": SIZE,
+    "head_dim": SIZE,
+    "max_position_embeddings": LENGTH,
+    "rms_norm_eps": POSITIVE,
+    "initializer_range": POSITIVE,
+    "rope_theta": POSITIVE,
+    "rope_scaling": OBJECT,
+    "rope_parameters": OBJECT,
+    "tie_word_embeddings": BOOL,
+    "bos_token_id": TOKEN,
+    "eos_token_id": TOKEN,
+    "pad_token_id": TOKEN,
 }
 ROPE_FIELDS = {
-    "factor": ("above 0", lambda value: is_number(value, 0)),
-    "low_freq_factor": ("above 0", lambda value: is_number(value, 0)),
-    "high_freq_factor": ("above 0", lambda value: is_number(value, 0)),
-    "original_max_position_embeddings": ("1 or more", lambda value: is_whole(value, 1)),
-    "rope_theta": ("above 0", lambda value: is_number(value, 0)),
+    "factor": POSITIVE,
+    "low_freq_factor": POSITIVE,
+    "high_freq_factor": POSITIVE,
+    "original_max_position_embeddings": LENGTH,
+    "rope_theta": POSITIVE,
 }
 
 
@@ -451,6 +453,7 @@ def check_fields(values: dict, fields: dict, place: str, needed=()) -> None:
 def read_config(raw: dict) -> LlamaConfig:
     """config.json's content, in either spelling of the RoPE fields, as LlamaConfig. Raises
     UserError for what is no Llama."""
+    raw = {key: value for key, value in raw.items() if value is not None}
     check_fields(raw, CONFIG_FIELDS, "config.json", ("hidden_size", "num_attention_heads"))
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -465,8 +468,8 @@ def read_config(raw: dict) -> LlamaConfig:
     values = {name: raw[name] for name in names if name in raw}
     # where config.json does not say, what transformers would take
     heads = raw["num_attention_heads"]
-    values["num_key_value_heads"] = raw.get("num_key_value_heads") or heads
-    values["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // heads
+    values["num_key_value_heads"] = raw.get("num_key_value_heads", heads)
+    values["head_dim"] = raw.get("head_dim", raw["hidden_size"] // heads)
     values["tie_word_embeddings"] = raw.get("tie_word_embeddings", False)
     values["rms_norm_eps"] = raw.get("rms_norm_eps", 1e-6)
     values["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
@@ -518,7 +521,9 @@ def fingerprint(record: str) -> str:
 
 
 def is_file_name(value) -> bool:
-    return isinstance(value, str) and value == Path(value).name and value not in ("", "..")
+    if not isinstance(value, str) or len(value.encode()) > 255:
+        return False
+    return value == Path(value).name and value not in ("", "..")
 
 
 def read_weights(folder: Path, device, dtype: torch.dtype | None, new_rows: int) -> dict:
@@ -610,7 +615,9 @@ def checkpoint_folder(
 def read_json(path: Path) -> dict:
     """A file's JSON object. Raises UserError."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8-sig")))
+        values = dict(json.loads(path.read_text(encoding="utf-8-sig")))
+        json.dumps(values, ensure_ascii=False).encode()  # of half a surrogate pair, a ValueError
+        return values
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 

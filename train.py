@@ -46,7 +46,10 @@ from data import (
     whole_path,
 )
 from model import (
+    COUNT,
     DTYPES,
+    OBJECT,
+    OBJECTS,
     RESUME,
     Arguments,
     Interruptible,
@@ -59,8 +62,6 @@ from model import (
     cli,
     device_rank_world,
     in_worker,
-    is_list,
-    is_whole,
     note,
     number,
     replacing,
@@ -421,13 +422,13 @@ def save(
 
 
 STATE_FIELDS = {  # of resume.pt
-    "step": ("a whole number", lambda value: is_whole(value, 0)),
-    "optimizer": ("an object", lambda value: isinstance(value, dict)),
-    "weights": ("an object", lambda value: isinstance(value, dict)),
-    "record": ("an object", lambda value: isinstance(value, dict)),
-    "round": ("a whole number", lambda value: is_whole(value, 1)),
-    "settings": ("an object", lambda value: isinstance(value, dict)),
-    "log": ("a list of objects", lambda value: is_list(value, lambda one: isinstance(one, dict))),
+    "step": COUNT,
+    "optimizer": OBJECT,
+    "round": COUNT,
+    "settings": OBJECT,
+    "weights": OBJECT,
+    "record": OBJECT,
+    "log": OBJECTS,
 }
 
 
