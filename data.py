@@ -47,24 +47,9 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tqdm import tqdm
 
-from model import (
-    COUNT,
-    MOST_TOKENS,
-    OBJECT,
-    TEXT,
-    Arguments,
-    UserError,
-    check_fields,
-    checkpoint_folder,
-    cli,
-    in_worker,
-    is_list,
-    is_whole,
-    note,
-    number,
-    read_json,
-    replacing,
-)
+from model import COUNT, MOST_TOKENS, OBJECT, TEXT, Arguments, UserError, check_fields
+from model import checkpoint_folder, cli, in_worker, is_list, is_whole, note, number, read_json
+from model import replacing
 
 # ---- The task ------------------------------------------------------------------------------------
 
@@ -442,12 +427,7 @@ class Tokenizer:
     """A `tokenizers` tokenizer and what the method asks of one: prompts, rows with labels, where
     lines end."""
 
-    def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        eos_text: str = EOS,
-        carried: dict[str, str] | None = None,
-    ):
+    def __init__(self, backend: tokenizers.Tokenizer, eos_text=EOS, carried: dict | None = None):
         """carried: the content of files that are to be saved with it, see CARRIED."""
         self.backend = backend
         self.carried = carried or {}
@@ -1065,9 +1045,7 @@ def main() -> None:
     options = Arguments("Generate Countdown data: training rows and two validation splits.")
     options.add_argument("--num", type=number(int, 1), default=500_000, help="training rows")
     options.add_argument("--num_val", type=number(int, 1), default=5_000, help="problems a split")
-    options.add_argument(
-        "--sizes", type=int, choices=range(2, 6), nargs="+", default=[4], help="how many numbers"
-    )
+    options.add_argument("--sizes", type=int, choices=range(2, 6), nargs="+", default=[4])
     options.add_argument("--seed", type=number(int, 0), default=0)
     options.add_argument("--out", default="data", help="the folder to write to, as JSON Lines")
     options = options.parse_args()

@@ -35,34 +35,19 @@ from pathlib import Path
 import torch
 
 from data import BACKTRACK, Tokenizer, load_record, load_rows, load_validation, whole_path
-from model import (
-    Arguments,
-    Llama,
-    UserError,
-    best_dtype,
-    cli,
-    device_rank_world,
-    is_main,
-    number,
-    replacing,
-)
+from model import Arguments, Llama, UserError, best_dtype, cli, device_rank_world, is_main, number
+from model import replacing
 from search import PAPER_SEARCH, Settings, compare, evaluate
 from train import Batches, as_flags, fit, load_state, put_back, save
 
 
 def expert_iteration(
-    model: Llama,
-    tokenizer: Tokenizer,
-    record: dict,
-    validation: dict,
-    options: argparse.Namespace,
-    rounds_done: int,
-    log: list[dict],
+    model: Llama, tokenizer: Tokenizer, record: dict, validation: dict, options, rounds_done, log
 ) -> None:
     """Every round goes on from the model of the round before, with the next problems and a new
     optimizer. record: where problems come from (generated ones are new: `main` gives the record a
-    seed that training did not have); validation: {split: problems} to measure on. Raises
-    UserError."""
+    seed that training did not have); validation: {split: problems} to measure on; log: a
+    line of every round. Raises UserError."""
     settings = search_settings(options)
     if rounds_done == 0:
         log.append(measure(model, tokenizer, validation, settings, 0, "before"))
@@ -130,17 +115,9 @@ def fine_tune(model, tokenizer, kept_rows, record, options, seed: int) -> None:
     loss_mask = training.get("mask", "action")
     learning_rate = options.lr or (2e-3 if uses_muon else 1e-5)
     batches = Batches(kept_rows, tokenizer, options.batch_size, 1, seed, rank, world, loss_mask)
-    total_steps = -(-len(kept_rows) * options.epochs // batches.rows_per_step)  # rounded up
-    fit(
-        model,
-        batches,
-        total_steps,
-        learning_rate,
-        warmup=10,
-        weight_decay=0.0,
-        muon=uses_muon,
-        dtype=best_dtype(device),
-    )
+    steps = -(-len(kept_rows) * options.epochs // batches.rows_per_step)  # rounded up
+    settings = {"warmup": 10, "weight_decay": 0.0, "muon": uses_muon, "dtype": best_dtype(device)}
+    fit(model, batches, steps, learning_rate, **settings)
 
 
 # ==== Plumbing: a first reading may stop here =====================================================
@@ -170,11 +147,7 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     none are given. Raises UserError."""
     options = Arguments("Expert iteration: search, verify, keep, fine-tune, repeat.")
     options.add_argument("--ckpt", type=whole_path, default="checkpoint", help="a folder or Hub id")
-    options.add_argument(
-        "--data",
-        type=whole_path,
-        help="a file, a folder of data.py, a Hub dataset; else what the checkpoint was trained on",
-    )
+    options.add_argument("--data", type=whole_path, help="problems; else those of its record")
     options.add_argument("--out", type=Path, default="improved", help="the folder to save to")
     options.add_argument("--resume", action="store_true", help="go on after --out's last round")
     options.add_argument("--rounds", type=number(int, 1), default=3)

@@ -380,13 +380,7 @@ FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "
 INDEX = "model.safetensors.index.json"  # of a checkpoint in several files
 MOST_TOKENS = 2**24  # of a vocabulary
 RESUME = "resume.pt"  # of a run that can be gone on with: see train.py
-NEEDED = [  # of a model
-    "*config.json",
-    "tokenizer.json",
-    "chat_template.jinja",
-    "record.json",
-    "model*.safetensors*",
-]
+NEEDED = ["*config.json", "*.jinja", "tokenizer.json", "record.json", "model*.safetensors*"]
 
 
 def is_whole(value, low: int, high: int) -> bool:
@@ -417,28 +411,28 @@ CONFIG_FIELDS = {
     "vocab_size": ("1 or more", partial(is_whole, low=1, high=MOST_TOKENS)),
     "hidden_size": SIZE,
     "intermediate_size": SIZE,
-    "num_hidden_layers": ("1 to 1000", partial(is_whole, low=1, high=1001)),
+    "num_hidden_layers": ("1 to 256", partial(is_whole, low=1, high=257)),
     "num_attention_heads": SIZE,
     "num_key_value_heads": SIZE,
     "head_dim": SIZE,
     "max_position_embeddings": LENGTH,
     "rms_norm_eps": POSITIVE,
     "initializer_range": POSITIVE,
-    "rope_theta": POSITIVE,
     "rope_scaling": OBJECT,
-    "rope_parameters": OBJECT,
+    "rope_parameters": OBJECT,  # one of these two may hold the following five
+    "rope_theta": POSITIVE,
+    "factor": POSITIVE,
+    "low_freq_factor": POSITIVE,
+    "high_freq_factor": POSITIVE,
+    "original_max_position_embeddings": LENGTH,
     "tie_word_embeddings": BOOL,
     "bos_token_id": TOKEN,
     "eos_token_id": TOKEN,
     "pad_token_id": TOKEN,
 }
-ROPE_FIELDS = {
-    "factor": POSITIVE,
-    "low_freq_factor": POSITIVE,
-    "high_freq_factor": POSITIVE,
-    "original_max_position_embeddings": LENGTH,
-    "rope_theta": POSITIVE,
-}
+
+
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def check_fields(values: dict, fields: dict, place: str, needed=()) -> None:
@@ -462,8 +456,7 @@ def read_config(raw: dict) -> LlamaConfig:
             raise UserError(f"config.json says {key}: {raw[key]!r}; this Llama has {value!r} only")
     if rope_type not in ("default", "llama3"):
         raise UserError(f"config.json is no Llama's: RoPE of type {rope_type!r}")
-    needed = ROPE_FIELDS.keys() - {"rope_theta"} if rope_type == "llama3" else ()
-    check_fields(rope, ROPE_FIELDS, "config.json", needed)
+    check_fields(rope, CONFIG_FIELDS, "config.json", LLAMA3 if rope_type == "llama3" else ())
     names = [field.name for field in dataclasses.fields(LlamaConfig)]
     values = {name: raw[name] for name in names if name in raw}
     # where config.json does not say, what transformers would take
@@ -599,9 +592,8 @@ def checkpoint_folder(
     if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
         raise UserError(f"no such folder: {name}")
     try:
-        return Path(
-            snapshot_download(str(name), repo_type=repo_type, allow_patterns=patterns or NEEDED)
-        )
+        patterns = patterns or NEEDED
+        return Path(snapshot_download(str(name), repo_type=repo_type, allow_patterns=patterns))
     except GatedRepoError:
         address = f"https://huggingface.co/{name}"
         message = f"{name} is gated: ask for access at {address}, then `hf auth login`"

@@ -48,31 +48,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (
-    BACKTRACK,
-    GOAL,
-    Tokenizer,
-    Verdict,
-    load_record,
-    load_rows,
-    load_validation,
-    verify,
-)
-from model import (
-    DTYPES,
-    Arguments,
-    CachedRows,
-    KVCache,
-    Llama,
-    Slot,
-    UserError,
-    best_dtype,
-    cli,
-    device_rank_world,
-    is_main,
-    number,
-    replacing,
-)
+from data import BACKTRACK, GOAL, Tokenizer, Verdict, load_record, load_rows, load_validation
+from data import verify
+from model import DTYPES, Arguments, CachedRows, KVCache, Llama, Slot, UserError, best_dtype, cli
+from model import device_rank_world, is_main, number, replacing
 
 # ---- 1. The algorithm, for one problem (paper, section 4.2) --------------------------------------
 
@@ -747,18 +726,11 @@ def evaluate(
     rows = dict(answers.rows) if answers else {}
     numbers = range(offset, offset + len(problems))
     own_numbers = [one for one in numbers if one not in rows][rank::world]
-    own_problems = [problems[one - offset] for one in own_numbers]
-    searches = decode(model, tokenizer, own_problems, own_numbers, settings)
-    progress = tqdm(
-        searches,
-        settings.decoder,
-        len(own_problems),
-        unit=" problems",
-        leave=False,
-        disable=rank > 0,
-    )
-    for i, samples in progress:
-        row = {"number": own_numbers[i], **judge(tokenizer, own_problems[i], samples, settings)}
+    own = [problems[one - offset] for one in own_numbers]
+    searches = decode(model, tokenizer, own, own_numbers, settings)
+    shown = {"unit": " problems", "leave": False, "disable": rank > 0}
+    for i, samples in tqdm(searches, settings.decoder, len(own), **shown):
+        row = {"number": own_numbers[i], **judge(tokenizer, own[i], samples, settings)}
         rows[own_numbers[i]] = row
         if answers:
             answers.add(row)
@@ -989,13 +961,9 @@ def arguments() -> argparse.Namespace:
         "Search with a checkpoint: one problem and its tree, an evaluation, or both."
     )
     options.add_argument("--ckpt", default=str(SHIPPED), help="a folder or Hub id")
-    options.add_argument(
-        "--numbers", type=number(int, 1), nargs="+", help="search this one problem"
-    )
+    options.add_argument("--numbers", type=number(int, 1), nargs="+", help="of one problem")
     options.add_argument("--target", type=number(int, 0), help="of that problem")
-    options.add_argument(
-        "--data", help="val (seen targets), val_new (new ones), or a file of JSON Lines"
-    )
+    options.add_argument("--data", help="val (seen targets), val_new (new ones), or a file")
     options.add_argument("--num", type=number(int, 1), default=200, help="problems")
     options.add_argument("--offset", type=number(int, 0), default=0, help="problems to pass over")
     options.add_argument("--decoder", choices=DECODERS)
@@ -1012,9 +980,7 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--cache_gib", type=number(float, 0, True), help="for keys and values")
     options.add_argument("--max_new_tokens", type=number(int, 1), help="of a whole response")
     options.add_argument("--dtype", choices=DTYPES, help="the best of the device by itself")
-    options.add_argument(
-        "--out", type=pathlib.Path, help="write one JSON line a problem to this file"
-    )
+    options.add_argument("--out", type=pathlib.Path, help="write a JSON line a problem to it")
     options.add_argument("--resume", action="store_true", help="go on with --out's FILE.part")
     options.set_defaults(**asdict(Settings()))
     if "--paper" in sys.argv:
@@ -1061,9 +1027,7 @@ def main() -> None:
         made_by = {"ckpt": options.ckpt, "data": options.data, **asdict(settings)}
         for name in ("batch_size", "cache_gib"):  # these change no sample
             del made_by[name]
-        problems = {}
-        for place, problem in enumerate(problems_by_split[options.data]):
-            problems[str(options.offset + place)] = problem
+        problems = {str(options.offset + place): row for place, row in enumerate(rows)}
         answers = AnswerFile(options.out, options.resume, made_by, problems)
     results = compare(
         model, tokenizer, problems_by_split, decoders, settings, "", options.offset, answers

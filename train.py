@@ -32,41 +32,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import (
-    KINDS,
-    MASKS,
-    Tokenizer,
-    doubtful_rows,
-    generate,
-    load_record,
-    load_validation,
-    new_record,
-    read_rows,
-    read_split,
-    whole_path,
-)
-from model import (
-    COUNT,
-    DTYPES,
-    OBJECT,
-    OBJECTS,
-    RESUME,
-    Arguments,
-    Interruptible,
-    Llama,
-    LlamaConfig,
-    LlamaDecoderLayer,
-    UserError,
-    best_dtype,
-    check_fields,
-    cli,
-    device_rank_world,
-    in_worker,
-    note,
-    number,
-    replacing,
-    settle,
-)
+from data import KINDS, MASKS, Tokenizer, doubtful_rows, generate, load_record, load_validation
+from data import new_record, read_rows, read_split, whole_path
+from model import COUNT, DTYPES, OBJECT, OBJECTS, RESUME, Arguments, Interruptible, Llama
+from model import LlamaConfig, LlamaDecoderLayer, UserError, best_dtype, check_fields, cli
+from model import device_rank_world, in_worker, note, number, replacing, settle
 from search import Settings, compare, evaluate
 
 # ---- 1. The loop ---------------------------------------------------------------------------------
@@ -396,14 +366,7 @@ PAPER_TRAINING = {
 # ---- Saving and resuming -------------------------------------------------------------------------
 
 
-def save(
-    folder,
-    model: Llama,
-    tokenizer: Tokenizer,
-    record: dict,
-    log: list[dict],
-    state: dict | None = None,
-) -> None:
+def save(folder, model: Llama, tokenizer: Tokenizer, record: dict, log: list, state=None) -> None:
     """A checkpoint in Hugging Face's layout, the record of its data, log.jsonl, and in one file all
     that `--resume` needs. Raises UserError."""
     record_text = json.dumps(record) + "\n"
@@ -520,47 +483,29 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     options = Arguments("Train on D_op and D_back: a small model from scratch, or a checkpoint.")
     options.add_argument("--ckpt", help="a folder or Hub id to start from; else from scratch")
     options.add_argument(
-        "--data",
-        type=whole_path,
-        help="a file, a folder of data.py, a Hub dataset; else generated",
+        "--data", type=whole_path, help="file, folder, Hub dataset; else generated"
     )
-    options.add_argument(
-        "--sizes", type=int, choices=range(2, 6), nargs="+", default=[3], help="how many numbers"
-    )
-    options.add_argument(
-        "--mistakes", choices=KINDS, nargs="*", default=KINDS, help="of D_back; none: D_op alone"
-    )
+    options.add_argument("--sizes", type=int, choices=range(2, 6), nargs="+", default=[3])
+    options.add_argument("--mistakes", choices=KINDS, nargs="*", default=KINDS, help="of D_back")
     options.add_argument("--out", type=Path, default="checkpoint", help="the folder to save to")
     options.add_argument("--resume", action="store_true", help="go on from --out, by its settings")
     options.add_argument("--steps", type=number(int, 1))
-    options.add_argument(
-        "--epochs", type=number(int, 1), help="passes over the rows, in place of --steps"
-    )
-    options.add_argument(
-        "--num_train", type=number(int, 1), help="rows of the data, drawn at random; else all"
-    )
-    options.add_argument(
-        "--batch_size", type=number(int, 1), help="rows a device and part of a step"
-    )
+    options.add_argument("--epochs", type=number(int, 1), help="in place of --steps")
+    options.add_argument("--num_train", type=number(int, 1), help="rows drawn of --data; else all")
+    options.add_argument("--batch_size", type=number(int, 1), help="rows a device and part")
     options.add_argument("--grad_accum", type=number(int, 1), default=1, help="parts of a step")
     options.add_argument("--lr", type=number(float, 0, strict=True))
-    options.add_argument(
-        "--optimizer", choices=("muon", "adamw"), help="muon: for layers' matrices"
-    )
+    options.add_argument("--optimizer", choices=("muon", "adamw"), help="muon: for matrices")
     options.add_argument("--warmup", type=number(int, 1))
     options.add_argument("--weight_decay", type=number(float, 0))
     options.add_argument("--mask", choices=MASKS, help="what carries no loss in a mistake")
     options.add_argument("--gradient_checkpointing", action="store_true", help="saves memory")
-    options.add_argument(
-        "--compile", action="store_true", help="starts half a minute later, faster"
-    )
+    options.add_argument("--compile", action="store_true", help="faster, after half a minute")
     options.add_argument("--dtype", choices=DTYPES, help="of autocast; by itself the device's best")
     options.add_argument("--hidden_size", type=number(int, 32), help="from scratch; 32 a head")
     options.add_argument("--layers", type=number(int, 1), help="of a model from scratch")
     options.add_argument("--seed", type=number(int, 0), default=0)
-    options.add_argument(
-        "--eval_every", type=number(int, 1), default=1200, help="steps; saves, too"
-    )
+    options.add_argument("--eval_every", type=number(int, 1), default=1200, help="steps; saves")
     options.add_argument("--num_eval", type=number(int, 1), default=200, help="problems a split")
     options.add_argument("--wandb", action="store_true", help="log to Weights & Biases, too")
     given = {argument.split("=")[0] for argument in sys.argv}

@@ -2,6 +2,9 @@
 it makes of its samples."""
 
 import copy
+import os
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -349,6 +352,30 @@ def prefix_counts(samples: list[Response]) -> Counter:
         for length in range(len(path.tokens) + 1):
             counts[path.tokens[:length]] += path.count
     return counts
+
+
+PEAKS = """
+import resource, search
+from data import Tokenizer, new_record, generate
+from model import Llama
+tokenizer = Tokenizer.from_pretrained(search.SHIPPED)
+model = Llama.from_pretrained(search.SHIPPED).float()
+problems = list(generate(new_record(0, [4]), "val", 64))
+settings = search.Settings(b=0, n=32, cache_gib=0.05)
+for num in (4, 64):
+    search.evaluate(model, tokenizer, problems[:num], settings)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_many_problems_take_no_more_memory_than_the_bound_allows():
+    """Of the whole process: 51 MiB for keys and values, and as much again for what passes by."""
+    environment = {**os.environ, "PYTHONPATH": str(search.SHIPPED.parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", PEAKS], env=environment, capture_output=True, text=True, check=True
+    )
+    few, many = map(int, done.stdout.split())
+    assert many - few < 110
 
 
 @pytest.mark.parametrize("cut", [{"top_k": 5}, {"top_p": 0.6}, {"top_k": 7, "top_p": 0.8}])
