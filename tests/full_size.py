@@ -239,7 +239,7 @@ def check_checkpoint(folder: str) -> bool:
     print(f"loss of a training step: {loss:.6f}, transformers: {expected:.6f}")
 
     with tempfile.TemporaryDirectory() as saved:
-        save(saved, ours, tokenizer, record)
+        save(saved, ours, tokenizer, record, [])
         ours.save_pretrained(saved, torch.float32)  # in place of bf16
         trained = largest_difference(ours, open_theirs(saved), ids)
         reopened = transformers.AutoTokenizer.from_pretrained(saved)
