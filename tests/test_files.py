@@ -188,6 +188,14 @@ def test_an_end_of_text_that_is_no_text_is_refused(checkpoint, eos_token):
         Tokenizer.from_pretrained(checkpoint)
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json", "record.json"])
+def test_half_a_surrogate_pair_is_refused_on_reading(checkpoint, name):
+    """No text that is written or encoded may hold one."""
+    change(checkpoint / name, eos_token="\ud800")
+    with pytest.raises(UserError, match=f"{name} cannot be read"):
+        model.read_json(checkpoint / name)
+
+
 def test_a_character_that_the_tokenizer_does_not_know_is_named():
     with pytest.raises(UserError, match="does not know 'G' in .*Goal reached!"):
         TOK.encode_rows([{**ROW, "search_path": "8*6=48\nGoal reached!"}])
@@ -396,6 +404,29 @@ def test_validation_rows_without_a_response_are_enough_to_measure(checkpoint):
     reporter = train.Reporter(options, tiny(), TOK, Batches([ROW], TOK, 1), {}, {}, [], 0)
     found = reporter.evaluate("val", [problem], torch.device("cpu"))
     assert found.keys() == {"val_greedy"}
+
+
+DEFAULT_GROUP = """
+import inspect, sys
+import model
+import torch.distributed as dist
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+import torch._dynamo  # as DistributedDataParallel does
+from torch.distributed.nn import functional
+print(inspect.signature(functional.broadcast).parameters["group"].default)
+dist.destroy_process_group()
+"""
+
+
+def test_nothing_holds_the_group_of_processes_to_the_end(tmp_path):
+    """Its threads would live into the interpreter's end, and may abort it."""
+    done = subprocess.run(
+        [sys.executable, "-c", DEFAULT_GROUP, str(tmp_path / "group")],
+        env={**os.environ, "PYTHONPATH": str(Path(model.__file__).parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "None\n", done.stderr
 
 
 # ---- Writing -------------------------------------------------------------------------------------
