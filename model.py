@@ -245,10 +245,15 @@ class Llama(nn.Module):
         """
         hidden = self.model(input_ids, cached_rows)  # (B, T, C)
         if labels is not None:
-            labelled = labels[:, 1:] != -100  # position t predicts the token at t + 1
-            logits = self.lm_head(hidden[:, :-1][labelled])  # (labelled, V)
+            targets = labels[:, 1:].flatten()  # position t predicts the token at t + 1
+            labelled = (targets != -100).nonzero()[:, 0]
+            # Their number is filled up: for every new one a library on CPUs builds, and keeps, a
+            # kernel. What is filled in has the label -100, so that it counts for nothing.
+            filler = (targets == -100).nonzero()[: -len(labelled) % 64, 0]
+            chosen = torch.cat([labelled, filler])
+            logits = self.lm_head(hidden[:, :-1].flatten(0, 1)[chosen])  # (labelled + filler, V)
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            return F.cross_entropy(wide, labels[:, 1:][labelled], reduction="sum")
+            return F.cross_entropy(wide, targets[chosen], reduction="sum")
         if last is not None:
             hidden = hidden[torch.arange(len(last), device=last.device), last]  # (B, C)
         return self.lm_head(hidden)

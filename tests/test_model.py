@@ -59,6 +59,21 @@ def test_transformers_opens_what_we_save_and_agrees(tmp_path, tied, scaling):
     torch.testing.assert_close(ours(ids, labels=labels) / count, theirs(ids, labels=labels).loss)
 
 
+def test_the_head_meets_few_different_shapes_in_training(saved):
+    """A CPU's library keeps a kernel for each, and a long training would fill the memory."""
+    ours = Llama.from_pretrained(saved)
+    shapes = set()
+    ours.lm_head.register_forward_hook(lambda head, given, out: shapes.add(out.shape))
+    ids = torch.randint(0, 96, (8, 100))
+    for count in (1, 3, 50, 64):
+        labels = torch.full_like(ids, -100)
+        labels.view(-1)[1 : count + 1] = 7
+        ours(ids, labels=labels)
+    assert len(shapes) == 1
+    ours(ids, labels=ids)  # all are labelled, but the first of each row
+    assert len(shapes) == 2
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_grouped_query_attention_by_hand_equals_pytorchs(causal):
     """`attend` on a CPU against scaled_dot_product_attention, under a mask or causally."""
