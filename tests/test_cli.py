@@ -429,7 +429,8 @@ def test_improvement_trains_as_its_checkpoint_was_trained(
     (ckpt / "record.json").write_text(json.dumps(record))
     program(improve, *IMPROVE, "--ckpt", ckpt, "--out", tmp_path / "better", "--rounds", 1)
     [call] = fitted.calls
-    assert call.items() >= {"lr": lr, "muon": optimizer == "muon"}.items()
+    expected = {"lr": lr, "muon": optimizer == "muon", "weight_decay": 0.0}
+    assert call.items() >= expected.items()
     assert call["batches"].mask == "none"
     kept = len(call["batches"].rows)
     assert call["steps"] == -(-kept * 3 // 4)  # three epochs of batches of four

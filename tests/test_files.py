@@ -104,8 +104,9 @@ def test_what_is_no_whole_number_is_refused(tmp_path, value):
 
 def test_a_hundred_thousand_brackets_are_refused_in_one_line(tmp_path):
     (tmp_path / "rows.json").write_text("[" * 100_000)
-    with pytest.raises(UserError, match="cannot be read"):
-        read_rows(tmp_path / "rows.json")
+    for read in (read_rows, model.read_json):
+        with pytest.raises(UserError, match="cannot be read"):
+            read(tmp_path / "rows.json")
 
 
 def test_doubtful_rows_are_counted_and_the_first_is_named():
@@ -284,6 +285,7 @@ def test_weights_that_are_not_finite_are_refused(checkpoint, number):
         ("num_attention_heads", 2.5),
         ("num_key_value_heads", 0),
         ("head_dim", 31),
+        ("head_dim", 2**30),
         ("rope_scaling", 3),
         ("rms_norm_eps", "small"),
         ("tie_word_embeddings", "yes"),
