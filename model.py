@@ -95,26 +95,26 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None):
     """Grouped-query attention of q (B, H, T, D) over k, v (B, K, S, D); returns (B, H, T, D).
     mask (B, T, S) bool says what each token may see; None (and S = T): all tokens up to its own."""
-    if q.is_cpu:  # where PyTorch's own is far slower in bf16, and no faster in fp32
-        return attend_on_cpu(q, k, v, mask)
     is_grouped = q.shape[1] != k.shape[1]  # H query heads share K key heads
-    if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=is_grouped)
+    if mask is not None:
+        mask = mask[:, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=is_grouped)
+    if q.is_cpu:  # where, in bf16, PyTorch's own is far slower to train with
+        return attend_on_cpu(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)
 
 
-def attend_on_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None):
-    """The same, written out. Query heads that share a key head are stacked along T, so that one
-    product per key head is enough: with H = 8 and K = 2, heads 0 to 3 are 4 * T queries of key head
-    0."""
+def attend_on_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
+    """Causal attention, written out. Query heads that share a key head are stacked along T, so that
+    one product per key head is enough: with H = 8 and K = 2, heads 0 to 3 are 4 * T queries of key
+    head 0."""
     B, H, T, D = q.shape
-    K, S = k.shape[1:3]
-    if mask is None:
-        mask = torch.ones(1, T, S, dtype=torch.bool).tril()
+    K = k.shape[1]
+    sees = torch.ones(T, T, dtype=torch.bool).tril()
     stacked = (q * D**-0.5).reshape(B, K, H // K * T, D)
-    scores = stacked @ k.transpose(-1, -2)  # (B, K, H/K * T, S)
-    scores = scores.view(B, H, T, S).masked_fill(~mask[:, None], -torch.inf)
-    weights = scores.softmax(-1).view(B, K, H // K * T, S)
+    scores = stacked @ k.transpose(-1, -2)  # (B, K, H/K * T, T)
+    scores = scores.view(B, H, T, T).masked_fill(~sees, -torch.inf)
+    weights = scores.softmax(-1).view(B, K, H // K * T, T)
     return (weights @ v).view(B, H, T, D)
 
 
@@ -298,7 +298,7 @@ class KVCache:
         # weight 0, but 0 * NaN would be NaN, so it must begin as a finite number.
         self.kv[:, :, 0] = 0
         self.free = list(range(slots - 1, 0, -1))
-        self.buffer = self.kv.new_empty(0)  # of `read_slots`
+        self.buffer = self.kv.new_empty(0)  # of `read`
 
     @staticmethod
     def bytes_per_slot(config: LlamaConfig, dtype: torch.dtype) -> int:
@@ -310,6 +310,18 @@ class KVCache:
         if not self.free:
             raise UserError("the cache is too small for this search: give it more --cache_gib")
         return Slot(self.free)
+
+    def read(self, layer_idx: int, slots: torch.Tensor) -> torch.Tensor:
+        """The keys and values in slots (B, S): (2, B, S, K, D). As `self.kv[layer_idx][:, slots]`,
+        but into memory that is used again, which is much faster on a CPU."""
+        stored = self.kv[layer_idx].flatten(2)  # (2, slots, K * D)
+        needed = 2 * slots.numel() * stored.shape[2]
+        if len(self.buffer) < needed:
+            self.buffer = stored.new_empty(needed * 3 // 2)  # larger, so that it seldom grows
+        seen = self.buffer[:needed].view(2, slots.numel(), -1)
+        for vectors, out in zip(stored, seen):  # keys, then values
+            torch.index_select(vectors, 0, slots.flatten(), out=out)
+        return seen.view(2, *slots.shape, *self.kv.shape[3:])
 
 
 class Slot:
@@ -340,7 +352,6 @@ class CachedRows:
         self.slots = slots
         self.positions = positions
         self.new_slots = slots.gather(1, positions)  # (B, T)
-        self.vector_numbers = number_vectors(slots, cache.kv.shape[3])
 
     def update(self, layer_idx: int, k: torch.Tensor, v: torch.Tensor):
         """Write the new tokens' k, v (B, K, T, D); return the keys and the values of all columns,
@@ -348,32 +359,7 @@ class CachedRows:
         stored = self.cache.kv[layer_idx]  # (2, slots, K, D)
         stored[0][self.new_slots] = k.transpose(1, 2)
         stored[1][self.new_slots] = v.transpose(1, 2)
-        seen = read_slots(self.cache, stored, self.vector_numbers)  # (2, B * K * S, D)
-        return seen.view(2, *k.shape[:2], -1, k.shape[3])
-
-
-# `update` could return stored[:, slots].transpose(2, 3). The two functions below give the same, but
-# copy each vector only once, to where attention wants it, into memory that is used again: that is
-# much faster, and such copies are the larger part of a step on a CPU.
-
-
-def number_vectors(slots: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Of a layer's keys, (slots, K, D), the vector of head h in slot s has number s * K + h. Those
-    of slots (B, S) in the order (B, K, S), as (B * K * S,)."""
-    heads = torch.arange(num_heads, device=slots.device)
-    return (slots[:, None, :] * num_heads + heads[:, None]).flatten()
-
-
-def read_slots(cache: KVCache, stored: torch.Tensor, vector_numbers: torch.Tensor) -> torch.Tensor:
-    """Those vectors of stored (2, slots, K, D), keys and values: (2, vectors, D)."""
-    D = stored.shape[-1]
-    needed = 2 * len(vector_numbers) * D
-    if len(cache.buffer) < needed:
-        cache.buffer = stored.new_empty(needed * 3 // 2)  # larger, so that it seldom grows
-    seen = cache.buffer[:needed].view(2, -1, D)
-    for vectors, out in zip(stored, seen):  # keys, then values
-        torch.index_select(vectors.view(-1, D), 0, vector_numbers, out=out)
-    return seen
+        return self.cache.read(layer_idx, self.slots).transpose(2, 3)
 
 
 # ==== Plumbing: a first reading may stop here =====================================================
