@@ -534,8 +534,8 @@ class Tokenizer:
         files = {**self.carried, "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
         with replacing(folder) as staging:
             self.backend.save(str(staging / "tokenizer.json"))
-            for name, content in files.items():
-                (staging / name).write_text(content, encoding="utf-8")
+            for name in CARRIED:  # an empty file: an older one goes
+                (staging / name).write_text(files.get(name, ""), encoding="utf-8")
 
 
 # ---- The exact solver: all programs of a block of problems, as arrays ----------------------------
@@ -791,6 +791,13 @@ PROBLEM_COLUMNS = ("nums", "target")
 ROW_COLUMNS = (*PROBLEM_COLUMNS, "search_path")
 
 
+NAMES = {"train": ["train"], "val": ["val", "dev"]}  # what files of a part have in their names
+TO_JSON = (
+    "python -c \"import pandas; pandas.read_parquet('FILE.parquet')"
+    ".to_json('FILE.jsonl', orient='records', lines=True)\""
+)
+
+
 def read_rows(path: Path, columns: Sequence[str] = ROW_COLUMNS) -> list[dict]:
     """Rows of a JSON Lines file, or of a JSON file that is one list of rows or has it as "data".
     Raises UserError that names the line."""
@@ -798,12 +805,13 @@ def read_rows(path: Path, columns: Sequence[str] = ROW_COLUMNS) -> list[dict]:
         text = path.read_text(encoding="utf-8-sig")  # with a byte-order mark or without
         rows = read_json_or_lines(text, path)
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        hint = f"; parquet becomes JSON by {TO_JSON}" if path.suffix == ".parquet" else ""
+        raise UserError(f"{path} cannot be read: {error}{hint}") from None
     if isinstance(rows, dict):
         rows = rows["data"] if isinstance(rows.get("data"), list) else [rows]
-    if not isinstance(rows, list):
-        raise UserError(f"{path} holds no list of rows")
-    for row_number, row in enumerate(rows or [None], 1):  # no row at all is complained of, too
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{path} holds no rows")
+    for row_number, row in enumerate(rows, 1):
         check_row(row, columns, f"{path}: row {row_number}")
     return rows
 
@@ -835,7 +843,9 @@ def check_row(row, columns: Sequence[str], place: str) -> None:
         try:
             row[column] = convert(row[column])
         except (ValueError, TypeError, OverflowError, RecursionError):
-            raise UserError(f"{place}: {column} must be {what}, not {row[column]!r}") from None
+            raise UserError(
+                f"{place}: {column} must be {what}, not {str(row[column])[:80]!r}"
+            ) from None
 
 
 def doubtful_rows(rows: list[dict]) -> list[str]:
@@ -856,13 +866,6 @@ def doubtful_rows(rows: list[dict]) -> list[str]:
         f"{len(numbers)} of {len(rows)} rows {doubt}: the first is row {numbers[0]}"
         for doubt, numbers in found.items()
     ]
-
-
-NAMES = {"train": ["train"], "val": ["val", "dev"]}  # what files of a part have in their names
-TO_JSON = (
-    "python -c \"import pandas; pandas.read_parquet('FILE.parquet')"
-    ".to_json('FILE.jsonl', orient='records', lines=True)\""
-)
 
 
 def read_split(source: str, split: str) -> list[dict]:
@@ -948,9 +951,12 @@ def load_rows(data: str, record: dict, num: int, offset: int = 0) -> list[dict]:
     elif is_one_file(record):
         if data != "train":
             raise UserError(f"no {data}: the checkpoint's data was the file {record['source']}")
-        rows = read_rows(Path(record["source"]), PROBLEM_COLUMNS)[offset : offset + num]
+        rows = read_rows(Path(record["source"]), PROBLEM_COLUMNS)
+        rows = rows[offset % len(rows) :][:num]  # after the last one, from the beginning
     else:
-        rows = read_split(record["source"], data)[offset : offset + num]
+        rows = read_split(record["source"], data)
+        offset = offset % len(rows) if data == "train" else offset
+        rows = rows[offset : offset + num]
     if not rows:
         raise UserError(f"{data} has no row number {offset}")
     if len(rows) < num:

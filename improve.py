@@ -35,10 +35,10 @@ from pathlib import Path
 import torch
 
 from data import BACKTRACK, Tokenizer, load_record, load_rows, load_validation, whole_path
-from model import Arguments, Llama, UserError, best_dtype, cli, device_rank_world, is_main, number
-from model import replacing
+from model import Arguments, Llama, UserError, best_dtype, cli, device_rank_world, is_main, note
+from model import number, replacing
 from search import PAPER_SEARCH, Settings, compare, evaluate
-from train import Batches, as_flags, fit, load_state, put_back, save
+from train import Batches, as_flags, fit, load_state, rebuild, save
 
 
 def expert_iteration(
@@ -49,21 +49,19 @@ def expert_iteration(
     seed that training did not have); validation: {split: problems} to measure on; log: a
     line of every round. Raises UserError."""
     settings = search_settings(options)
-    if rounds_done == 0:
-        log.append(measure(model, tokenizer, validation, settings, 0, "before"))
-    for round_number in range(rounds_done + 1, options.rounds + 1):
-        rows = load_rows("train", record, options.num, options.num * (round_number - 1))
-        count = improve(model, tokenizer, rows, settings, record, options, round_number)
-        title = f"round {round_number} (solved {count} of {len(rows)})"
-        log.append(measure(model, tokenizer, validation, settings, round_number, title))
-        if is_main():  # one of the ranks is enough
-            state = {"round": round_number, "settings": own_settings(options)}
-            save(options.out, model, tokenizer, record, log, state)
+    for done in range(rounds_done, options.rounds + 1):
+        if len(log) == done:
+            log.append(measure(model, tokenizer, validation, settings, done))
+            keep(model, tokenizer, record, log, options, done)
+        if done < options.rounds:
+            rows = load_rows("train", record, options.num, options.num * done)
+            improve(model, tokenizer, rows, settings, record, options, done + 1)
+            keep(model, tokenizer, record, log, options, done + 1)
 
 
-def improve(model, tokenizer, rows, settings, record, options, round_number: int) -> int:
-    """One round: search the problems of `rows`, keep three kinds of rows, fine-tune on them.
-    Returns how many problems the search solved. Raises UserError if it solved none."""
+def improve(model, tokenizer, rows, settings, record, options, round_number: int) -> None:
+    """One round: search the problems of `rows`, keep three kinds of rows, fine-tune on them. Raises
+    UserError if the search solved none."""
     answers = evaluate(model, tokenizer, rows, settings)
     solved = solved_rows(rows, answers)
     mistakes = own_mistakes(rows, answers)
@@ -74,7 +72,8 @@ def improve(model, tokenizer, rows, settings, record, options, round_number: int
     back = [row for row in rows if row.get("search_path", "").endswith(BACKTRACK)]
     kept_rows = solved + mistakes[: len(solved)] + back[: len(solved) // 10]
     fine_tune(model, tokenizer, kept_rows, record, options, options.seed + round_number)
-    return sum(answer["verified"] for answer in answers)
+    if is_main():
+        print(f"round {round_number}: solved {len(solved)} of {len(rows)}", flush=True)
 
 
 def solved_rows(rows: list[dict], answers: list[dict]) -> list[dict]:
@@ -130,16 +129,24 @@ def search_settings(options: argparse.Namespace) -> Settings:
     return Settings(b=options.b, n=options.n, seed=options.seed, **chosen)
 
 
-def measure(
-    model, tokenizer, validation: dict, settings: Settings, round_number: int, title: str
-) -> dict:
+def measure(model, tokenizer, validation: dict, settings: Settings, rounds_done: int) -> dict:
     """Print the table of greedy decoding and search; the line of log.jsonl."""
-    decoders = ["greedy", "self_backtrack"]
-    results = compare(model, tokenizer, validation, decoders, settings, title)
-    log_line = {"round": round_number}
+    title = f"after round {rounds_done}" if rounds_done else "before"
+    results = compare(model, tokenizer, validation, ["greedy", "self_backtrack"], settings, title)
+    log_line = {"round": rounds_done}
     for (split, decoder), rows in results.items():
         log_line[f"{split}_{decoder}"] = sum(row["correct"] for row in rows) / len(rows)
     return log_line
+
+
+def keep(model, tokenizer, record: dict, log: list[dict], options, rounds_done: int) -> None:
+    """Save, from where --resume goes on."""
+    if is_main() and rounds_done:  # one of the ranks is enough
+        settings = vars(options).copy()
+        del settings["out"], settings["resume"]
+        save(
+            options.out, model, tokenizer, record, log, {"round": rounds_done, "settings": settings}
+        )
 
 
 def arguments() -> tuple[argparse.Namespace, dict | None]:
@@ -168,27 +175,24 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     state = load_state(known.out, ("round", "settings"))
     options = options.parse_args(as_flags(state["settings"]) + sys.argv[1:])
     if state["round"] >= options.rounds:
-        raise UserError(f"{options.out} holds all of its {state['round']} rounds: give --rounds")
+        note(
+            f"{options.out} is after round {state['round']} of {options.rounds}: give --rounds more"
+        )
     return options, state
-
-
-def own_settings(options: argparse.Namespace) -> dict:
-    settings = vars(options).copy()
-    del settings["out"], settings["resume"]
-    return settings
 
 
 def main() -> None:
     options, state = arguments()
     device, _, _ = device_rank_world()
-    origin = options.out if state else options.ckpt
-    tokenizer = Tokenizer.from_pretrained(origin)
-    model = Llama.from_pretrained(origin, device, torch.float32)
+    tokenizer = Tokenizer.from_pretrained(options.out if state else options.ckpt)
+    if state:
+        model = rebuild(options.out, state).to(device)
+    else:
+        model = Llama.from_pretrained(options.ckpt, device, torch.float32)
     model.model.gradient_checkpointing = options.gradient_checkpointing
     with replacing(options.out):
         pass  # if it cannot be written to, say so now
     if state:
-        put_back(model, state)
         record, rounds_done, log = state["record"], state["round"], state["log"]
     else:
         record = load_record(options.ckpt)

@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -515,18 +516,18 @@ def read_weights(folder: Path, device, dtype: torch.dtype | None, new_rows: int)
     Each tensor is mapped by itself, so that the files take no memory beside it. Raises
     UserError."""
     paths = weight_files(folder)
-    versions = [version(path) for path in paths]
+    opened = [identity(path) for path in paths]
     weights = {}
     for path in paths:
         try:
-            opened = partial(safe_open, path, framework="pt", device=str(device))
-            with opened() as file:
+            open_file = partial(safe_open, path, framework="pt", device=str(device))
+            with open_file() as file:
                 keys = [key for key in file.keys() if "rotary" not in key]
                 check_record(folder, file.metadata())
             # what grows comes first, while there is room
             keys.sort(key=lambda key: ".layers." in key)
             for key in keys:
-                with opened() as file:
+                with open_file() as file:
                     value = file.get_tensor(key).to(dtype)
                 if not torch.stack(value.aminmax()).isfinite().all():  # no copy of it is made
                     raise UserError(f"{path}: {key} holds NaN or infinite numbers")
@@ -536,7 +537,7 @@ def read_weights(folder: Path, device, dtype: torch.dtype | None, new_rows: int)
                 weights[key] = value
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} is damaged: {error}") from None
-    if versions != [version(path) for path in paths]:  # tensors of two models
+    if opened != [identity(path) for path in paths]:  # tensors of two models
         raise UserError(f"{folder} was saved anew while it was read: try again")
     return weights
 
@@ -557,7 +558,7 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def version(path: Path) -> tuple[int, int]:
+def identity(path: Path) -> tuple[int, int]:
     found = path.stat()
     return found.st_ino, found.st_mtime_ns
 
@@ -581,7 +582,7 @@ def checkpoint_folder(
             settle(Path(name))
         return Path(name)
     if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
-        raise UserError(f"no such folder: {name}")
+        raise UserError(f"no such file or folder: {name}")
     try:
         patterns = patterns or NEEDED
         return Path(snapshot_download(str(name), repo_type=repo_type, allow_patterns=patterns))
@@ -607,18 +608,19 @@ def read_json(path: Path) -> dict:
 
 # Other files of an older save that would be taken for the new one's, if it has none of that name.
 STALE = (RESUME, INDEX, "model.safetensors")
+UNFINISHED = re.compile(r"\.(saving|saved)-(\d+)-\w{8}")  # state, number of the process
 
 
 @contextmanager
 def replacing(folder: str | Path):
     """A new folder to write files into. When all are complete they take the places of the old ones
-    in `folder`: whoever is killed leaves the old files or the new ones, see `settle`. Raises
-    UserError."""
+    in `folder`: whoever is killed leaves the old files, or `settle` finds the new ones. (May be
+    used within itself: `folder` is then the outer one's new folder.) Raises UserError."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        settle(folder)
-        with tempfile.TemporaryDirectory(prefix=f".new-{os.getpid()}-", dir=folder) as own:
+        settle(folder, sweeps=True)
+        with tempfile.TemporaryDirectory(prefix=f".saving-{os.getpid()}-", dir=folder) as own:
             staging = Path(own) / "files"
             staging.mkdir()
             yield staging
@@ -627,18 +629,17 @@ def replacing(folder: str | Path):
             if list(staging.glob("model*.safetensors")):
                 for name in STALE:
                     (staging / name).touch()  # an empty file: the old one goes
-            ready = staging.rename(folder / Path(own).name.replace(".new", ".ready"))
-            move(ready, folder)
+            complete = staging.rename(folder / Path(own).name.replace(".saving", ".saved"))
+            move(complete, folder)
     except BrokenPipeError:  # of what was printed meanwhile
         raise
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write to {folder}: {error}") from None
 
 
-def move(ready: Path, folder: Path) -> None:
-    """Move complete files to their places, weights last. It can be done once more if it was broken
-    off."""
-    for file in sorted(ready.iterdir(), key=lambda file: file.suffix == ".safetensors"):
+def move(complete: Path, folder: Path) -> None:
+    """Move files to their places, weights last. It can be done once more if it was broken off."""
+    for file in sorted(complete.iterdir(), key=lambda file: file.suffix == ".safetensors"):
         with suppress(FileNotFoundError):  # somebody else moves them, too
             if file.stat().st_size == 0:
                 (folder / file.name).unlink(missing_ok=True)
@@ -646,19 +647,19 @@ def move(ready: Path, folder: Path) -> None:
             else:
                 os.replace(file, folder / file.name)
     with suppress(FileNotFoundError):
-        ready.rmdir()
+        complete.rmdir()
 
 
-def settle(folder: Path) -> None:
-    """Finish what processes that were killed have left behind in a folder: `.ready-PID-...`, files
-    that are complete, and `.new-PID-...`, files that are not."""
-    for left_behind in folder.glob(".*-*-*"):
-        state, pid, *_ = left_behind.name.split("-")
-        if pid.isdigit() and int(pid) != os.getpid() and is_running(int(pid)):
+def settle(folder: Path, sweeps: bool = False) -> None:
+    """Finish what processes that were killed have left behind in a folder: files that are complete
+    move to their places. sweeps: files that are not are removed."""
+    for left_behind in folder.glob(".sav*-*-*"):
+        name = UNFINISHED.fullmatch(left_behind.name)
+        if not name or (int(name[2]) != os.getpid() and is_running(int(name[2]))):
             continue
-        if state == ".ready":
+        if name[1] == "saved":
             move(left_behind, folder)
-        elif state == ".new":
+        elif sweeps:
             shutil.rmtree(left_behind, ignore_errors=True)
 
 
@@ -734,7 +735,7 @@ class Arguments(argparse.ArgumentParser):
 
 def number(whole_or_real: type, low: float, strict: bool = False):
     """An argparse type: an int or a finite float that is at least `low` (`strict`: above it)."""
-    high = 2**62 if whole_or_real is int else math.inf
+    high = 2**40 if whole_or_real is int else 1e7
 
     def parse(text: str):
         value = whole_or_real(text)  # argparse turns a ValueError into a line of its own
@@ -747,28 +748,36 @@ def number(whole_or_real: type, low: float, strict: bool = False):
     return parse
 
 
+# Ctrl-C; a scheduler's; a closed terminal's, which Windows has not
+SIGNALS = [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]
+
+
 class Interruptible:
-    """Goes through steps. Meanwhile Ctrl-C and SIGTERM are only noted, as `stopped_by`, so that a
-    step can be finished and saved. A second one stops at once."""
+    """Goes through steps. Meanwhile the signals that stop a program are only noted, as
+    `stopped_by`, so that a step can be finished and saved. A second one stops at once."""
 
     def __init__(self, steps):
         self.steps = steps
         self.stopped_by = 0
 
     def __iter__(self):
-        before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, self.note)
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        for number in before:
+            if before[number] != signal.SIG_IGN:
+                signal.signal(number, self.take)
         try:
             yield from self.steps
+            if self.stopped_by:  # during the last step
+                raise KeyboardInterrupt(self.stopped_by)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def note(self, number, frame) -> None:
+    def take(self, number, frame) -> None:
         if self.stopped_by:
             raise KeyboardInterrupt(number)
         self.stopped_by = number
+        note("stopping after this step; a second signal stops at once")
 
 
 def in_worker(*_) -> None:
@@ -778,9 +787,8 @@ def in_worker(*_) -> None:
 
 
 def cli(main) -> None:
-    """Run a program's `main()`. A UserError becomes one line on stderr and exit code 2; Ctrl-C and
-    SIGTERM one line and the exit code that shells know, 130 and 143."""
-
+    """Run a program's `main()`. What the user can mend becomes one line on stderr and exit code 2;
+    a signal one line and the exit code that shells know: 130 of Ctrl-C, 143 of SIGTERM."""
     own_pid = os.getpid()
 
     def terminate(number, frame):
@@ -788,24 +796,30 @@ def cli(main) -> None:
             os._exit(128 + number)
         raise KeyboardInterrupt(number)
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    before = {number: signal.getsignal(number) for number in SIGNALS[1:]}
+    for number in before:
+        if before[number] != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, terminate)
     try:
         main()
         sys.stdout.flush()  # while a broken pipe can still be caught
-    except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+    except BrokenPipeError:  # nobody reads on: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (UserError, OSError, RuntimeError) as error:
+        message = " ".join(str(error).split())  # an OSError names its file: a full disk, say
+        if isinstance(error, RuntimeError):
+            if "memory" not in message:
+                raise
+            message = f"not enough memory, see README: {message[:100]}"
+        print("error:", message, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         number = stop.args[0] if stop.args else signal.SIGINT
         print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
         sys.exit(128 + number)
-    except BrokenPipeError:  # nobody reads on: `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as error:  # a full disk, a folder that was removed: it names the file
-        print("error:", error, file=sys.stderr)
-        sys.exit(2)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()

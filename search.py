@@ -51,7 +51,7 @@ from tqdm import tqdm
 from data import BACKTRACK, GOAL, Tokenizer, Verdict, load_record, load_rows, load_validation
 from data import verify
 from model import DTYPES, Arguments, CachedRows, KVCache, Llama, Slot, UserError, best_dtype, cli
-from model import device_rank_world, is_main, number, replacing
+from model import device_rank_world, is_list, is_main, number
 
 # ---- 1. The algorithm, for one problem (paper, section 4.2) --------------------------------------
 
@@ -901,28 +901,36 @@ class AnswerFile:
         self.path = path
         self.part = path.with_name(path.name + ".part")
         self.rows = {}  # {number: row}, of those that were there already
-        if resumes and self.part.exists():
-            first_line, *lines = self.read_lines()
-            if first_line != made_by:
-                raise UserError(f"{self.part} was made by other settings: {json.dumps(first_line)}")
-            for row in lines:
-                self.take(row, problems)
+        lines = self.read_lines()
+        if lines and not resumes:
+            raise UserError(f"{self.part} is of a run that was stopped: --resume, or remove it")
+        if resumes and not lines and path.exists():
+            raise UserError(f"{path} is complete")
+        if lines and lines[0] != made_by:
+            differ = [name for name in made_by if lines[0].get(name) != made_by[name]]
+            raise UserError(f"{self.part} was made by other settings: {', '.join(differ)}")
+        for row in lines[1:]:
+            self.take(row, problems)
         gather(None)  # nobody writes before all have read
         if is_main():
-            self.write("w", [made_by, *self.rows.values()])
+            self.write(self.part, [made_by, *self.rows.values()])
         gather(None)
 
-    def read_lines(self) -> list:
+    def read_lines(self) -> list[dict]:
+        """Of FILE.part; the last line may be incomplete."""
         try:
-            lines = self.part.read_text(encoding="utf-8").split("\n")[:-1]  # the last: incomplete
-            return [json.loads(line) for line in lines] or [None]
+            text = self.part.read_text(encoding="utf-8") if self.part.exists() else ""
+            lines = [json.loads(line) for line in text.split("\n")[:-1]]
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{self.part} cannot be read: {error}") from None
+        if not is_list(lines, lambda line: isinstance(line, dict)):
+            raise UserError(f"{self.part} holds a line that is no answer")
+        return lines
 
     def take(self, row, problems: dict) -> None:
         """Keep a row that was read, if it answers one of the problems."""
         needed = {"number", "nums", "target", "correct", "verified", "tokens"}
-        if not isinstance(row, dict) or not needed <= row.keys():
+        if not needed <= row.keys():
             raise UserError(f"{self.part} holds a line that is no answer: {json.dumps(row)[:60]}")
         problem = problems.get(str(row["number"]))
         if problem is None or (row["nums"], row["target"]) != (problem["nums"], problem["target"]):
@@ -930,22 +938,24 @@ class AnswerFile:
         self.rows[row["number"]] = row
 
     def add(self, row: dict) -> None:
-        self.write("a", [row])
-
-    def write(self, mode: str, lines: list[dict]) -> None:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.part, mode, encoding="utf-8") as file:
-                for line in lines:
-                    file.write(json.dumps(line) + "\n")
+            with open(self.part, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise UserError(f"cannot write to {self.part}: {error}") from None
 
+    def write(self, path: pathlib.Path, lines: list[dict]) -> None:
+        """A whole file, in one go: whoever is killed leaves the old one."""
+        new = path.with_name(path.name + ".new")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            os.replace(new, path)
+        except OSError as error:
+            raise UserError(f"cannot write to {path}: {error}") from None
+
     def finish(self, rows: list[dict]) -> None:
-        with replacing(self.path.parent) as staging:
-            with open(staging / self.path.name, "w", encoding="utf-8") as file:
-                for row in rows:
-                    file.write(json.dumps(row) + "\n")
+        self.write(self.path, rows)
         self.part.unlink(missing_ok=True)
 
 
@@ -1025,6 +1035,7 @@ def main() -> None:
     answers = None
     if options.out:
         made_by = {"ckpt": options.ckpt, "data": options.data, **asdict(settings)}
+        made_by["dtype"] = str(dtype)
         for name in ("batch_size", "cache_gib"):  # these change no sample
             del made_by[name]
         problems = {str(options.offset + place): row for place, row in enumerate(rows)}

@@ -36,7 +36,8 @@ from data import KINDS, MASKS, Tokenizer, doubtful_rows, generate, load_record, 
 from data import new_record, read_rows, read_split, whole_path
 from model import COUNT, DTYPES, OBJECT, OBJECTS, RESUME, Arguments, Interruptible, Llama
 from model import LlamaConfig, LlamaDecoderLayer, UserError, best_dtype, check_fields, cli
-from model import device_rank_world, in_worker, note, number, replacing, settle
+from model import device_rank_world, in_worker, note, number, read_config, read_json
+from model import replacing, settle
 from search import Settings, compare, evaluate
 
 # ---- 1. The loop ---------------------------------------------------------------------------------
@@ -65,7 +66,7 @@ def fit(
         optimizer.zero_grad()
 
     dtype: what autocast computes in. After every `report_every` steps, and after the last,
-    report(loss, state, True) is called; if Ctrl-C or SIGTERM stops it, report(loss, state, False).
+    report(loss, state, True) is called; if a signal stops it in between, the same with False.
     To resume, give this state, {"step", "optimizer"}, to another call."""
     device, rank, world = device_rank_world()
     model.model.compiled_layer = torch.compile(LlamaDecoderLayer.forward) if compiled else None
@@ -119,7 +120,8 @@ def fit(
         smooth_loss = loss if smooth_loss is None else 0.98 * smooth_loss + 0.02 * loss
         reports = (step + 1) % report_every == 0 or step + 1 == steps
         stops = False
-        if step % 20 == 0 or reports:  # not at every step, because it waits for the device
+        # Seldom, because it waits for the device.
+        if step % 20 == 0 or reports or (world == 1 and interruptible.stopped_by):
             if not math.isfinite(smooth_loss):
                 raise UserError(f"the loss is not finite at step {step + 1}: try a smaller --lr")
             progress.set_postfix(loss=f"{float(smooth_loss):.4f}")
@@ -127,7 +129,7 @@ def fit(
             stops = bool(sum_over_ranks(signals))  # all ranks stop together
         if report and (reports or stops):
             new_state = {"step": step + 1, "optimizer": optimizer_state(optimizer)}
-            report(float(smooth_loss), new_state, not stops)
+            report(float(smooth_loss), new_state, reports)
         if stops:
             raise KeyboardInterrupt(interruptible.stopped_by or signal.SIGTERM)
 
@@ -367,8 +369,8 @@ PAPER_TRAINING = {
 
 
 def save(folder, model: Llama, tokenizer: Tokenizer, record: dict, log: list, state=None) -> None:
-    """A checkpoint in Hugging Face's layout, the record of its data, log.jsonl, and in one file all
-    that `--resume` needs. Raises UserError."""
+    """A checkpoint in Hugging Face's layout, the record of its data, log.jsonl, and resume.pt: all
+    that `--resume` needs beside config.json and the tokenizer. Raises UserError."""
     record_text = json.dumps(record) + "\n"
     with replacing(folder) as staging:
         model.save_pretrained(staging, record=record_text)
@@ -404,20 +406,25 @@ def load_state(folder: Path, needed=("step", "optimizer")) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         state = dict(state)
     except Exception as error:  # of a damaged file torch raises a dozen kinds
-        reason = str(error).split("\n")[0].split(" (1)")[0] or "it is empty"
-        raise UserError(f"cannot resume from {path}: {reason}") from None
-    place = f"cannot resume: {path}"
-    check_fields(state, STATE_FIELDS, place, (*needed, "weights", "record", "log"))
+        reason = str(error).split("\n")[0].split(" (1)")[0]
+        message = f"cannot resume from {path}, which is not there or damaged: {reason}"
+        raise UserError(message) from None
+    needed = {*needed, "weights", "record", "log"}
+    if not needed <= state.keys():
+        raise UserError(f"cannot resume from {path}: it holds no run of this program")
+    check_fields(state, STATE_FIELDS, f"cannot resume: {path}")
     return state
 
 
-def put_back(model: Llama, state: dict) -> None:
-    """The fp32 weights of a state. Raises UserError."""
+def rebuild(folder: Path, state: dict) -> Llama:
+    """The model of a run, with its fp32 weights. Raises UserError."""
+    model = Llama(read_config(read_json(folder / "config.json")))
     try:
-        for name, value in state.pop("weights").items():
-            model.get_parameter(name).data.copy_(value)
-    except (AttributeError, TypeError, RuntimeError) as error:
-        raise UserError(f"cannot resume: the saved weights do not fit: {error}") from None
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(state["weights"][name])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"cannot resume: the weights do not fit config.json: {error}") from None
+    return model
 
 
 @dataclass
@@ -446,21 +453,21 @@ class Reporter:
             log_line["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         if evaluates:
             for split, rows in self.validation.items():
-                log_line |= self.evaluate(split, rows, device)
+                log_line |= self.measure(split, rows, device)
         if rank == 0:
+            self.log.append(log_line)
+            save(self.options.out, self.model, self.tokenizer, self.record, self.log, state)
             tqdm.write(json.dumps(log_line))
             if self.options.wandb:
                 import wandb
 
                 wandb.log(log_line, step=state["step"])
-            self.log.append(log_line)
-            save(self.options.out, self.model, self.tokenizer, self.record, self.log, state)
             if not evaluates:
                 tqdm.write(f"saved after step {state['step']}: --resume goes on", file=sys.stderr)
         self.last_step = state["step"]
         self.last_time = time.perf_counter()
 
-    def evaluate(self, split: str, rows: list[dict], device: torch.device) -> dict:
+    def measure(self, split: str, rows: list[dict], device: torch.device) -> dict:
         """The loss, by the paper's mask whichever is trained with, and greedy accuracy."""
         encoded = self.tokenizer.encode_rows([row for row in rows if "search_path" in row])
         batches = []
@@ -516,7 +523,7 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     options.set_defaults(**defaults)
     known, _ = options.parse_known_args()
     if not known.resume:
-        if from_checkpoint and (known.hidden_size or known.layers):
+        if from_checkpoint and given & {"--hidden_size", "--layers"}:
             raise UserError("--hidden_size and --layers are of a model from scratch, not --ckpt's")
         return options.parse_args(), None
     state = load_state(known.out)
@@ -538,10 +545,13 @@ def as_flags(settings: dict) -> list[str]:
     return flags
 
 
-def build_model(options, origin: str | Path | None, tokenizer: Tokenizer) -> Llama:
-    """The checkpoint to start from, or a small model with random weights; in fp32."""
-    if origin:
-        return Llama.from_pretrained(origin, dtype=torch.float32, vocab_size=tokenizer.vocab_size)
+def build_model(options, state: dict | None, tokenizer: Tokenizer) -> Llama:
+    """The run's, the checkpoint to start from, or a small one with random weights; in fp32."""
+    if state:
+        return rebuild(options.out, state)
+    if options.ckpt:
+        vocab_size = tokenizer.vocab_size
+        return Llama.from_pretrained(options.ckpt, dtype=torch.float32, vocab_size=vocab_size)
     config = LlamaConfig(
         vocab_size=tokenizer.vocab_size,
         hidden_size=options.hidden_size,
@@ -557,10 +567,13 @@ def build_model(options, origin: str | Path | None, tokenizer: Tokenizer) -> Lla
     return Llama(config)
 
 
-def check_run(options, state: dict) -> None:
+def check_run(options, state: dict, config: LlamaConfig) -> None:
     """Raises UserError where a run cannot go on."""
+    size = config.hidden_size, config.num_hidden_layers
+    if size != (options.hidden_size, options.layers):
+        raise UserError(f"{options.out} has other --hidden_size and --layers: {size}")
     if state["step"] >= options.steps:
-        raise UserError(f"{options.out} holds all of its {state['step']} steps: give --steps more")
+        note(f"{options.out} is at step {state['step']} of {options.steps}: give --steps more")
     of_parameters = state["optimizer"].get("state", {}).values()
     saved_by = "muon" if any("average" in entries for entries in of_parameters) else "adamw"
     if saved_by != options.optimizer:
@@ -569,7 +582,7 @@ def check_run(options, state: dict) -> None:
         )
 
 
-def training_rows(options) -> tuple[list[dict] | dict, dict]:
+def training_rows(options, tokenizer: Tokenizer) -> tuple[list[dict] | dict, dict]:
     """The rows, or the record of their endless stream; and the record of where they come from."""
     if options.data is None:
         record = new_record(options.seed, options.sizes, options.mistakes)
@@ -580,6 +593,10 @@ def training_rows(options) -> tuple[list[dict] | dict, dict]:
         rows = read_split(options.data, "train")
     for line in doubtful_rows(rows):
         note(line)
+    lengths = [len(input_ids) for input_ids, _ in tokenizer.encode_rows(rows)]
+    too_long = sum(length > Batches.CONTEXT for length in lengths)
+    if too_long:
+        note(f"{too_long} of {len(rows)} rows are cut at {Batches.CONTEXT} tokens")
     if options.num_train and options.num_train < len(rows):
         rows = random.Random(options.seed).sample(rows, options.num_train)
     return rows, load_record(options.data, "dataset")
@@ -615,24 +632,17 @@ def main() -> None:
     tokenizer = (
         Tokenizer.from_pretrained(origin, add_backtrack=True) if origin else Tokenizer.digits()
     )
-    model = build_model(options, origin, tokenizer)
-    rows, record = training_rows(options)
-    batches = Batches(
-        rows,
-        tokenizer,
-        options.batch_size,
-        options.grad_accum,
-        options.seed,
-        rank,
-        world,
-        options.mask,
-    )
+    model = build_model(options, state, tokenizer)
+    rows, record = training_rows(options, tokenizer)
+    size = options.batch_size, options.grad_accum
+    batches = Batches(rows, tokenizer, *size, options.seed, rank, world, options.mask)
     options.steps = number_of_steps(options, rows, batches.rows_per_step)
     log = []
     if state:
-        check_run(options, state)
-        put_back(model, state)
+        check_run(options, state, model.config)
         log = state["log"]
+    elif (options.out / RESUME).exists():
+        note(f"the first save will replace the run in {options.out}: --resume would go on with it")
     model.to(device)
     model.model.gradient_checkpointing = options.gradient_checkpointing
 
@@ -647,20 +657,11 @@ def main() -> None:
     validation = load_validation(record, options.num_eval)
     first_step = state["step"] if state else 0
     reporter = Reporter(options, model, tokenizer, batches, record, validation, log, first_step)
-    fit(
-        model,
-        batches,
-        options.steps,
-        options.lr,
-        options.warmup,
-        options.weight_decay,
-        muon=options.optimizer == "muon",
-        dtype=DTYPES.get(options.dtype) or best_dtype(device),
-        compiled=options.compile,
-        state=state,
-        report_every=options.eval_every,
-        report=reporter,
-    )
+    schedule = options.steps, options.lr, options.warmup, options.weight_decay
+    dtype = DTYPES.get(options.dtype) or best_dtype(device)
+    how = {"muon": options.optimizer == "muon", "dtype": dtype, "compiled": options.compile}
+    when = {"state": state, "report_every": options.eval_every, "report": reporter}
+    fit(model, batches, *schedule, **how, **when)
     if validation:
         compare(model, tokenizer, validation, ["greedy", "self_backtrack"], Settings())
 

@@ -366,7 +366,7 @@ def kills(num: int, name: str, ranks: int, work: Path) -> Counter:
         out = work / f"{name}-{ranks}-{trial}"
         codes = []
         for attempt in range(20):
-            resumes = list(out.glob(model.RESUME)) or list(out.glob(".ready-*/" + model.RESUME))
+            resumes = list(out.glob(model.RESUME)) or list(out.glob(".saved-*/" + model.RESUME))
             again = ["--resume"] if resumes else []
             dies = attempt == 0 or rng.random() < 0.5
             dies_at = rng.randrange(120) if dies and trial % 2 else None

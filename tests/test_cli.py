@@ -173,10 +173,19 @@ def fitted(monkeypatch, no_table) -> Fitted:
     return fitted
 
 
-def test_a_run_that_is_over_cannot_be_resumed(complaint, fitted, ckpt):
+def test_a_run_that_is_over_shows_its_table_once_more(capsys, monkeypatch, ckpt):
     before = files_of(ckpt)
-    assert "holds all of its 6 steps" in complaint(train, "--resume", "--out", ckpt)
+    tables = []
+    monkeypatch.setattr(train, "compare", lambda *args: tables.append(args))
+    code, _, err = run(capsys, monkeypatch, train, "--resume", "--out", ckpt)
+    assert code == 0 and len(tables) == 1
+    assert f"note: {ckpt} is at step 6 of 6: give --steps more\n" in err
     assert files_of(ckpt) == before
+
+
+def test_a_run_of_another_size_cannot_be_resumed(complaint, fitted, ckpt):
+    args = ("--resume", "--out", ckpt, "--steps", 9, "--layers", 2)
+    assert "has other --hidden_size and --layers: (32, 1)" in complaint(train, *args)
 
 
 def test_a_run_cannot_be_resumed_by_another_optimizer(complaint, fitted, ckpt):
@@ -387,11 +396,44 @@ def test_improvement_goes_on_after_its_last_round(program, searched, ckpt, tmp_p
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_improvement_that_is_over_cannot_be_resumed(complaint, program, searched, ckpt, tmp_path):
+def test_improvement_that_is_over_changes_nothing(complaint, program, searched, ckpt, tmp_path):
     args = ("--out", tmp_path / "better", "--rounds", 1)
     program(improve, *IMPROVE, "--ckpt", ckpt, *args)
-    assert "holds all of its 1 rounds" in complaint(improve, *args, "--resume")
-    assert "lacks step" in complaint(train, "--out", tmp_path / "better", "--resume")
+    before = files_of(tmp_path / "better")
+    program(improve, *args, "--resume")
+    assert files_of(tmp_path / "better") == before
+    assert "no run of this program" in complaint(train, "--out", tmp_path / "better", "--resume")
+
+
+def test_a_round_is_saved_before_it_is_measured(program, searched, ckpt, tmp_path, monkeypatch):
+    """Who is stopped in the table loses no search; the table is made when it goes on."""
+    args = ("--ckpt", ckpt, "--out", tmp_path / "better", "--rounds", 1)
+    measure = improve.measure
+    measured = []
+
+    def stop(*given):
+        measured.append(given[-1])
+        if measured == [0, 1]:
+            raise KeyboardInterrupt
+        return measure(*given)
+
+    monkeypatch.setattr(improve, "measure", stop)
+    with pytest.raises(AssertionError, match="stopped by SIGINT"):
+        program(improve, *IMPROVE, *args)
+    program(improve, *args, "--resume")
+    assert measured == [0, 1, 1]
+    assert len(searched) == 1
+    assert [line["round"] for line in log_of(tmp_path / "better")] == [0, 1]
+
+
+def test_improvement_on_few_problems_begins_anew_at_their_end(
+    program, searched, dataset, ckpt, tmp_path
+):
+    """100 rows, 60 a round."""
+    args = ("--ckpt", ckpt, "--data", dataset / "train.jsonl", "--out", tmp_path / "better")
+    program(improve, *IMPROVE, "--num", 60, *args, "--rounds", 3)
+    rows = data.read_rows(dataset / "train.jsonl")
+    assert searched == [rows[:60], rows[60:], rows[20:80]]
 
 
 def test_improvement_searches_fresh_rows_in_every_round(program, searched, ckpt, tmp_path):
@@ -520,6 +562,19 @@ def test_a_file_of_other_answers_is_not_gone_on_with(
     assert expected in complaint(search, *args, "--resume")
 
 
+def test_answers_that_were_not_gone_on_with_are_not_thrown_away(
+    complaint, program, trained, tmp_path, monkeypatch, capsys
+):
+    args = ("--ckpt", trained, *EVALUATION, "--out", tmp_path / "rows.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "judge", stopped_at_once)
+        run(capsys, patch, search, *args)
+    assert "of a run that was stopped" in complaint(search, *args)
+    (tmp_path / "rows.jsonl.part").write_text("")  # a disk was full: nothing is lost
+    program(search, *args)
+    assert "is complete" in complaint(search, *args, "--resume")
+
+
 def stopped_at_once(*given):
     raise KeyboardInterrupt
 
@@ -602,15 +657,15 @@ BAD_SEARCHES = [
     ("--numbers 3 4 --target 7 --data val", "--numbers and --target"),
     ("--data nosuchsplit", "nosuchsplit is none of them"),
     ("--ckpt no/such", "no model at no/such"),
-    ("--ckpt /no/such/folder", "no such folder: /no/such/folder"),
+    ("--ckpt /no/such/folder", "no such file or folder: /no/such/folder"),
     ("--ckpt {tmp}/empty", "cannot be read"),
     ("--data val --out /proc/no/rows.jsonl --num 1 --n 1", "cannot write"),
     ("--data val --out {tmp}", "--out wants a file"),
     ("--out {tmp}/x", "--out wants a file"),
     ("--data {tmp}/rows.jsonl", "rows.jsonl, line 2 cannot be read"),
     ("--data {tmp}/column.jsonl", "row 1 lacks the column target"),
-    ("--data {tmp}/none.jsonl", "row 1 lacks the column nums"),
-    ("--data {tmp}/list.jsonl", "row 1 lacks the column nums"),
+    ("--data {tmp}/none.jsonl", "holds no rows"),
+    ("--data {tmp}/list.jsonl", "holds no rows"),
     ("--data {tmp}/zero.jsonl", "nums must be positive whole numbers"),
     ("--data {tmp}/half.jsonl", "target must be a whole number"),
     ("--data {tmp}/good.jsonl --offset 1", "has no row number 1"),
@@ -657,7 +712,7 @@ BAD_TRAININGS = [
     ("--step 3", "unrecognized arguments: --step 3"),
     ("--ckpt {tmp}/empty --layers 2", "of a model from scratch"),
     ("--ckpt {tmp}/empty", "cannot be read"),
-    ("--data {tmp}/none.jsonl", "row 1 lacks the column nums"),
+    ("--data {tmp}/none.jsonl", "holds no rows"),
     ("--data {tmp}/good.jsonl", "row 1 lacks the column search_path"),
     ("--data {tmp}/empty", "holds no JSON with 'train' in its name"),
     ("--data no/such", "no dataset at no/such"),
@@ -813,13 +868,13 @@ def test_a_run_into_a_folder_that_holds_another_begins_a_new_log(program, no_tab
 
 
 def test_a_folder_that_is_removed_meanwhile_is_made_anew(program, no_table, monkeypatch, tmp_path):
-    evaluate = train.Reporter.evaluate
+    measure = train.Reporter.measure
 
     def remove(*given):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        return evaluate(*given)
+        return measure(*given)
 
-    monkeypatch.setattr(train.Reporter, "evaluate", remove)
+    monkeypatch.setattr(train.Reporter, "measure", remove)
     program(train, *TRAIN, "--out", tmp_path / "out")
     assert [line["step"] for line in log_of(tmp_path / "out")] == [3, 6]
 
@@ -833,9 +888,12 @@ def test_an_error_of_the_disk_is_one_line(complaint, fitted, monkeypatch, tmp_pa
 # ---- Signals -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+STOPS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+
+
+@pytest.mark.parametrize("number,code", STOPS)
 def test_who_is_stopped_says_so_in_one_line(capsys, number, code):
-    before = {other: signal.getsignal(other) for other in (signal.SIGINT, signal.SIGTERM)}
+    before = {other: signal.getsignal(other) for other, _ in STOPS}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     try:
         with pytest.raises(SystemExit) as stopped:
@@ -845,3 +903,23 @@ def test_who_is_stopped_says_so_in_one_line(capsys, number, code):
             signal.signal(other, handler)
     assert stopped.value.code == code
     assert capsys.readouterr().err == f"stopped by {number.name}\n"
+
+
+def test_a_signal_during_the_last_save_is_not_forgotten(capsys, monkeypatch, no_table, tmp_path):
+    save = train.save
+
+    def signalled(folder, *given):
+        save(folder, *given)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train, "save", signalled)
+    args = (*TINY, "--steps", 3, "--out", tmp_path / "out")
+    code, _, err = run(capsys, monkeypatch, train, *args)
+    assert (code, err.splitlines()[-1]) == (143, "stopped by SIGTERM")
+    assert [line["step"] for line in log_of(tmp_path / "out")] == [3]
+    assert "val_greedy" in log_of(tmp_path / "out")[0]
+
+
+def test_memory_that_is_not_there_is_one_line(complaint, trained):
+    args = "--data val --num 1 --cache_gib 1000000".split()
+    assert "not enough memory" in complaint(search, "--ckpt", trained, *args)

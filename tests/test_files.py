@@ -1,5 +1,6 @@
 """Files as strangers have them: each is read for what it says, or refused in one line."""
 
+import argparse
 import json
 import math
 import os
@@ -123,6 +124,18 @@ def test_doubtful_rows_are_counted_and_the_first_is_named():
     assert lines[0].endswith("the first is row 1")
     assert "1 of 5 rows have blanks around a sign: the first is row 2" in lines
     assert any(line.startswith("1 of 5 rows end neither") for line in lines)
+
+
+def test_it_is_said_how_many_rows_are_cut(tmp_path, capsys):
+    """And what the tokenizer does not know is said before the first step."""
+    long = {**ROW, "nums": [7] * 90}
+    (tmp_path / "rows.json").write_text(json.dumps([ROW, long, ROW]))
+    options = argparse.Namespace(data=str(tmp_path / "rows.json"), num_train=None)
+    train.training_rows(options, TOK)
+    assert "1 of 3 rows are cut at 128 tokens" in capsys.readouterr().err
+    (tmp_path / "rows.json").write_text(json.dumps([ROW, {**ROW, "search_path": "3×4=12"}]))
+    with pytest.raises(UserError, match="does not know '×'"):
+        train.training_rows(options, TOK)
 
 
 def test_generated_rows_are_not_doubtful():
@@ -405,7 +418,7 @@ def test_validation_rows_without_a_response_are_enough_to_measure(checkpoint):
     problem = {"nums": [3, 5, 8], "target": 48}
     options = None
     reporter = train.Reporter(options, tiny(), TOK, Batches([ROW], TOK, 1), {}, {}, [], 0)
-    found = reporter.evaluate("val", [problem], torch.device("cpu"))
+    found = reporter.measure("val", [problem], torch.device("cpu"))
     assert found.keys() == {"val_greedy"}
 
 
@@ -436,7 +449,7 @@ def test_nothing_holds_the_group_of_processes_to_the_end(tmp_path):
 
 
 def contents(folder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.mark.parametrize("old_is_sharded,new_is_sharded", [(0, 0), (1, 0), (0, 1)])
@@ -495,9 +508,17 @@ def test_who_is_killed_before_its_files_are_complete_leaves_the_old_ones(tmp_pat
         torch.save = lambda *given: os.kill(os.getpid(), signal.SIGKILL)
         train.save(tmp_path, tiny(), TOK, new_record(2, [3]), [], {"step": 1, "optimizer": {}})
     os.wait()
-    assert len(list(tmp_path.glob(".new-*"))) == 1
-    Llama.from_pretrained(tmp_path)
+    Llama.from_pretrained(tmp_path)  # who only reads removes nothing
+    [left_behind] = tmp_path.glob(".saving-*")
+    model.settle(tmp_path, sweeps=True)
+    assert not left_behind.exists()
     assert contents(tmp_path) == before
+
+
+def test_an_older_tokenizers_files_do_not_stay_beside_a_new_one(checkpoint):
+    (checkpoint / "generation_config.json").write_text("{}")
+    TOK.save_pretrained(checkpoint)
+    assert not (checkpoint / "generation_config.json").exists()
 
 
 def test_a_broken_pipe_is_no_fault_of_the_folder(tmp_path):
@@ -510,10 +531,11 @@ def test_what_a_killed_process_left_behind_is_swept(tmp_path):
     """And not what a living one is writing."""
     killed = subprocess.Popen([sys.executable, "-c", ""])
     killed.wait()
-    for name in (f".new-{killed.pid}-x", f".new-{os.getppid()}-x"):
+    names = [f".saving-{killed.pid}-abcdefgh", f".saving-{os.getppid()}-abcdefgh"]
+    own = [".saving-my-work", f".saved-{killed.pid}-notes"]  # of the user
+    for name in names + own:
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_text("half")
     TOK.save_pretrained(tmp_path)
-    assert not (tmp_path / f".new-{killed.pid}-x").exists()
-    assert (tmp_path / f".new-{os.getppid()}-x").exists()
+    assert [(tmp_path / name).exists() for name in names + own] == [False, True, True, True]
     assert (tmp_path / "tokenizer.json").exists()

@@ -98,24 +98,24 @@ def test_each_answer_goes_with_its_own_problem():
 OPTIONS = Namespace(seed=0)
 
 
-def one_round(monkeypatch, rows: list[dict], answers: list[dict]) -> tuple[int, list[str]]:
-    """What a round returns and learns, if its search finds these answers."""
+def one_round(monkeypatch, rows: list[dict], answers: list[dict]) -> list[str]:
+    """What a round learns, if its search finds these answers."""
     learned = []
     monkeypatch.setattr(improve, "evaluate", lambda model, tokenizer, problems, settings: answers)
     monkeypatch.setattr(
         improve, "fine_tune", lambda model, tokenizer, kept, *rest: learned.extend(kept)
     )
-    count = improve.improve(None, TOKENIZER, rows, Settings(), {}, OPTIONS, 1)
-    return count, [row["search_path"] for row in learned]
+    improve.improve(None, TOKENIZER, rows, Settings(), {}, OPTIONS, 1)
+    return [row["search_path"] for row in learned]
 
 
-def test_a_round_learns_from_answers_mistakes_and_a_tenth_of_d_back(monkeypatch):
+def test_a_round_learns_from_answers_mistakes_and_a_tenth_of_d_back(monkeypatch, capsys):
     rows = [problem()] * 40
     answers = [answer_to(rows[0], RIGHT)] * 20
     answers += [answer_to(rows[0], LIE, RIGHT)] * 10
     answers += [answer_to(rows[0])] * 10
-    count, learned = one_round(monkeypatch, rows, answers)
-    assert count == 30
+    learned = one_round(monkeypatch, rows, answers)
+    assert capsys.readouterr().out == "round 1: solved 30 of 40\n"
     mistake = LIE.removesuffix(GOAL) + BACKTRACK
     assert learned == [RIGHT] * 30 + [mistake] * 10 + [rows[0]["search_path"]] * 3
 
@@ -123,16 +123,14 @@ def test_a_round_learns_from_answers_mistakes_and_a_tenth_of_d_back(monkeypatch)
 def test_a_round_learns_from_no_more_mistakes_than_solutions(monkeypatch):
     rows = [problem()] * 12
     answers = [answer_to(rows[0], RIGHT)] * 2 + [answer_to(rows[0], LIE)] * 10
-    count, learned = one_round(monkeypatch, rows, answers)
-    assert count == 2
+    learned = one_round(monkeypatch, rows, answers)
     assert learned == [RIGHT] * 2 + [LIE.removesuffix(GOAL) + BACKTRACK] * 2
 
 
 def test_a_round_takes_no_solution_that_it_did_not_find(monkeypatch):
     """Of the training rows only D_back: else it would be taught, not improve itself."""
     rows = [problem(RIGHT)] * 20
-    count, learned = one_round(monkeypatch, rows, [answer_to(rows[0], RIGHT)] * 20)
-    assert count == 20
+    learned = one_round(monkeypatch, rows, [answer_to(rows[0], RIGHT)] * 20)
     assert learned == [RIGHT] * 20
 
 
