@@ -948,15 +948,14 @@ def load_rows(data: str, record: dict, num: int, offset: int = 0) -> list[dict]:
         rows = load_rows(split, load_record(dataset, "dataset"), num, offset)
     elif record["source"] == "generated":
         rows = list(generate(record, data, num, offset))
-    elif is_one_file(record):
-        if data != "train":
-            raise UserError(f"no {data}: the checkpoint's data was the file {record['source']}")
-        rows = read_rows(Path(record["source"]), PROBLEM_COLUMNS)
-        rows = rows[offset % len(rows) :][:num]  # after the last one, from the beginning
+    elif is_one_file(record) and data != "train":
+        raise UserError(f"no {data}: the checkpoint's data was the file {record['source']}")
     else:
-        rows = read_split(record["source"], data)
-        offset = offset % len(rows) if data == "train" else offset
-        rows = rows[offset : offset + num]
+        source = record["source"]
+        whole_file = is_one_file(record)
+        rows = read_rows(Path(source), PROBLEM_COLUMNS) if whole_file else read_split(source, data)
+        begin = offset % len(rows) if data == "train" else offset  # of training rows begin anew
+        rows = rows[begin : begin + num]
     if not rows:
         raise UserError(f"{data} has no row number {offset}")
     if len(rows) < num:
@@ -1017,10 +1016,7 @@ def read_carried(folder: Path) -> dict[str, str]:
     found = {}
     for name in CARRIED:
         if (folder / name).is_file():
-            if name.endswith("json"):
-                found[name] = json.dumps(read_json(folder / name), indent=2)
-            else:
-                found[name] = (folder / name).read_text(encoding="utf-8", errors="replace")
+            found[name] = (folder / name).read_text(encoding="utf-8-sig", errors="replace")
     return found
 
 
@@ -1064,9 +1060,7 @@ def main() -> None:
                 for row in tqdm(rows, desc=split, total=num, unit=" rows"):
                     out_file.write(json.dumps(row) + "\n")
         (staging / "record.json").write_text(json.dumps(record) + "\n")
-    print(
-        f"wrote {options.num} training rows and twice {options.num_val} problems to {options.out}"
-    )
+    print(f"wrote {options.num} rows and twice {options.num_val} problems to {options.out}")
 
 
 if __name__ == "__main__":

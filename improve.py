@@ -169,7 +169,7 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     options.add_argument("--gradient_checkpointing", action="store_true", help="saves memory")
     options.add_argument("--num_eval", type=number(int, 1), default=300, help="problems a split")
     options.add_argument("--seed", type=number(int, 0), default=0)
-    known, _ = options.parse_known_args()
+    known = options.parse_known_args()[0]
     if not known.resume:
         return options.parse_args(), None
     state = load_state(known.out, ("round", "settings"))
@@ -183,27 +183,25 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
 
 def main() -> None:
     options, state = arguments()
-    device, _, _ = device_rank_world()
+    device = device_rank_world()[0]
     tokenizer = Tokenizer.from_pretrained(options.out if state else options.ckpt)
-    if state:
-        model = rebuild(options.out, state).to(device)
-    else:
-        model = Llama.from_pretrained(options.ckpt, device, torch.float32)
-    model.model.gradient_checkpointing = options.gradient_checkpointing
     with replacing(options.out):
         pass  # if it cannot be written to, say so now
     if state:
-        record, rounds_done, log = state["record"], state["round"], state["log"]
+        model = rebuild(options.out, state).to(device)
+        record = state["record"]
     else:
+        state = {"round": 0, "log": []}
+        model = Llama.from_pretrained(options.ckpt, device, torch.float32)
         record = load_record(options.ckpt)
         if options.data:
             record = {**record, **load_record(options.data, "dataset")}
         # Of generated data: another seed than training had, so that its problems are unseen. It is
         # saved with the model, so that improving that one again takes still another.
         record["seed"] = record.get("seed", 0) + 1_000_000 * (options.seed + 1)
-        rounds_done, log = 0, []
+    model.model.gradient_checkpointing = options.gradient_checkpointing
     validation = load_validation(record, options.num_eval)
-    expert_iteration(model, tokenizer, record, validation, options, rounds_done, log)
+    expert_iteration(model, tokenizer, record, validation, options, state["round"], state["log"])
 
 
 if __name__ == "__main__":

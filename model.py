@@ -666,9 +666,9 @@ def settle(folder: Path, sweeps: bool = False) -> None:
 def is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)  # sends nothing
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
-    except (PermissionError, OverflowError):
+    except PermissionError:  # it is somebody else's
         pass
     return True
 

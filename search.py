@@ -51,7 +51,7 @@ from tqdm import tqdm
 from data import BACKTRACK, GOAL, Tokenizer, Verdict, load_record, load_rows, load_validation
 from data import verify
 from model import DTYPES, Arguments, CachedRows, KVCache, Llama, Slot, UserError, best_dtype, cli
-from model import device_rank_world, is_list, is_main, number
+from model import device_rank_world, is_main, number
 
 # ---- 1. The algorithm, for one problem (paper, section 4.2) --------------------------------------
 
@@ -894,7 +894,8 @@ def draw_tree(
 class AnswerFile:
     """What --out names. Rows are appended to FILE.part as they come, so that a run that is stopped
     loses none; when all are there, they replace FILE, in order. The first line of FILE.part says
-    what they were made by: a run of other settings does not go on with it. Raises UserError."""
+    what they were made by: a run of other settings does not go on with it. Raises UserError, and
+    OSError."""
 
     def __init__(self, path: pathlib.Path, resumes: bool, made_by: dict, problems: dict):
         """made_by: settings, as JSON has them; problems: {number: problem}."""
@@ -918,13 +919,11 @@ class AnswerFile:
 
     def read_lines(self) -> list[dict]:
         """Of FILE.part; the last line may be incomplete."""
+        text = self.part.read_text(encoding="utf-8") if self.part.exists() else ""
         try:
-            text = self.part.read_text(encoding="utf-8") if self.part.exists() else ""
-            lines = [json.loads(line) for line in text.split("\n")[:-1]]
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{self.part} cannot be read: {error}") from None
-        if not is_list(lines, lambda line: isinstance(line, dict)):
-            raise UserError(f"{self.part} holds a line that is no answer")
+            lines = [dict(json.loads(line)) for line in text.split("\n")[:-1]]
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{self.part} holds a line that is no answer: {error}") from None
         return lines
 
     def take(self, row, problems: dict) -> None:
@@ -938,21 +937,15 @@ class AnswerFile:
         self.rows[row["number"]] = row
 
     def add(self, row: dict) -> None:
-        try:
-            with open(self.part, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write to {self.part}: {error}") from None
+        with open(self.part, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
     def write(self, path: pathlib.Path, lines: list[dict]) -> None:
         """A whole file, in one go: whoever is killed leaves the old one."""
         new = path.with_name(path.name + ".new")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-            os.replace(new, path)
-        except OSError as error:
-            raise UserError(f"cannot write to {path}: {error}") from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        os.replace(new, path)
 
     def finish(self, rows: list[dict]) -> None:
         self.write(self.path, rows)
@@ -1026,11 +1019,11 @@ def main() -> None:
         return
     if options.data:
         rows = load_rows(options.data, record, options.num, options.offset)
-        problems_by_split, decoders = {options.data: rows}, [options.decoder]
+        splits, decoders = {options.data: rows}, [options.decoder]
     else:
-        problems_by_split = load_validation(record, options.num, options.offset)
+        splits = load_validation(record, options.num, options.offset)
         decoders = list(dict.fromkeys(["greedy", options.decoder]))
-    if not problems_by_split:
+    if not splits:
         return
     answers = None
     if options.out:
@@ -1040,9 +1033,7 @@ def main() -> None:
             del made_by[name]
         problems = {str(options.offset + place): row for place, row in enumerate(rows)}
         answers = AnswerFile(options.out, options.resume, made_by, problems)
-    results = compare(
-        model, tokenizer, problems_by_split, decoders, settings, "", options.offset, answers
-    )
+    results = compare(model, tokenizer, splits, decoders, settings, "", options.offset, answers)
     if answers and rank == 0:
         answers.finish(results[options.data, options.decoder])
 

@@ -386,15 +386,8 @@ def save(folder, model: Llama, tokenizer: Tokenizer, record: dict, log: list, st
                 raise OSError(error) from None
 
 
-STATE_FIELDS = {  # of resume.pt
-    "step": COUNT,
-    "optimizer": OBJECT,
-    "round": COUNT,
-    "settings": OBJECT,
-    "weights": OBJECT,
-    "record": OBJECT,
-    "log": OBJECTS,
-}
+STATE_FIELDS = {"step": COUNT, "round": COUNT, "optimizer": OBJECT, "settings": OBJECT}
+STATE_FIELDS |= {"weights": OBJECT, "record": OBJECT, "log": OBJECTS}
 
 
 def load_state(folder: Path, needed=("step", "optimizer")) -> dict:
@@ -521,7 +514,7 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     if given & {"--steps", "--epochs"}:  # either decides on the length
         defaults |= {"steps": None, "epochs": None}
     options.set_defaults(**defaults)
-    known, _ = options.parse_known_args()
+    known = options.parse_known_args()[0]
     if not known.resume:
         if from_checkpoint and given & {"--hidden_size", "--layers"}:
             raise UserError("--hidden_size and --layers are of a model from scratch, not --ckpt's")
@@ -537,7 +530,8 @@ def as_flags(settings: dict) -> list[str]:
     flags = []
     for name, value in settings.items():
         if isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)]
+            flags.append(f"--{name}")
+            flags += map(str, value)
         elif isinstance(value, bool):
             flags += [f"--{name}"] if value else []
         elif value is not None:
@@ -550,8 +544,7 @@ def build_model(options, state: dict | None, tokenizer: Tokenizer) -> Llama:
     if state:
         return rebuild(options.out, state)
     if options.ckpt:
-        vocab_size = tokenizer.vocab_size
-        return Llama.from_pretrained(options.ckpt, dtype=torch.float32, vocab_size=vocab_size)
+        return Llama.from_pretrained(options.ckpt, "cpu", torch.float32, tokenizer.vocab_size)
     config = LlamaConfig(
         vocab_size=tokenizer.vocab_size,
         hidden_size=options.hidden_size,
