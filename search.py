@@ -24,7 +24,7 @@ For instance, with the numbers 7, 23, 12, 5, the target 56 and n = 32 (a `/` sta
     answer     that one: it is the only candidate
 
     python search.py
-    python search.py --numbers 92 63 44 86 --target 11
+    python search.py --numbers 45 39 2 10 --target 62
     python search.py --data val --decoder self_backtrack --b 1 --n 32 --num 500
 
 Shapes: R responses, M samples of the one that has most, V vocabulary.
