@@ -284,12 +284,16 @@ RUNS = {
 }
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def start(work: Path, program, args: list[str], ranks=1, dies_at: int | None = None) -> list[int]:
     """Fork a run, of so many processes; returns their numbers. dies_at: rank 0 is killed before it
     moves, renames or removes a file for that many times."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     children = []
     for rank in range(ranks):
         pid = os.fork()
@@ -297,7 +301,7 @@ def start(work: Path, program, args: list[str], ranks=1, dies_at: int | None = N
             children.append(pid)
             continue
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         log = os.open(work / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -400,16 +404,27 @@ def kills(num: int, name: str, ranks: int, work: Path) -> Counter:
 
 
 def pairs(num: int, work: Path) -> Counter:
+    """As torchrun starts them, to the very end of their interpreters."""
     found = Counter()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    flags = f"{TINY} --steps 3 --eval_every 2".split()
+    rows = work / "rows.jsonl"  # of a file, so that there is no table at the end
+    rows.write_text("\n".join(map(json.dumps, data.generate(data.new_record(0, [3]), "train", 99))))
+    flags = f"{TINY} --steps 3 --eval_every 2 --data {rows} --out".split()
     for _ in tqdm(range(num), "pairs"):
-        command = [*torchrun, "--", ROOT / "train.py", *flags, "--out", work / "out"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        failed = done.returncode != 0 or "Traceback" in done.stderr
+        processes = []
+        port = free_port()
+        for rank in "01":
+            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            log = open(work / rank, "w")
+            command = [sys.executable, ROOT / "train.py", *flags, work / "out"]
+            environment = {**os.environ, **environment}
+            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        codes = [process.wait() for process in processes]
+        printed = [(work / rank).read_text() for rank in "01"]
+        failed = codes != [0, 0] or any("Traceback" in text for text in printed)
         found["FAULT" if failed else "fine"] += 1
         if failed:
-            tqdm.write(done.stderr[-2000:])
+            tqdm.write(f"{codes} {printed[0][-2000:]} {printed[1][-2000:]}")
     return found
 
 
