@@ -893,14 +893,10 @@ STOPS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 @pytest.mark.parametrize("number,code", STOPS)
 def test_who_is_stopped_says_so_in_one_line(capsys, number, code):
-    before = {other: signal.getsignal(other) for other, _ in STOPS}
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            cli(lambda: signal.raise_signal(number))
-    finally:
-        for other, handler in before.items():
-            signal.signal(other, handler)
+    before = [signal.getsignal(other) for other, _ in STOPS]
+    with pytest.raises(SystemExit) as stopped:
+        cli(lambda: signal.raise_signal(number))
+    assert [signal.getsignal(other) for other, _ in STOPS] == before
     assert stopped.value.code == code
     assert capsys.readouterr().err == f"stopped by {number.name}\n"
 
