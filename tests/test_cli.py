@@ -17,7 +17,7 @@ import data
 import improve
 import search
 import train
-from model import cli
+from model import Interruptible, cli
 
 ROOT = Path(__file__).parent.parent
 TINY = "--batch_size 4 --hidden_size 32 --layers 1 --num_eval 2 --eval_every 3".split()
@@ -899,6 +899,17 @@ def test_who_is_stopped_says_so_in_one_line(capsys, number, code):
     assert [signal.getsignal(other) for other, _ in STOPS] == before
     assert stopped.value.code == code
     assert capsys.readouterr().err == f"stopped by {number.name}\n"
+
+
+def test_a_signal_that_was_ignored_stays_ignored():
+    """As nohup wants it of a closed terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    steps = Interruptible(range(3))
+    try:
+        cli(lambda: [signal.raise_signal(signal.SIGHUP) for _ in steps])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert steps.stopped_by == 0
 
 
 def test_a_signal_during_the_last_save_is_not_forgotten(capsys, monkeypatch, no_table, tmp_path):
