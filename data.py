@@ -527,9 +527,7 @@ class Tokenizer:
         config = json.loads(self.carried.get("tokenizer_config.json", "{}"))
         config.setdefault("clean_up_tokenization_spaces", False)
         config.setdefault("pad_token", eos_text if self.backend.token_to_id(PAD) is None else PAD)
-        config["tokenizer_class"] = (
-            "PreTrainedTokenizerFast"  # the one that takes the file as it is
-        )
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # it takes the file as it is
         config["eos_token"] = eos_text
         files = {**self.carried, "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
         with replacing(folder) as staging:
@@ -843,9 +841,8 @@ def check_row(row, columns: Sequence[str], place: str) -> None:
         try:
             row[column] = convert(row[column])
         except (ValueError, TypeError, OverflowError, RecursionError):
-            raise UserError(
-                f"{place}: {column} must be {what}, not {str(row[column])[:80]!r}"
-            ) from None
+            found = str(row[column])[:80]
+            raise UserError(f"{place}: {column} must be {what}, not {found!r}") from None
 
 
 def doubtful_rows(rows: list[dict]) -> list[str]:

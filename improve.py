@@ -66,8 +66,7 @@ def improve(model, tokenizer, rows, settings, record, options, round_number: int
     solved = solved_rows(rows, answers)
     mistakes = own_mistakes(rows, answers)
     if not solved:
-        message = "the search solved nothing to learn from: start from a better checkpoint"
-        raise UserError(message)
+        raise UserError("the search solved nothing to learn from: start from a better checkpoint")
     # at most as many mistakes as solutions, and some of D_back
     back = [row for row in rows if row.get("search_path", "").endswith(BACKTRACK)]
     kept_rows = solved + mistakes[: len(solved)] + back[: len(solved) // 10]
@@ -115,8 +114,8 @@ def fine_tune(model, tokenizer, kept_rows, record, options, seed: int) -> None:
     learning_rate = options.lr or (2e-3 if uses_muon else 1e-5)
     batches = Batches(kept_rows, tokenizer, options.batch_size, 1, seed, rank, world, loss_mask)
     steps = -(-len(kept_rows) * options.epochs // batches.rows_per_step)  # rounded up
-    settings = {"warmup": 10, "weight_decay": 0.0, "muon": uses_muon, "dtype": best_dtype(device)}
-    fit(model, batches, steps, learning_rate, **settings)
+    dtype = best_dtype(device)
+    fit(model, batches, steps, learning_rate, 10, weight_decay=0.0, muon=uses_muon, dtype=dtype)
 
 
 # ==== Plumbing: a first reading may stop here =====================================================

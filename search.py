@@ -11,17 +11,16 @@ The model says `<backtrack>` when its last action was a mistake, and the search 
 3. Of all rounds, the samples that reached the goal are candidates. The candidate with the best
    score is the answer. The verifier is not used.
 
-For instance, with the numbers 7, 23, 12, 5, the target 56 and n = 32 (a `/` stands for a newline):
+For instance, with the numbers 60, 30, 83, 1, the target 41 and n = 32 (a `/` stands for a newline):
 
-    round 0    7-5=2 / 23*2=46 / 46+12=58 / <backtrack>        4 samples
-               7-5=2 / <backtrack>                             2 samples
-               7+5=12 / <backtrack>                            2 samples
-               ... and 24 more, but none that reaches the goal
-    frontier   7-5=2 / 23*2=46 /                               from the first line,
-               the prompt                                      from the second and the third,
-               12-7=5 /                                        and so on: int(sqrt(32)) states
-    round 1    12*7=84 / 23+5=28 / 84-28=56 / Goal Reached!    1 of 32 samples of the prompt
-    answer     that one: it is the only candidate
+    round 0    83-60=23 / 23-1=22 / <backtrack>                11 samples
+               30-1=29 / <backtrack>                           2 samples
+               60/30=2 / 2+1=3 / <backtrack>                   1 sample; 18 more, no goal
+    frontier   83-60=23 /                                      from the first line,
+               the prompt                                      from the second,
+               60/30=2 /                                       and so on: int(sqrt(32)) states
+    round 1    60/30=2 / 83-1=82 / 82/2=41 / Goal Reached!     2 of 32 samples of the third state
+    answer     that one: of all candidates it has the best score
 
     python search.py
     python search.py --numbers 45 39 2 10 --target 62
@@ -728,8 +727,10 @@ def evaluate(
     own_numbers = [one for one in numbers if one not in rows][rank::world]
     own = [problems[one - offset] for one in own_numbers]
     searches = decode(model, tokenizer, own, own_numbers, settings)
-    shown = {"unit": " problems", "leave": False, "disable": rank > 0}
-    for i, samples in tqdm(searches, settings.decoder, len(own), **shown):
+    progress = tqdm(
+        searches, settings.decoder, len(own), leave=False, unit=" problems", disable=rank > 0
+    )
+    for i, samples in progress:
         row = {"number": own_numbers[i], **judge(tokenizer, own[i], samples, settings)}
         rows[own_numbers[i]] = row
         if answers:
@@ -868,9 +869,14 @@ class Tree:
             yield f"{indent}└─ {len(children) - most} more, x{not_shown}"
 
     def words_at(self, node: tuple[str, ...]) -> Iterator[str]:
-        """What happens at a node, in colour where a terminal shows it."""
+        """What happens at a node, in colour where a terminal shows it; as much as a line holds."""
         plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ
+        room = 65  # columns
         for (outcome, colour), count in self.outcomes[node].items():
+            room -= len(f"{outcome} x{count}; ")
+            if room < 0:
+                yield "..."
+                return
             coloured = f"\033[{COLOURS[colour]}m{outcome}\033[0m"
             yield f"{outcome if plain else coloured} x{count}"
 
@@ -955,7 +961,7 @@ class AnswerFile:
 # ---- The command ---------------------------------------------------------------------------------
 
 SHIPPED = pathlib.Path(__file__).parent / "assets" / "checkpoint"
-EXAMPLE = {"nums": [7, 23, 12, 5], "target": 56}  # the shipped model solves it by stepping back
+EXAMPLE = {"nums": [60, 30, 83, 1], "target": 41}  # the shipped model solves it by stepping back
 
 
 def arguments() -> argparse.Namespace:
@@ -1027,10 +1033,9 @@ def main() -> None:
         return
     answers = None
     if options.out:
-        made_by = {"ckpt": options.ckpt, "data": options.data, **asdict(settings)}
-        made_by["dtype"] = str(dtype)
-        for name in ("batch_size", "cache_gib"):  # these change no sample
-            del made_by[name]
+        settings_alone = replace(settings, batch_size=1, cache_gib=1.0)  # these change no sample
+        given = {"ckpt": options.ckpt, "data": options.data, "dtype": str(dtype)}
+        made_by = given | asdict(settings_alone)
         problems = {str(options.offset + place): row for place, row in enumerate(rows)}
         answers = AnswerFile(options.out, options.resume, made_by, problems)
     results = compare(model, tokenizer, splits, decoders, settings, "", options.offset, answers)

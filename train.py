@@ -396,12 +396,10 @@ def load_state(folder: Path, needed=("step", "optimizer")) -> dict:
     path = folder / RESUME
     try:
         settle(folder)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        state = dict(state)
+        state = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except Exception as error:  # of a damaged file torch raises a dozen kinds
         reason = str(error).split("\n")[0].split(" (1)")[0]
-        message = f"cannot resume from {path}, which is not there or damaged: {reason}"
-        raise UserError(message) from None
+        raise UserError(f"cannot resume from {path}: lacking or damaged: {reason}") from None
     needed = {*needed, "weights", "record", "log"}
     if not needed <= state.keys():
         raise UserError(f"cannot resume from {path}: it holds no run of this program")
@@ -482,9 +480,7 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     none are given. Raises UserError."""
     options = Arguments("Train on D_op and D_back: a small model from scratch, or a checkpoint.")
     options.add_argument("--ckpt", help="a folder or Hub id to start from; else from scratch")
-    options.add_argument(
-        "--data", type=whole_path, help="file, folder, Hub dataset; else generated"
-    )
+    options.add_argument("--data", type=whole_path, help="file, folder or Hub dataset")
     options.add_argument("--sizes", type=int, choices=range(2, 6), nargs="+", default=[3])
     options.add_argument("--mistakes", choices=KINDS, nargs="*", default=KINDS, help="of D_back")
     options.add_argument("--out", type=Path, default="checkpoint", help="the folder to save to")
@@ -586,8 +582,8 @@ def training_rows(options, tokenizer: Tokenizer) -> tuple[list[dict] | dict, dic
         rows = read_split(options.data, "train")
     for line in doubtful_rows(rows):
         note(line)
-    lengths = [len(input_ids) for input_ids, _ in tokenizer.encode_rows(rows)]
-    too_long = sum(length > Batches.CONTEXT for length in lengths)
+    encoded = tokenizer.encode_rows(rows)  # complains of text that it does not know
+    too_long = sum(len(input_ids) > Batches.CONTEXT for input_ids, _ in encoded)
     if too_long:
         note(f"{too_long} of {len(rows)} rows are cut at {Batches.CONTEXT} tokens")
     if options.num_train and options.num_train < len(rows):
@@ -605,35 +601,29 @@ def number_of_steps(options, rows, rows_per_step: int) -> int:
     return -(-options.epochs * count // rows_per_step)  # rounded up
 
 
-def start_wandb(options, rank: int) -> None:
+def start_wandb(options, mode: str | None) -> None:
     if options.wandb:
         if not find_spec("wandb"):
-            message = "--wandb needs a package that is not installed: pip install wandb"
-            raise UserError(message)
+            raise UserError("--wandb needs a package that is not installed: pip install wandb")
         import wandb
 
-        wandb_mode = "disabled" if rank else None
-        wandb.init(project="self-backtracking", config=vars(options), mode=wandb_mode)
+        wandb.init(project="self-backtracking", config=vars(options), mode=mode)
 
 
 def main() -> None:
     options, state = arguments()
     device, rank, world = device_rank_world()
-    start_wandb(options, rank)
+    start_wandb(options, "disabled" if rank else None)
     torch.manual_seed(options.seed)
     origin = options.out if state else options.ckpt
-    tokenizer = (
-        Tokenizer.from_pretrained(origin, add_backtrack=True) if origin else Tokenizer.digits()
-    )
+    tokenizer = Tokenizer.from_pretrained(origin, True) if origin else Tokenizer.digits()
     model = build_model(options, state, tokenizer)
     rows, record = training_rows(options, tokenizer)
     size = options.batch_size, options.grad_accum
     batches = Batches(rows, tokenizer, *size, options.seed, rank, world, options.mask)
     options.steps = number_of_steps(options, rows, batches.rows_per_step)
-    log = []
     if state:
         check_run(options, state, model.config)
-        log = state["log"]
     elif (options.out / RESUME).exists():
         note(f"the first save will replace the run in {options.out}: --resume would go on with it")
     model.to(device)
@@ -649,12 +639,22 @@ def main() -> None:
         pass  # if it cannot be written to, say so now
     validation = load_validation(record, options.num_eval)
     first_step = state["step"] if state else 0
+    log = state["log"] if state else []
     reporter = Reporter(options, model, tokenizer, batches, record, validation, log, first_step)
-    schedule = options.steps, options.lr, options.warmup, options.weight_decay
-    dtype = DTYPES.get(options.dtype) or best_dtype(device)
-    how = {"muon": options.optimizer == "muon", "dtype": dtype, "compiled": options.compile}
-    when = {"state": state, "report_every": options.eval_every, "report": reporter}
-    fit(model, batches, *schedule, **how, **when)
+    fit(
+        model,
+        batches,
+        options.steps,
+        options.lr,
+        options.warmup,
+        options.weight_decay,
+        muon=options.optimizer == "muon",
+        dtype=DTYPES.get(options.dtype) or best_dtype(device),
+        compiled=options.compile,
+        state=state,
+        report_every=options.eval_every,
+        report=reporter,
+    )
     if validation:
         compare(model, tokenizer, validation, ["greedy", "self_backtrack"], Settings())
 

@@ -538,6 +538,20 @@ def test_who_is_stopped_goes_on_where_the_file_of_answers_ends(
     assert not part.exists()
 
 
+@pytest.fixture
+def stopped_evaluation(trained, tmp_path, monkeypatch, capsys) -> tuple:
+    """The command line of an evaluation that was stopped before its first answer."""
+
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    args = ("--ckpt", trained, *EVALUATION, "--out", tmp_path / "rows.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "judge", stop)
+        run(capsys, patch, search, *args)
+    return args
+
+
 @pytest.mark.parametrize(
     "line,expected",
     [
@@ -551,42 +565,32 @@ def test_who_is_stopped_goes_on_where_the_file_of_answers_ends(
     ],
 )
 def test_a_file_of_other_answers_is_not_gone_on_with(
-    complaint, trained, tmp_path, monkeypatch, capsys, line, expected
+    complaint, tmp_path, stopped_evaluation, line, expected
 ):
-    args = ("--ckpt", trained, *EVALUATION, "--out", tmp_path / "rows.jsonl")
-    with monkeypatch.context() as patch:
-        patch.setattr(search, "judge", stopped_at_once)
-        run(capsys, patch, search, *args)
+    args = stopped_evaluation
     with open(tmp_path / "rows.jsonl.part", "a") as part:
         part.write(line + "\n")
     assert expected in complaint(search, *args, "--resume")
 
 
 def test_answers_that_were_not_gone_on_with_are_not_thrown_away(
-    complaint, program, trained, tmp_path, monkeypatch, capsys
+    complaint,
+    program,
+    tmp_path,
+    stopped_evaluation,
 ):
-    args = ("--ckpt", trained, *EVALUATION, "--out", tmp_path / "rows.jsonl")
-    with monkeypatch.context() as patch:
-        patch.setattr(search, "judge", stopped_at_once)
-        run(capsys, patch, search, *args)
+    args = stopped_evaluation
     assert "of a run that was stopped" in complaint(search, *args)
     (tmp_path / "rows.jsonl.part").write_text("")  # a disk was full: nothing is lost
     program(search, *args)
     assert "is complete" in complaint(search, *args, "--resume")
 
 
-def stopped_at_once(*given):
-    raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("flags", [["--decoder", "beam"], ["--max_new_tokens", "9"]])
 def test_answers_of_other_settings_are_not_gone_on_with(
-    complaint, program, trained, tmp_path, monkeypatch, capsys, flags
+    complaint, program, tmp_path, stopped_evaluation, flags
 ):
-    args = ("--ckpt", trained, *EVALUATION, "--out", tmp_path / "rows.jsonl")
-    with monkeypatch.context() as patch:
-        patch.setattr(search, "judge", stopped_at_once)
-        run(capsys, patch, search, *args)
+    args = stopped_evaluation
     assert "other settings" in complaint(search, *args, *flags, "--resume")
     program(search, *args, "--batch_size", 1, "--resume")  # which changes no answer
 
