@@ -697,10 +697,33 @@ def draw_problems(rng, split: str, size: int, num: int, held_out: Sequence[int] 
     return found[:num, :-1], found[:num, -1]
 
 
+def draw_any_target(rng, size: int, num: int, held_out: Sequence[int] = HELD_OUT):
+    """`num` more training problems, nums (num, size) and target (num,), whose target is what a
+    random program gives, from 1 to 999. Ours: from the 82 targets of TARGETS alone a model that is
+    trained for long learns each by heart, and fails on new ones."""
+    found = np.empty((0, size + 1), int)
+    while len(found) < num:
+        nums = rng.integers(1, MAX_NUMBER + 1, (1024, size))
+        left = nums  # (1024, m): the numbers that are left
+        legal = np.ones(1024, bool)
+        while left.shape[1] > 1:
+            step = all_choices(left, legal)
+            choice = rng.integers(step.legal.shape[1], size=1024)
+            left = remaining(step)[np.arange(1024), choice]
+            legal = step.legal[np.arange(1024), choice]
+        target = left[:, 0]
+        fits = legal & (target > 0) & (target < 1000) & ~np.isin(target, held_out)
+        fits &= ~in_validation(nums, target)
+        found = np.concatenate([found, np.column_stack([nums, target])[fits]])
+    return found[:num, :-1], found[:num, -1]
+
+
 # ---- Streams of rows -----------------------------------------------------------------------------
 
 
-def new_record(seed: int, sizes: list[int], mistakes: Sequence[str] = KINDS) -> dict:
+def new_record(
+    seed: int, sizes: list[int], mistakes: Sequence[str] = KINDS, any_target: float = 0.0
+) -> dict:
     """What a checkpoint remembers of its data, so that held-out targets stay held out."""
     return {
         "source": "generated",
@@ -708,6 +731,7 @@ def new_record(seed: int, sizes: list[int], mistakes: Sequence[str] = KINDS) -> 
         "sizes": sizes,
         "held_out": list(HELD_OUT),
         "mistakes": list(mistakes),
+        "any_target": any_target,  # the share of training problems that `draw_any_target` draws
     }
 
 
@@ -720,7 +744,12 @@ def make_block(record: dict, split: str, index: int) -> list[dict]:
     seed = record["seed"] if split == "train" else 0
     rng = np.random.default_rng([SPLITS.index(split), seed, index])
     size = record["sizes"][index % len(record["sizes"])]
-    nums, target = draw_problems(rng, split, size, BLOCK, record["held_out"])
+    any_target = round(BLOCK * record.get("any_target", 0.0)) if split == "train" else 0
+    nums, target = draw_problems(rng, split, size, BLOCK - any_target, record["held_out"])
+    if any_target:
+        more_nums, more_target = draw_any_target(rng, size, any_target, record["held_out"])
+        nums = np.concatenate([nums, more_nums])
+        target = np.concatenate([target, more_target])
     return make_rows(rng, nums, target, record.get("mistakes", KINDS))
 
 
@@ -900,12 +929,17 @@ def are_held_out(value) -> bool:
     return is_list(value, is_target) and 0 < len(set(value)) < len(TARGETS)
 
 
+def is_share(value) -> bool:
+    return isinstance(value, float | int) and 0 <= value <= 1
+
+
 RECORD_FIELDS = {  # of record.json
     "source": TEXT,
     "seed": COUNT,
     "sizes": ("numbers from 2 to 5", are_sizes),
     "held_out": ("targets", are_held_out),
     "mistakes": (f"among {KINDS}", lambda value: is_list(value, KINDS.__contains__)),
+    "any_target": ("a share, from 0 to 1", is_share),
     "settings": OBJECT,
 }
 

@@ -483,6 +483,7 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     options.add_argument("--data", type=whole_path, help="file, folder or Hub dataset")
     options.add_argument("--sizes", type=int, choices=range(2, 6), nargs="+", default=[3])
     options.add_argument("--mistakes", choices=KINDS, nargs="*", default=KINDS, help="of D_back")
+    options.add_argument("--any_target", type=number(float, 0), default=0.0, help="see data.py")
     options.add_argument("--out", type=Path, default="checkpoint", help="the folder to save to")
     options.add_argument("--resume", action="store_true", help="go on from --out, by its settings")
     options.add_argument("--steps", type=number(int, 1))
@@ -574,7 +575,9 @@ def check_run(options, state: dict, config: LlamaConfig) -> None:
 def training_rows(options, tokenizer: Tokenizer) -> tuple[list[dict] | dict, dict]:
     """The rows, or the record of their endless stream; and the record of where they come from."""
     if options.data is None:
-        record = new_record(options.seed, options.sizes, options.mistakes)
+        if options.any_target > 1:
+            raise UserError(f"--any_target is a share, so at most 1, not {options.any_target}")
+        record = new_record(options.seed, options.sizes, options.mistakes, options.any_target)
         return record, record
     if Path(options.data).is_file():
         rows = read_rows(Path(options.data))

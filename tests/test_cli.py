@@ -711,6 +711,7 @@ BAD_TRAININGS = [
     ("--sizes 1", "--sizes: invalid choice: 1"),
     ("--mistakes x", "--mistakes: invalid choice: 'x'"),
     ("--mask x", "--mask: invalid choice: 'x'"),
+    ("--any_target 2", "--any_target is a share, so at most 1, not 2.0"),
     ("--optimizer sgd", "--optimizer: invalid choice: 'sgd'"),
     ("--dtype fp8", "--dtype: invalid choice: 'fp8'"),
     ("--step 3", "unrecognized arguments: --step 3"),

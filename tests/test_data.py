@@ -489,6 +489,22 @@ def test_the_targets_that_were_held_out_are_the_new_ones_alone():
         assert {row["target"] for row in rows_of(1000, [3], split=split)}.isdisjoint(HELD_OUT)
 
 
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_any_targets_are_reached_and_never_those_of_validation(size):
+    record = new_record(0, [size], any_target=0.75)
+    rows = list(data.generate(record, "train", 1024))
+    assert len(rows) == 1024
+    nums = np.array([row["nums"] for row in rows])
+    target = np.array([row["target"] for row in rows])
+    assert data.solvable(nums, target).all()
+    assert (target.min(), target.max()) >= (1, 900)
+    assert set(HELD_OUT).isdisjoint(target.tolist())
+    assert not data.in_validation(nums, target).any()
+    assert 0.3 < np.isin(target, data.TARGETS).mean() < 0.75  # a quarter, and by chance
+    for split in ("val", "val_new"):
+        assert list(data.generate(record, split, 64)) == rows_of(64, [size], split=split)
+
+
 def test_the_order_of_the_numbers_does_not_decide_on_the_split():
     rows = rows_of(500, [3], split="val")
     backwards = np.array([row["nums"][::-1] for row in rows])

@@ -369,6 +369,8 @@ def test_weights_remember_their_record(checkpoint, monkeypatch, capsys, sharded)
     [
         ("sizes", [7]),
         ("sizes", []),
+        ("any_target", 1.5),
+        ("any_target", "0.5"),
         ("held_out", [1_000_000]),
         ("held_out", [18.0]),
         ("held_out", list(range(10, 101))),
