@@ -16,6 +16,7 @@ size, C hidden size, V vocabulary.
 
 import argparse
 import dataclasses
+import gc
 import hashlib
 import json
 import math
@@ -781,7 +782,9 @@ class Interruptible:
 
 
 def in_worker(*_) -> None:
-    """What a worker process does first: leave Ctrl-C to its parent, which will end it."""
+    """What a worker process does first: leave Ctrl-C to its parent, which will end it, and all
+    objects that it has inherited as they are (see train.py's stream_batches)."""
+    gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

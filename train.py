@@ -10,6 +10,7 @@ tokens of a step, of rows of both kinds. Which tokens carry a label: `no_loss_sp
 """
 
 import argparse
+import gc
 import itertools
 import json
 import math
@@ -68,7 +69,8 @@ def fit(
     dtype: what autocast computes in. After every `report_every` steps, and after the last,
     report(loss, state, True) is called; if a signal stops it in between, the same with False.
     To resume, give this state, {"step", "optimizer"}, to another call."""
-    device, rank, world = device_rank_world()
+    _, rank, world = device_rank_world()
+    device = model.lm_head.weight.device
     model.model.compiled_layer = torch.compile(LlamaDecoderLayer.forward) if compiled else None
     parallel = model
     if world > 1:
@@ -80,9 +82,8 @@ def fit(
     optimizer = make_optimizer(model, muon, lr, weight_decay, fused=not scaled)
     scaler = torch.amp.GradScaler(device.type, enabled=scaled)
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
-    first_step = 0
+    first_step = state["step"] if state else 0
     if state:
-        first_step = state["step"]
         optimizer.load_state_dict(state["optimizer"])
     stream = stream_batches(batches, first_step, steps, device)
     progress = tqdm(range(first_step, steps), "train", steps, initial=first_step, disable=rank > 0)
@@ -245,6 +246,7 @@ def stream_batches(batches: Batches, first_step: int, steps: int, device: torch.
         pin_memory=on_gpu,
         worker_init_fn=in_worker,
     )
+    gc.collect()  # before they begin: a process that frees garbage which lies on a GPU dies
     stream = itertools.chain.from_iterable(loader)
     return itertools.islice(stream, first_step % batches.STEPS, None)
 

@@ -2,7 +2,9 @@
 against one."""
 
 import copy
+import gc
 import math
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -11,6 +13,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, Trainer, TrainingArgum
 
 import train
 from data import Tokenizer, generate, new_record
-from model import Llama, LlamaConfig, UserError, device_rank_world, is_main
+from model import Llama, LlamaConfig, UserError, device_rank_world, in_worker, is_main
 from search import Settings, evaluate
 from train import Batches, fit
 
@@ -158,6 +161,44 @@ def test_rows_are_cut_at_the_length_of_the_context():
     [[part], *_] = Batches([row], TOKENIZER, 1)[0]
     [(input_ids, labels)] = TOKENIZER.encode_rows([row])
     assert part.tolist() == [[input_ids[:128]], [labels[:128]]]
+
+
+class Tied:
+    """Something that only a collection of garbage frees; it counts who has freed it."""
+
+    def __init__(self, freed: torch.Tensor):
+        self.freed = freed  # by the process that made it, by another
+        self.maker = os.getpid()
+        self.itself = self
+
+    def __del__(self):
+        self.freed[int(os.getpid() != self.maker)] += 1
+
+
+def begin_and_collect() -> None:
+    in_worker()
+    gc.collect()
+
+
+def test_a_worker_frees_nothing_that_it_has_inherited():
+    freed = torch.zeros(2, dtype=torch.int64).share_memory_()
+    gc.disable()
+    try:
+        Tied(freed)
+        worker = multiprocessing.get_context("fork").Process(target=begin_and_collect)
+        worker.start()
+        worker.join()
+        assert worker.exitcode == 0
+        assert freed.tolist() == [0, 0]
+        on_gpu = SimpleNamespace(type="cuda")
+        items = Batches(list(generate(RECORD, "train", 64)), TOKENIZER, 2)
+        stream = train.stream_batches(items, 0, 16, on_gpu)  # nor is there any to inherit
+        assert freed.tolist() == [1, 0]
+        expected = train.stream_batches(items, 0, 16, torch.device("cpu"))
+        for step, expected_step in zip(stream, expected, strict=True):
+            assert [part.tolist() for part in step] == [part.tolist() for part in expected_step]
+    finally:
+        gc.enable()
 
 
 # ---- The loss, the gradient and a step -----------------------------------------------------------
@@ -653,6 +694,7 @@ def runs(tmp_path_factory) -> tuple[dict, dict, Path]:
     one = all_runs(out)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # the models here are on the CPU
     done = subprocess.run(
         [*torchrun, __file__, str(out)], env=environment, capture_output=True, text=True
     )
