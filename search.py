@@ -35,6 +35,7 @@ import math
 import os
 import pathlib
 import sys
+import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -764,25 +765,35 @@ def compare(
     results = {}
     prints = is_main()
     if prints:
-        headings = ("selected % [95 %]", "verified % [95 %]", "tokens")
-        print(f"{title:34}{headings[0]:>20}{headings[1]:>20}{headings[2]:>13}", flush=True)
+        shares = f"{'selected % [95 %]':>20}{'verified % [95 %]':>20}"
+        print(f"{title:24}{shares}{'tokens':>10}{'problems/s':>12}{'tokens/s':>12}", flush=True)
     for split, decoder in product(problems_by_split, decoders):
         problems = problems_by_split[split]
         own_settings = replace(settings, decoder=decoder)
+        begin = time.perf_counter()
         rows = evaluate(model, tokenizer, problems, own_settings, offset, answers)
+        seconds = time.perf_counter() - begin
         results[split, decoder] = rows
-        selected = sum(row["correct"] for row in rows) / len(rows)
-        verified = sum(row["verified"] for row in rows) / len(rows)
-        tokens = sum(row["tokens"] for row in rows) / len(rows)
         if prints:
-            shares = percent(selected, len(rows)) + percent(verified, len(rows))
-            print(f"{f'{decoder}, {split}':34}{shares}{tokens:13.1f}", flush=True)
+            known = answers.rows if answers else {}  # they took no time
+            new_rows = [row for row in rows if row["number"] not in known]
+            print(f"{f'{decoder}, {split}':24}{table_line(rows, new_rows, seconds)}", flush=True)
     return results
 
 
 # ==== Plumbing: a first reading may stop here =====================================================
 
 # ---- Figures in the table ------------------------------------------------------------------------
+
+
+def table_line(rows: list[dict], new_rows: list[dict], seconds: float) -> str:
+    """Accuracy and tokens a problem of all rows; problems and tokens a second of the new ones."""
+    selected = sum(row["correct"] for row in rows) / len(rows)
+    verified = sum(row["verified"] for row in rows) / len(rows)
+    tokens = sum(row["tokens"] for row in rows) / len(rows)
+    new_tokens = sum(row["tokens"] for row in new_rows)
+    shares = percent(selected, len(rows)) + percent(verified, len(rows))
+    return f"{shares}{tokens:10.1f}{len(new_rows) / seconds:12.1f}{new_tokens / seconds:12.0f}"
 
 
 def wilson_interval(share: float, problems: int, deviations: float = 1.96) -> tuple[float, float]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -761,13 +762,30 @@ def test_no_more_states_are_expanded_together_than_asked(precise, engines, batch
 
 def test_compare_prints_a_line_for_each_split_and_decoder(monkeypatch, capsys):
     """Intervals by Wilson's formula; 30 of 100 is a textbook example."""
-    rows = [{"correct": number < 30, "verified": True, "tokens": 2} for number in range(100)]
+    rows = []
+    for number in range(100):
+        rows.append({"number": number, "correct": number < 30, "verified": True, "tokens": 2})
+    clock = iter([0.0, 8.0, 10.0, 12.0])
+    monkeypatch.setattr(search.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(search, "evaluate", lambda *arguments: rows)
     results = search.compare(None, TOK, {"x": [], "y": []}, ["greedy"], Settings())
     assert results == {("x", "greedy"): rows, ("y", "greedy"): rows}
     _, first, second = capsys.readouterr().out.splitlines()
-    assert first.split() == "greedy, x 30.0 [21.9, 39.6] 100.0 [96.3, 100.0] 2.0".split()
+    assert first.split() == "greedy, x 30.0 [21.9, 39.6] 100.0 [96.3, 100.0] 2.0 12.5 25".split()
     assert second.split()[:2] == ["greedy,", "y"]
+    assert second.split()[-2:] == ["50.0", "100"]
+    assert max(len(first), len(second)) <= 100
+
+
+def test_answers_that_were_there_already_took_no_time(monkeypatch, capsys):
+    rows = [{"number": 7, "correct": 1, "verified": 1, "tokens": 500}]
+    rows += [{"number": number, "correct": 1, "verified": 1, "tokens": 30} for number in (8, 9)]
+    clock = iter([1.0, 5.0])
+    monkeypatch.setattr(search.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(search, "evaluate", lambda *arguments: rows)
+    known = SimpleNamespace(rows={7: rows[0]})
+    search.compare(None, TOK, {"x": []}, ["greedy"], Settings(), answers=known)
+    assert capsys.readouterr().out.split()[-2:] == ["0.5", "15"]
 
 
 def test_compare_gives_each_decoder_its_settings(monkeypatch):
@@ -775,7 +793,7 @@ def test_compare_gives_each_decoder_its_settings(monkeypatch):
 
     def evaluate(model, tokenizer, problems, settings, offset, answers):
         asked.append((problems, settings, offset))
-        return [{"correct": True, "verified": True, "tokens": 1}]
+        return [{"number": 0, "correct": True, "verified": True, "tokens": 1}]
 
     monkeypatch.setattr(search, "evaluate", evaluate)
     search.compare(None, TOK, {"x": SUM}, ["greedy", "beam"], SHORT, offset=7)
