@@ -663,6 +663,24 @@ def plan_efforts(steps: list[Step], target: np.ndarray) -> list[np.ndarray]:
     return efforts
 
 
+def solve(nums: list[int], target: int) -> tuple[int, int, list[Action]]:
+    """How many of a problem's programs reach the target; how many programs there are; and the
+    actions of the canonical solution, none if the target cannot be reached."""
+    steps, numbers_left = programs(np.array([nums]))
+    if not steps:  # a single number
+        return int(nums == [target]), 1, []
+    efforts = plan_efforts(steps, np.array([target]))
+    reaching = int(np.isfinite(efforts[-1]).sum())
+    actions = []
+    state = State(SolvedProblem(nums, target, 0, steps, efforts))
+    while reaching and len(actions) < len(steps):
+        choice = int(np.argmin(state.effort))
+        actions.append(state.action(choice))
+        if len(actions) < len(steps):
+            state = state.after(choice)
+    return reaching, efforts[-1].size, actions
+
+
 # ---- Problems ------------------------------------------------------------------------------------
 
 MAX_NUMBER = 99
@@ -996,6 +1014,20 @@ def load_rows(data: str, record: dict, num: int, offset: int = 0) -> list[dict]:
 
 def is_one_file(record: dict) -> bool:
     return record["source"] != "generated" and Path(record["source"]).is_file()
+
+
+def warn_of_unlike(record: dict, rows: list[dict]) -> None:
+    """Say so where problems are not of the kind that a checkpoint was trained on."""
+    if record["source"] != "generated":
+        return
+    unlike = 0
+    for row in rows:
+        fits = len(row["nums"]) in record["sizes"] and max(row["nums"]) <= MAX_NUMBER
+        unlike += not (fits and row["target"] in TARGETS)
+    if unlike:
+        sizes = " or ".join(map(str, record["sizes"]))
+        known = f"{sizes} numbers up to {MAX_NUMBER}, targets {TARGETS[0]} to {TARGETS[-1]}"
+        note(f"{unlike} of {len(rows)} problems are unlike what the model was trained on: {known}")
 
 
 def load_validation(record: dict, num: int, offset: int = 0) -> dict[str, list[dict]]:

@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import BACKTRACK, GOAL, Tokenizer, Verdict, load_record, load_rows, load_validation
-from data import verify
+from data import solve, verify, warn_of_unlike
 from model import DTYPES, Arguments, CachedRows, KVCache, Llama, Slot, UserError, best_dtype, cli
 from model import device_rank_world, is_main, number
 
@@ -902,7 +902,19 @@ def draw_tree(
         header += "  (no sample reached the goal)"
     for words in tree.words_at(()):  # of the prompt, sampled again
         header += f"  ({words})"
-    return "\n".join([header, f"{'action':30}samples", *tree.lines()])
+    lines = [header, solver_line(problem["nums"], problem["target"])]
+    return "\n".join([*lines, f"{'action':30}samples", *tree.lines()])
+
+
+def solver_line(nums: list[int], target: int) -> str:
+    """What the exact solver says of a problem. The search does not know it."""
+    if len(nums) > 6:  # too many programs to try them all
+        return "solver: not asked, for there are too many numbers"
+    reaching, programs, actions = solve(nums, target)
+    if not reaching:
+        return f"solver: none of {programs} programs reaches the target"
+    example = ", ".join(action.text().strip() for action in actions)
+    return f"solver: {reaching} of {programs} programs reach the target: {example}".rstrip(": ")
 
 
 # ---- The file of answers -------------------------------------------------------------------------
@@ -1030,12 +1042,14 @@ def main() -> None:
         problem = EXAMPLE
         if options.numbers:
             problem = {"nums": options.numbers, "target": options.target}
+            warn_of_unlike(record, [problem])
         [(_, samples)] = decode(model, tokenizer, [problem], [0], settings)
         print(draw_tree(tokenizer, problem, samples, settings), end="\n\n")
     if options.numbers:
         return
     if options.data:
         rows = load_rows(options.data, record, options.num, options.offset)
+        warn_of_unlike(record, rows)
         splits, decoders = {options.data: rows}, [options.decoder]
     else:
         splits = load_validation(record, options.num, options.offset)

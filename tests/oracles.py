@@ -4,7 +4,7 @@ sample at a time."""
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import groupby, permutations
+from itertools import combinations, groupby, permutations
 
 import numpy as np
 import torch
@@ -28,6 +28,20 @@ def solutions(nums: tuple[int, ...], target: int) -> bool:
             if result.denominator == 1 and solutions((*others, result), target):
                 return True
     return False
+
+
+def count_solutions(nums: list, target: int) -> int:
+    """How many ways to choose a pair and an operator, step after step, lead to the target."""
+    if len(nums) == 1:
+        return int(nums[0] == target)
+    count = 0
+    for chosen in combinations(range(len(nums)), 2):
+        others = [Fraction(number) for place, number in enumerate(nums) if place not in chosen]
+        b, a = sorted(Fraction(nums[place]) for place in chosen)
+        for result in (a + b, a - b, a * b, a / b if b else Fraction(1, 2)):
+            if result.denominator == 1:
+                count += count_solutions([*others, result], target)
+    return count
 
 
 def is_right(nums: list[int], target: int, response: str) -> bool:

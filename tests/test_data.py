@@ -17,7 +17,7 @@ import pytest
 import tokenizers
 import transformers
 from byte_pairs import BOS, byte_pairs
-from oracles import is_right, labelled_characters, solutions
+from oracles import count_solutions, is_right, labelled_characters, solutions
 
 import data
 from data import BACKTRACK, GOAL, HELD_OUT, KINDS, MISTAKES, Tokenizer, new_record, prompt_text
@@ -465,6 +465,52 @@ def test_paths_that_end_in_a_false_goal_are_proved_for_every_size(size, num):
     assert false_goals
     for row in false_goals:
         prove(row)
+
+
+@pytest.mark.parametrize("size,num", [(2, 60), (3, 40), (4, 12)])
+def test_solve_counts_programs_and_shows_one(size, num):
+    rng = np.random.default_rng(size)
+    counts = []
+    for _ in range(num):
+        nums = rng.integers(1, 13, size).tolist()
+        target = int(rng.integers(1, 30))
+        reaching, total, actions = data.solve(nums, target)
+        assert reaching == count_solutions(nums, target)
+        assert total == {2: 4, 3: 48, 4: 1152}[size]
+        response = "".join(action.text() for action in actions) + GOAL
+        assert is_right(nums, target, response) == (reaching > 0)
+        counts.append(reaching)
+    assert 0 in counts and max(counts) > 1
+
+
+def test_a_single_number_is_solved_by_no_action():
+    assert data.solve([7], 7) == (1, 1, [])
+    assert data.solve([7], 8) == (0, 1, [])
+
+
+@pytest.mark.parametrize(
+    "nums,target,unlike",
+    [
+        ([3, 5, 8, 6], 48, 0),
+        ([99, 1, 2], 100, 0),
+        ([3, 5], 10, 1),
+        ([3, 5, 8, 6, 2], 48, 1),
+        ([3, 100, 8, 6], 48, 1),
+        ([3, 5, 8, 6], 9, 1),
+        ([3, 5, 8, 6], 101, 1),
+    ],
+)
+def test_problems_of_another_kind_are_counted(capsys, nums, target, unlike):
+    like = {"nums": [1, 2, 3], "target": 50}
+    data.warn_of_unlike(new_record(0, [3, 4]), [like, {"nums": nums, "target": target}])
+    line = "note: 1 of 2 problems are unlike what the model was trained on: "
+    line += "3 or 4 numbers up to 99, targets 10 to 100\n"
+    assert capsys.readouterr().err == line * unlike
+
+
+def test_what_a_model_of_other_data_knows_is_unknown(capsys):
+    data.warn_of_unlike({"source": "rows.jsonl"}, [{"nums": [1], "target": 1000}])
+    assert capsys.readouterr().err == ""
 
 
 # ---- Splits and streams --------------------------------------------------------------------------
