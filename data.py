@@ -27,14 +27,17 @@ ours. A detour is right, but not the canonical way: unless the model sees some, 
 unusual action for a mistake. It carries no loss, because the canonical way is the one to learn. A
 row of D_back may begin with one.
 
+    python data.py --show 6
     python data.py --num 500000 --out data/
 """
 
 import itertools
 import json
 import math
+import os
 import random
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -1103,11 +1106,56 @@ def read_eos(folder: Path, backend: tokenizers.Tokenizer) -> str:
     return eos_text
 
 
+# ---- Rows to look at -----------------------------------------------------------------------------
+
+# as terminals number them, of all that this project prints
+COLOURS = {"dim": 2, "wrong": 31, "right": 32, "stopped": 33, "branched": 36}
+
+
+def paint(text: str, colour: str) -> str:
+    """The text, in colour where a terminal shows it."""
+    if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
+        return text
+    return f"\033[{COLOURS[colour]}m{text}\033[0m"
+
+
+def show_row(tokenizer: Tokenizer, row: dict, mask: str) -> str:
+    """A row as text: the prompt dim, what is learned green, and in brackets, red, what is not."""
+    [(input_ids, labels)] = tokenizer.encode_rows([row], mask)
+    [prompt] = tokenizer.prompts([row])
+    shown = paint(prompt_text(row["nums"], row["target"]), "dim")
+    response = zip(input_ids[len(prompt) :], labels[len(prompt) :])
+    for learned, group in itertools.groupby(response, key=lambda pair: pair[1] != -100):
+        tokens = [token for token, _ in group]
+        text = tokenizer.backend.decode(tokens, skip_special_tokens=False)
+        if learned:
+            text = text.replace(BACKTRACK, paint(BACKTRACK, "stopped"))
+            shown += paint(text, "right")
+        else:
+            line_end = "\n" * text.endswith("\n")
+            shown += paint(f"[{text.removesuffix(line_end)}]", "wrong") + line_end
+    return f"{row['kind']}\n\n{shown}\n"
+
+
+def show_rows(record: dict, num: int, mask: str) -> None:
+    """Print training rows: of every kind one, and then another."""
+    tokenizer = Tokenizer.digits()
+    by_kind = {}
+    for row in generate(record, "train", 256 + 16 * num):
+        by_kind.setdefault(row["kind"], []).append(row)
+    kinds = sorted(by_kind.values(), key=len, reverse=True)
+    in_turns = itertools.chain.from_iterable(zip(*kinds))
+    for row in itertools.islice(in_turns, num):
+        print(show_row(tokenizer, row, mask))
+
+
 # ---- The command ---------------------------------------------------------------------------------
 
 
 def main() -> None:
     options = Arguments("Generate Countdown data: training rows and two validation splits.")
+    options.add_argument("--show", type=number(int, 1), help="print so many rows, and write none")
+    options.add_argument("--mask", choices=MASKS, default="action", help="the loss mask, of --show")
     options.add_argument("--num", type=number(int, 1), default=500_000, help="training rows")
     options.add_argument("--num_val", type=number(int, 1), default=5_000, help="problems a split")
     options.add_argument("--sizes", type=int, choices=range(2, 6), nargs="+", default=[4])
@@ -1115,6 +1163,9 @@ def main() -> None:
     options.add_argument("--out", default="data", help="the folder to write to, as JSON Lines")
     options = options.parse_args()
     record = new_record(options.seed, options.sizes)
+    if options.show:
+        show_rows(record, options.show, options.mask)
+        return
     counts = {"train": options.num, "val": options.num_val, "val_new": options.num_val}
     with replacing(options.out) as staging, Pool(initializer=in_worker) as pool:
         for split, num in counts.items():

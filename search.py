@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import BACKTRACK, GOAL, Tokenizer, Verdict, load_record, load_rows, load_validation
-from data import solve, verify, warn_of_unlike
+from data import paint, solve, verify, warn_of_unlike
 from model import DTYPES, Arguments, CachedRows, KVCache, Llama, Slot, UserError, best_dtype, cli
 from model import device_rank_world, is_main, number
 
@@ -813,8 +813,6 @@ def percent(share: float, problems: int) -> str:
 
 # ---- The drawn tree ------------------------------------------------------------------------------
 
-COLOURS = {"right": 32, "wrong": 31, "stopped": 33, "branched": 36}  # as terminals number them
-
 
 class Tree:
     """The actions of all samples of one search. A node is a tuple of actions."""
@@ -881,15 +879,13 @@ class Tree:
 
     def words_at(self, node: tuple[str, ...]) -> Iterator[str]:
         """What happens at a node, in colour where a terminal shows it; as much as a line holds."""
-        plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ
         room = 65  # columns
         for (outcome, colour), count in self.outcomes[node].items():
             room -= len(f"{outcome} x{count}; ")
             if room < 0:
                 yield "..."
                 return
-            coloured = f"\033[{COLOURS[colour]}m{outcome}\033[0m"
-            yield f"{outcome if plain else coloured} x{count}"
+            yield f"{paint(outcome, colour)} x{count}"
 
 
 def draw_tree(

@@ -832,3 +832,42 @@ def test_a_file_without_rows_is_complained_of(tmp_path, text):
     path.write_text(text)
     with pytest.raises(UserError, match="holds no rows"):
         data.read_rows(path)
+
+
+# ---- Rows to look at -----------------------------------------------------------------------------
+
+DIGITS = Tokenizer.digits()
+SHOWN = {
+    "nums": [2, 4, 10, 25],
+    "target": 60,
+    "search_path": "25*4=100\n100/2=51\n<backtrack>",
+    "kind": "computational",
+    "no_loss": [0, 1],
+}
+PROMPT = "###Question: numbers [2, 4, 10, 25]->target 60\n###Response:\n"
+
+
+def test_a_shown_row_has_brackets_around_what_is_not_learned(monkeypatch):
+    monkeypatch.setattr(data.sys.stdout, "isatty", lambda: False, raising=False)
+    end = "<backtrack><|end_of_text|>\n"
+    shown = data.show_row(DIGITS, SHOWN, "action")
+    assert shown == f"computational\n\n{PROMPT}[25*4=100\n100/2=51]\n{end}"
+    shown = data.show_row(DIGITS, SHOWN, "choice")
+    assert shown == f"computational\n\n{PROMPT}[25*4=]100\n[100/2=51]\n{end}"
+    assert data.show_row(DIGITS, SHOWN, "none").endswith(f"{PROMPT}25*4=100\n100/2=51\n{end}")
+
+
+def test_a_terminal_shows_rows_in_colour(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(data.sys.stdout, "isatty", lambda: True, raising=False)
+    shown = data.show_row(DIGITS, SHOWN, "choice")
+    assert f"\033[2m{PROMPT}\033[0m\033[31m[25*4=]\033[0m\033[32m100\n\033[0m" in shown
+    assert "\033[33m<backtrack>\033[0m" in shown
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\033" not in data.show_row(DIGITS, SHOWN, "choice")
+
+
+def test_of_each_kind_a_row_is_shown(capsys):
+    data.show_rows(new_record(0, [3]), 2 * len(ALL_KINDS), "action")
+    kinds = Counter(line for line in capsys.readouterr().out.split("\n") if line in ALL_KINDS)
+    assert kinds == dict.fromkeys(ALL_KINDS, 2)
