@@ -48,8 +48,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import BACKTRACK, GOAL, Tokenizer, Verdict, load_record, load_rows, load_validation
-from data import paint, solve, verify, warn_of_unlike
+from data import ACTION, BACKTRACK, GOAL, Tokenizer, Verdict, calculate, load_record, load_rows
+from data import load_validation, paint, prompt_text, solve, verify, warn_of_unlike
 from model import DTYPES, Arguments, CachedRows, KVCache, Llama, Slot, UserError, best_dtype, cli
 from model import device_rank_world, is_main, number
 
@@ -913,6 +913,75 @@ def solver_line(nums: list[int], target: int) -> str:
     return f"solver: {reaching} of {programs} programs reach the target: {example}".rstrip(": ")
 
 
+# ---- The page ------------------------------------------------------------------------------------
+
+TEMPLATE = pathlib.Path(__file__).parent / "assets" / "page.html"
+
+
+def write_page(model, tokenizer, problem: dict, samples, settings: Settings, path) -> None:
+    """The search as one HTML file that needs nothing else: the tree after each round, the model's
+    P(<backtrack>) after every action, and what the exact solver says of it. Raises OSError."""
+    nums, target = problem["nums"], problem["target"]
+    tree = Tree(tokenizer, problem, samples, settings)
+    nodes = [(), *in_drawing_order(tree)]
+    chances = backtrack_chances(model, tokenizer, problem, nodes)
+    rounds = []
+    for last_round in range(1 + max(sample.round for sample in samples)):
+        so_far = [sample for sample in samples if sample.round <= last_round]
+        tree = Tree(tokenizer, problem, so_far, settings)
+        rounds.append([[tree.chosen[node], list_outcomes(tree, node)] for node in nodes])
+    page = {
+        "title": f"numbers {nums}  target {target}",
+        "solver": solver_line(nums, target),
+        "settings": f"b = {settings.b}, n = {settings.n}, {settings.decoder}",
+        "nodes": [[*node] for node in nodes],
+        "chances": chances,
+        "reachable": [programs_left(nums, target, node) for node in nodes],
+        "rounds": rounds,
+    }
+    data = json.dumps(page).replace("<", "\\u003c")  # text of the model never ends the script
+    path.write_text(TEMPLATE.read_text(encoding="utf-8").replace("PAGE_DATA", data), "utf-8")
+
+
+def in_drawing_order(tree: Tree, node: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for child in tree.children[node]:
+        yield child
+        yield from in_drawing_order(tree, child)
+
+
+def list_outcomes(tree: Tree, node: tuple[str, ...]) -> list:
+    return [[words, colour, count] for (words, colour), count in tree.outcomes[node].items()]
+
+
+@torch.inference_mode()
+def backtrack_chances(model, tokenizer, problem: dict, nodes: list[tuple]) -> list[float]:
+    """The model's P(<backtrack>) where each node's last line has ended."""
+    device = model.lm_head.weight.device
+    prompt = prompt_text(problem["nums"], problem["target"])
+    chances = []
+    for node in nodes:
+        [encoding] = tokenizer.encode([prompt + "".join(f"{action}\n" for action in node)])
+        logits = model(torch.tensor([encoding.ids], device=device))[0, -1].float()
+        chances.append(round(float(logits.softmax(-1)[tokenizer.backtrack]), 4))
+    return chances
+
+
+def programs_left(nums: list[int], target: int, actions: tuple[str, ...]) -> int | None:
+    """How many programs still reach the target after these actions; None if one is false."""
+    left = Counter(nums)
+    for action in actions:
+        match = ACTION.fullmatch(action)
+        if not match:
+            return None
+        a, operator, b, claimed = match.groups()
+        left.subtract([int(a), int(b)])
+        if min(left.values()) < 0 or calculate(int(a), operator, int(b)) != (int(claimed), True):
+            return None
+        left[int(claimed)] += 1
+    left = list(left.elements())
+    return solve(left, target)[0] if len(left) <= 6 else None
+
+
 # ---- The file of answers -------------------------------------------------------------------------
 
 
@@ -991,6 +1060,7 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--ckpt", default=str(SHIPPED), help="a folder or Hub id")
     options.add_argument("--numbers", type=number(int, 1), nargs="+", help="of one problem")
     options.add_argument("--target", type=number(int, 0), help="of that problem")
+    options.add_argument("--html", type=pathlib.Path, help="write the tree as a page to this file")
     options.add_argument("--data", help="val (seen targets), val_new (new ones), or a file")
     options.add_argument("--num", type=number(int, 1), default=200, help="problems")
     options.add_argument("--offset", type=number(int, 0), default=0, help="problems to pass over")
@@ -1016,6 +1086,8 @@ def arguments() -> argparse.Namespace:
     options = options.parse_args()
     if (options.numbers is None) != (options.target is None) or (options.numbers and options.data):
         raise UserError("--numbers and --target go together, and --data goes without them")
+    if options.html and (options.data or options.html.is_dir()):
+        raise UserError("--html wants a file, and goes without --data")
     for name in ("min_p", "top_p"):
         if getattr(options, name) > 1:
             raise UserError(f"--{name} is a share, so at most 1, not {getattr(options, name)}")
@@ -1041,7 +1113,9 @@ def main() -> None:
             warn_of_unlike(record, [problem])
         [(_, samples)] = decode(model, tokenizer, [problem], [0], settings)
         print(draw_tree(tokenizer, problem, samples, settings), end="\n\n")
-    if options.numbers:
+        if options.html:
+            write_page(model, tokenizer, problem, samples, settings, options.html)
+    if options.numbers or options.html:
         return
     if options.data:
         rows = load_rows(options.data, record, options.num, options.offset)
