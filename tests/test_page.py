@@ -1,0 +1,157 @@
+"""The page that search.py --html writes: what it holds, and, in a real browser if one is installed,
+what it shows."""
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from oracles import count_solutions
+
+import search
+from data import Tokenizer, prompt_text
+from model import Llama
+from search import Settings
+
+PROBLEM = {"nums": [60, 30, 83, 1], "target": 41}
+SETTINGS = Settings(n=16, cache_gib=0.1)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+@pytest.fixture(scope="module")
+def searched() -> tuple:
+    """The shipped model, its tokenizer and the samples of a search."""
+    tokenizer = Tokenizer.from_pretrained(search.SHIPPED)
+    model = Llama.from_pretrained(search.SHIPPED, dtype=torch.float32).eval()
+    [(_, samples)] = search.decode(model, tokenizer, [PROBLEM], [0], SETTINGS)
+    return model, tokenizer, samples
+
+
+@pytest.fixture(scope="module")
+def page_file(searched, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    model, tokenizer, samples = searched
+    search.write_page(model, tokenizer, PROBLEM, samples, SETTINGS, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def page(page_file) -> dict:
+    [line] = re.findall(r"^const page = (.*);$", page_file.read_text(), re.MULTILINE)
+    return json.loads(line)
+
+
+def test_a_round_of_the_page_is_the_tree_of_the_samples_so_far(searched, page):
+    _, tokenizer, samples = searched
+    assert len(page["rounds"]) == 2
+    for last_round, shown in enumerate(page["rounds"]):
+        so_far = [sample for sample in samples if sample.round <= last_round]
+        tree = search.Tree(tokenizer, PROBLEM, so_far, SETTINGS)
+        counts = {tuple(node): count for node, (count, _) in zip(page["nodes"], shown) if count}
+        assert counts == {node: count for node, count in tree.chosen.items() if count}
+        ended = sum(count for _, told in shown for _, colour, count in told if colour != "branched")
+        assert ended == sum(sample.count for sample in so_far)
+
+
+def test_the_page_tells_what_the_model_thinks_after_each_action(searched, page):
+    model, tokenizer, _ = searched
+    prompt = prompt_text(PROBLEM["nums"], PROBLEM["target"])
+    for node, chance in list(zip(page["nodes"], page["chances"]))[:20]:
+        [encoding] = tokenizer.encode([prompt + "".join(action + "\n" for action in node)])
+        with torch.no_grad():
+            chances = model(torch.tensor([encoding.ids]))[0, -1].softmax(-1)
+        assert chance == pytest.approx(float(chances[tokenizer.backtrack]), abs=1e-3)
+
+
+LEFT = [
+    ((), 3),
+    (("83-1=82",), 2),
+    (("60/30=2", "83-1=82"), 1),
+    (("60/30=2", "83-1=82", "82/2=41"), 1),
+    (("83-60=23",), 0),
+    (("60/30=3",), None),
+    (("60-61=1",), None),
+    (("60+60=120",), None),
+    (("30/60=0",), None),
+    (("6",), None),
+]
+
+
+@pytest.mark.parametrize("actions,expected", LEFT)
+def test_programs_that_are_left(actions, expected):
+    assert search.programs_left(PROBLEM["nums"], PROBLEM["target"], actions) == expected
+    if not actions:
+        assert expected == count_solutions(PROBLEM["nums"], PROBLEM["target"])
+
+
+def test_no_text_of_the_model_ends_the_script(searched, tmp_path):
+    model, tokenizer, samples = searched
+    path = tmp_path / "page.html"
+    search.write_page(model, tokenizer, PROBLEM, samples, SETTINGS, path)
+    assert path.read_text().count("<script") == path.read_text().count("</script>") == 1
+    assert "<backtrack>" not in path.read_text().split("<script>")[1].split("\n")[1]
+    assert "http" not in path.read_text()  # it needs no network
+
+
+# ---- In a browser --------------------------------------------------------------------------------
+
+
+def dom(path: Path, script: str, tmp_path: Path) -> str:
+    """The page as a browser has it after a script."""
+    if BROWSER is None:
+        pytest.skip("no browser is installed")
+    changed = tmp_path / "changed.html"
+    changed.write_text(path.read_text().replace("</body>", f"<script>{script}</script></body>"))
+    flags = "--headless --no-sandbox --disable-gpu --virtual-time-budget=2000 --dump-dom".split()
+    command = [BROWSER, *flags, f"--user-data-dir={tmp_path / 'profile'}", f"file://{changed}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def rows_of(text: str) -> list[str]:
+    tree = text.split('id="tree"')[1].split("<p ")[0]
+    return re.findall(r'<div class="node[^"]*">.*?</div>', tree)
+
+
+def key(name: str) -> str:
+    return f'document.dispatchEvent(new KeyboardEvent("keydown", {{key: "{name}"}}));'
+
+
+def test_the_browser_shows_each_round(page_file, page, tmp_path):
+    for script, shown_round in (("", 0), (key("ArrowRight"), 1), (key("ArrowRight") * 3, 1)):
+        text = dom(page_file, script, tmp_path)
+        assert f"after round {shown_round} of 1" in text
+        several = [count > 1 for count, _ in page["rounds"][shown_round]]
+        rows = rows_of(text)[1:]  # without the head
+        assert sum(several) + 1 <= len(rows) <= sum(several) + 4  # the prompt; the answer's way
+        assert "the prompt" in rows[0]
+    back = dom(page_file, key("ArrowRight") + key("ArrowLeft"), tmp_path)
+    assert "after round 0 of 1" in back
+
+
+def test_the_browser_shows_actions_of_a_single_sample_if_asked(page_file, page, tmp_path):
+    text = dom(page_file, 'document.getElementById("few").click();', tmp_path)
+    any_at_all = [count > 0 for count, _ in page["rounds"][0]]
+    assert len(rows_of(text)) == sum(any_at_all) + 2  # the head and the prompt
+
+
+def test_the_answers_way_is_marked(searched, tmp_path):
+    model, tokenizer, samples = searched
+    settings = replace(SETTINGS, n=32)
+    [(_, samples)] = search.decode(model, tokenizer, [PROBLEM], [0], settings)
+    path = tmp_path / "page.html"
+    search.write_page(model, tokenizer, PROBLEM, samples, settings, path)
+    rows = rows_of(dom(path, key("ArrowRight"), tmp_path))
+    marked = [row for row in rows if 'class="node way"' in row]
+    answer = search.select(samples, tokenizer, settings.last_line)
+    actions = search.Tree(tokenizer, PROBLEM, samples, settings).node_of(
+        tokenizer.decode(answer.tokens)
+    )
+    assert len(marked) == len(actions) + 1
+    assert all(action in row for action, row in zip(["the prompt", *actions], marked))
