@@ -1,0 +1,110 @@
+"""What is each part of the training worth? Small models on four numbers, with one part left out,
+equally many rows each, two seeds: a line a model in ablations.jsonl, and a table.
+
+    python assets/ablations.py                  a night on two cores
+    python assets/ablations.py --steps 1500     less; what is complete is not done again
+
+Each model is trained by train.py, into a folder below --out, and measured as measure.py does.
+"""
+
+import json
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+from measure import JUDGEMENT, judge_actions, measure_decoder
+
+ROOT = Path(__file__).parent.parent
+
+from data import KINDS, Tokenizer, load_record, load_rows  # noqa: E402  measure made it findable
+from model import Arguments, Llama, best_dtype, cli, device_rank_world, number  # noqa: E402
+
+VARIANTS = {
+    "all of it": [],
+    "without D_back": ["--mistakes"],
+    "without exploratory mistakes": ["--mistakes", *[kind for kind in KINDS[1:]]],
+    "the paper's mask": ["--mask", "action"],
+    "no mask": ["--mask", "none"],
+}
+DECODERS = [
+    {"decoder": "greedy"},
+    {"decoder": "best_of_n", "n": 32},
+    {"decoder": "self_backtrack", "b": 1, "n": 32},
+]
+
+
+def train(folder: Path, flags: list[str], seed: int, args) -> None:
+    """Raises CalledProcessError."""
+    command = [sys.executable, str(ROOT / "train.py"), "--out", str(folder), "--seed", str(seed)]
+    if (folder / "resume.pt").exists():
+        command += ["--resume"]
+    else:
+        command += ["--sizes", "4", "--batch_size", "128", "--num_eval", "100", *flags]
+        command += ["--hidden_size", str(args.hidden_size), "--layers", str(args.layers)]
+    steps = ["--steps", str(args.steps), "--eval_every", str(max(args.steps // 4, 1))]
+    subprocess.run([*command, *steps], check=True)
+
+
+def measure(folder: Path, num: int) -> list[dict]:
+    """A line for each decoder and split, and one for the judgement of `<backtrack>`."""
+    device = device_rank_world()[0]
+    tokenizer = Tokenizer.from_pretrained(folder)
+    model = Llama.from_pretrained(folder, device, best_dtype(device)).eval()
+    lines = []
+    for flags, split in product([*DECODERS, JUDGEMENT], ("val", "val_new")):
+        problems = load_rows(split, load_record(folder), num)
+        if flags == JUDGEMENT:
+            found = {"judgement": judge_actions(model, tokenizer, problems[:100])}
+        else:
+            found = {**flags, **measure_decoder(model, tokenizer, problems, flags)}
+        lines.append({"split": split, **found})
+    return lines
+
+
+def table(runs: list[dict]) -> str:
+    """In percent, seen / new targets, a column for each seed."""
+    printed = ["| | seed | greedy | best of 32 | b = 1, n = 32 | verified | area |"]
+    printed.append("|---|---|---|---|---|---|---|")
+    for run in runs:
+        cells = [run["variant"], str(run["seed"])]
+        for flags in DECODERS:
+            cells.append(both(run, flags, "selected"))
+        cells.append(both(run, DECODERS[-1], "verified"))
+        areas = [line["judgement"] for line in run["lines"] if "judgement" in line]
+        areas = [area["first_action"]["area_wrong_other_right"] for area in areas]
+        cells.append(" / ".join(f"{area:.2f}" for area in areas))
+        printed.append(f"| {' | '.join(cells)} |")
+    return "\n".join(printed)
+
+
+def both(run: dict, flags: dict, key: str) -> str:
+    found = [line[key][0] for line in run["lines"] if flags.items() <= line.items()]
+    return " / ".join(f"{share:.1f}" for share in found)
+
+
+def main() -> None:
+    args = Arguments("Train and measure small models, each without one part of the training.")
+    args.add_argument("--steps", type=number(int, 1), default=6000, help="of 128 rows, a model")
+    args.add_argument("--hidden_size", type=number(int, 32), default=128)
+    args.add_argument("--layers", type=number(int, 1), default=6)
+    args.add_argument("--seeds", type=number(int, 1), default=2, help="how many")
+    args.add_argument("--num", type=number(int, 1), default=500, help="problems a split")
+    args.add_argument("--out", type=Path, default=Path("ablations"), help="the models' folder")
+    args = args.parse_args()
+    runs = []
+    for seed, (variant, flags) in product(range(args.seeds), VARIANTS.items()):
+        folder = args.out / f"{variant.replace(' ', '_')}-{seed}".replace("'", "")
+        measured = folder / "measured.json"
+        if not measured.exists():
+            train(folder, flags, seed, args)
+            run = {"variant": variant, "seed": seed, "rows": 128 * args.steps}
+            measured.write_text(json.dumps({**run, "lines": measure(folder, args.num)}) + "\n")
+        runs.append(json.loads(measured.read_text()))
+        lines = "".join(json.dumps(run) + "\n" for run in runs)
+        (ROOT / "assets" / "ablations.jsonl").write_text(lines)
+        print(table(runs), flush=True)
+
+
+if __name__ == "__main__":
+    cli(main)
