@@ -1,6 +1,6 @@
-"""Draw the README's figures from results.jsonl (measure.py), the shipped checkpoint's log.jsonl,
-and rounds.jsonl, the log.jsonl of its self-improvement. Needs matplotlib. What a file lacks is left
-out of its picture.
+"""Draw the README's figures: the method; and, from results.jsonl (measure.py), the shipped
+checkpoint's log.jsonl and rounds.jsonl, the log.jsonl of its self-improvement, what came of it.
+Needs matplotlib. What a file lacks is left out of its picture.
 
     python assets/figures.py
 """
@@ -10,11 +10,13 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+from matplotlib.patches import FancyBboxPatch
 
 ASSETS = Path(__file__).parent
 COLOURS = {0: "tab:blue", 1: "tab:orange", 3: "tab:green"}  # of b
 TITLES = {"val": "seen targets", "val_new": "new targets"}
 RULES = {"independent", "temperature", "last_line", "prompt_again"}  # lines with other rules
+MONO = "monospace"
 KINDS = ("none", "exploratory", "computational", "rule violation")
 
 
@@ -128,8 +130,95 @@ def rounds(ax, log: list[dict]) -> None:
     legend(ax, fontsize=8)
 
 
+# ---- method.png ----------------------------------------------------------------------------------
+
+INK = {  # as the tree and the page have them
+    "right": "#1a7f37",
+    "wrong": "#c62828",
+    "stopped": "#9a6700",
+    "branched": "#0b7285",
+    "faint": "#666666",
+}
+
+
+def box(ax, x: float, y: float, text: str, ink: str, width: float = 13, line: str = "-") -> None:
+    """A line of a response."""
+    style = {"boxstyle": "round,pad=0.1,rounding_size=0.6", "linewidth": 1.6}
+    colours = {"edgecolor": INK[ink], "facecolor": "white", "linestyle": line}
+    ax.add_patch(FancyBboxPatch((x, y), width, 3, **style, **colours))
+    ax.text(x + width / 2, y + 1.4, text, ha="center", va="center", color=INK[ink], family=MONO)
+
+
+def arrow(ax, begin: tuple, end: tuple, ink: str = "faint", bend: float = 0.0) -> None:
+    shape = {"arrowstyle": "-|>", "color": INK[ink], "linewidth": 1.6}
+    shape["connectionstyle"] = f"arc3,rad={bend}"
+    ax.annotate("", xy=end, xytext=begin, arrowprops=shape)
+
+
+def words(ax, x: float, y: float, text: str, ink: str = "faint", **style) -> None:
+    ax.text(x, y, text, color=INK[ink], va="center", **style)
+
+
+def method(ax) -> None:
+    """The method in one picture: the rows, a search of two rounds, what is folded back. (Numbers 2,
+    4, 10, 25 and the target 60, as in data.py's first lines.)"""
+    ax.set(xlim=(-1, 131), ylim=(1, 40))
+    ax.axis("off")
+    black = {"fontsize": 13, "weight": "bold"}
+    ax.text(0, 38, "Train (steps 1, 2)", **black)
+    ax.text(43, 38, "Search (steps 3, 4)", **black)
+    ax.text(106, 38, "Select, fold back (5, 6)", **black)
+
+    words(ax, 0, 34, "a row of D_op: all of it is learned")
+    for place, line in enumerate(["4-2=2", "25*2=50", "50+10=60", "Goal Reached!"]):
+        box(ax, 0, 29 - 4 * place, line, "right", 14)
+    words(ax, 17, 31.5, "a row of D_back:")
+    words(ax, 17, 29.4, "the mistake is not")
+    box(ax, 17, 25, "4-2=2", "right", 14)
+    box(ax, 17, 21, "25*2=52", "wrong", 14, line="--")
+    box(ax, 17, 17, "<backtrack>", "stopped", 14)
+    words(ax, 0, 11, "cross-entropy over the solid lines,", fontsize=10)
+    words(ax, 0, 8.6, "no loss on the dashed one", fontsize=10)
+
+    words(ax, 43, 34, "round 0: n samples of the prompt")
+    box(ax, 43, 24, "the prompt", "branched", 13)
+    box(ax, 62, 29, "4-2=2", "faint")
+    box(ax, 62, 19, "25-10=15", "wrong")
+    arrow(ax, (56.5, 26), (61.5, 30))
+    arrow(ax, (56.5, 25), (61.5, 21))
+    box(ax, 80, 29, "25*2=52", "wrong")
+    arrow(ax, (75.5, 30.5), (79.5, 30.5))
+    words(ax, 94, 30.5, "<backtrack>", "stopped", family=MONO)
+    words(ax, 76.5, 20.5, "<backtrack>", "stopped", family=MONO)
+    arrow(ax, (86, 28.7), (71, 28.7), "stopped", -0.35)
+    arrow(ax, (68, 18.7), (50, 23.5), "stopped", -0.3)
+    words(ax, 74, 24.6, "step back: drop the last action", "stopped", fontsize=10)
+
+    words(ax, 43, 13.5, "round 1: n samples of each new state")
+    box(ax, 43, 8, "4-2=2", "branched", 13)
+    for place, line in enumerate(["25*2=50", "50+10=60", "Goal Reached!"]):
+        box(ax, 62 + 17 * place, 8, line, "right", 14)
+        arrow(ax, (57.5 if place == 0 else 59.5 + 17 * place, 9.5), (61.5 + 17 * place, 9.5))
+    box(ax, 62, 2, "10*2=20", "wrong", 14)
+    arrow(ax, (56.5, 8.6), (61.5, 4))
+    words(ax, 78, 3.5, "<backtrack>", "stopped", family=MONO)
+
+    words(ax, 107, 32, "all that reached the goal")
+    words(ax, 107, 29.8, "are candidates; the best")
+    words(ax, 107, 27.6, "score is the answer:")
+    ax.text(107, 24.4, "score = mean log p", family=MONO, va="center")
+    arrow(ax, (111.5, 9.5), (115.5, 22.5), "right", 0.35)
+    words(ax, 117, 16.5, "if it verifies,", "right")
+    words(ax, 117, 14.3, "it becomes a row", "right")
+    words(ax, 117, 12.1, "of D_op: train on", "right")
+
+
 def main() -> None:
     matplotlib.use("agg")
+    figure, ax = plt.subplots(figsize=(13.6, 4), layout="constrained")
+    method(ax)
+    figure.savefig(ASSETS / "method.png", dpi=110)
+
     lines = read("results.jsonl")
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
     for ax, split in zip(axes, TITLES):
