@@ -94,12 +94,14 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None):
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """Grouped-query attention of q (B, H, T, D) over k, v (B, K, S, D); returns (B, H, T, D).
-    mask (B, T, S) bool says what each token may see; None (and S = T): all tokens up to its own."""
+    mask (B, 1, T, S) of q's dtype is 0 where a token may look and -inf where it may not; without
+    one (and S = T) it sees all tokens up to its own."""
     is_grouped = q.shape[1] != k.shape[1]  # H query heads share K key heads
     if mask is not None:
-        mask = mask[:, None]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=is_grouped)
     if q.is_cpu:  # where, in bf16, PyTorch's own is far slower to train with
         return attend_on_cpu(q, k, v)
@@ -132,16 +134,17 @@ class LlamaAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, mask, cached_rows):
+    def forward(self, x, cos, sin, cached_rows):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
-        if cached_rows is not None:
-            k, v = cached_rows.update(self.layer_idx, k, v)  # (B, K, S, D)
-        x = attend(q, k, v, mask)
+        if cached_rows is None:
+            x = attend(q, k, v)
+        else:
+            x = cached_rows.attend(self.layer_idx, q, k, v)
         return self.o_proj(x.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -166,8 +169,8 @@ class LlamaDecoderLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, mask, cached_rows):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cached_rows)
+    def forward(self, x, cos, sin, cached_rows):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cached_rows)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -191,21 +194,18 @@ class LlamaModel(nn.Module):
         T = input_ids.shape[1]
         if cached_rows is None:
             positions = torch.arange(T, device=input_ids.device)[None]  # (1, T)
-            mask = None
         else:
             positions = cached_rows.positions  # (B, T)
-            columns = torch.arange(cached_rows.slots.shape[1], device=input_ids.device)
-            mask = columns <= positions[..., None]  # (B, T, S): columns up to its own
         x = self.embed_tokens(input_ids)  # (B, T, C)
         # (B or 1, 1, T, 1) * (D / 2,) -> (B or 1, 1, T, D / 2), in fp32
         angles = positions[:, None, :, None] * self.rope
         cos = angles.cos().to(x.dtype)
         sin = angles.sin().to(x.dtype)
         for layer in self.layers:
-            x = self.run_layer(layer, x, cos, sin, mask, cached_rows)
+            x = self.run_layer(layer, x, cos, sin, cached_rows)
         return self.norm(x)
 
-    def run_layer(self, layer: LlamaDecoderLayer, x, cos, sin, mask, cached_rows):
+    def run_layer(self, layer: LlamaDecoderLayer, x, cos, sin, cached_rows):
         """One layer: compiled, or with gradient checkpointing, if the attributes above say so. The
         layer is compiled, not the model, so that all layers share the compiled code. Searches use
         the plain layer."""
@@ -213,8 +213,8 @@ class LlamaModel(nn.Module):
         if self.compiled_layer and cached_rows is None:
             forward = partial(self.compiled_layer, layer)
         if self.gradient_checkpointing and x.requires_grad:
-            return checkpoint(forward, x, cos, sin, mask, cached_rows, use_reentrant=False)
-        return forward(x, cos, sin, mask, cached_rows)
+            return checkpoint(forward, x, cos, sin, cached_rows, use_reentrant=False)
+        return forward(x, cos, sin, cached_rows)
 
 
 class Llama(nn.Module):
@@ -354,14 +354,32 @@ class CachedRows:
         self.slots = slots
         self.positions = positions
         self.new_slots = slots.gather(1, positions)  # (B, T)
+        # On a CPU rows attend 128 at a time, over no more columns than the longest of them has:
+        # neighbours have begun together, and are about as long. On a GPU all attend at once.
+        rows_at_once = 128 if slots.is_cpu else max(len(slots), 1)
+        self.blocks = []  # [(slots, mask), ...]
+        for own_slots, own_positions in zip(
+            slots.split(rows_at_once), positions.split(rows_at_once)
+        ):
+            if slots.is_cpu:
+                own_slots = own_slots[:, : int(own_positions.max()) + 1]  # (b, S)
+            columns = torch.arange(own_slots.shape[1], device=slots.device)
+            hidden = columns > own_positions[:, None, :, None]  # (b, 1, T, S): what comes later
+            mask = torch.zeros(hidden.shape, device=slots.device, dtype=cache.kv.dtype)
+            self.blocks.append((own_slots, mask.masked_fill_(hidden, -torch.inf)))
 
-    def update(self, layer_idx: int, k: torch.Tensor, v: torch.Tensor):
-        """Write the new tokens' k, v (B, K, T, D); return the keys and the values of all columns,
-        both (B, K, S, D), valid until the next layer's update."""
-        stored = self.cache.kv[layer_idx]  # (2, slots, K, D)
-        stored[0][self.new_slots] = k.transpose(1, 2)
-        stored[1][self.new_slots] = v.transpose(1, 2)
-        return self.cache.read(layer_idx, self.slots).transpose(2, 3)
+    def attend(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
+        """Write the new tokens' k, v (B, K, T, D) into the cache; return the attention (B, H, T, D)
+        of their q over their rows' tokens up to their own."""
+        keys, values = self.cache.kv[layer_idx]  # (slots, K, D)
+        keys[self.new_slots] = k.transpose(1, 2)
+        values[self.new_slots] = v.transpose(1, 2)
+        attended = []
+        rows_at_once = len(self.blocks[0][0])
+        for own_q, (own_slots, mask) in zip(q.split(rows_at_once), self.blocks):
+            seen = self.cache.read(layer_idx, own_slots).transpose(2, 3)  # (2, b, K, S, D)
+            attended.append(attend(own_q, *seen, mask))
+        return torch.cat(attended)
 
 
 # ==== Plumbing: a first reading may stop here =====================================================
