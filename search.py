@@ -11,16 +11,17 @@ The model says `<backtrack>` when its last action was a mistake, and the search 
 3. Of all rounds, the samples that reached the goal are candidates. The candidate with the best
    score is the answer. The verifier is not used.
 
-For instance, with the numbers 60, 30, 83, 1, the target 41 and n = 32 (a `/` stands for a newline):
+For instance, with the numbers 52, 11, 26, 78, the target 35 and n = 32 (a `/` is a newline):
 
-    round 0    83-60=23 / 23-1=22 / <backtrack>                11 samples
-               30-1=29 / <backtrack>                           2 samples
-               60/30=2 / 2+1=3 / <backtrack>                   1 sample; 18 more, no goal
-    frontier   83-60=23 /                                      from the first line,
-               the prompt                                      from the second,
-               60/30=2 /                                       and so on: int(sqrt(32)) states
-    round 1    60/30=2 / 83-1=82 / 82/2=41 / Goal Reached!     2 of 32 samples of the third state
-    answer     that one: of all candidates it has the best score
+    round 0    78/26=3 / <backtrack>                              6 samples
+               52/26=2 / 78-11=67 / <backtrack>                   5 samples
+               78*11=858 / 858/26=33 / <backtrack>                1 sample; 20 more, no goal
+    frontier   the prompt                                         from the first line,
+               52/26=2 /                                          from the second,
+               78*11=858 /                                        and so on: int(sqrt(32)) states
+    round 1    78*11=858 / 858+52=910 / 910/26=35 / Goal Reached!        4 of the third's samples
+               78*11=858 / 52-26=26 / 858/26=33 / Goal Reached!          2 of them, wrong
+    answer     858+52=910 ...: it has the best score
 
     python search.py
     python search.py --numbers 45 39 2 10 --target 62
@@ -1049,7 +1050,7 @@ class AnswerFile:
 # ---- The command ---------------------------------------------------------------------------------
 
 SHIPPED = pathlib.Path(__file__).parent / "assets" / "checkpoint"
-EXAMPLE = {"nums": [60, 30, 83, 1], "target": 41}  # the shipped model solves it by stepping back
+EXAMPLE = {"nums": [52, 11, 26, 78], "target": 35}  # the shipped model solves it by stepping back
 
 
 def arguments() -> argparse.Namespace:

@@ -17,7 +17,7 @@ from data import Tokenizer, prompt_text
 from model import Llama
 from search import Settings
 
-PROBLEM = {"nums": [60, 30, 83, 1], "target": 41}
+PROBLEM = search.EXAMPLE  # numbers 52, 11, 26, 78, target 35
 SETTINGS = Settings(n=16, cache_gib=0.1)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -69,16 +69,17 @@ def test_the_page_tells_what_the_model_thinks_after_each_action(searched, page):
 
 
 LEFT = [
-    ((), 3),
-    (("83-1=82",), 2),
-    (("60/30=2", "83-1=82"), 1),
-    (("60/30=2", "83-1=82", "82/2=41"), 1),
-    (("83-60=23",), 0),
-    (("60/30=3",), None),
-    (("60-61=1",), None),
-    (("60+60=120",), None),
-    (("30/60=0",), None),
-    (("6",), None),
+    ((), 1),
+    (("78*11=858",), 1),
+    (("78*11=858", "858+52=910"), 1),
+    (("78*11=858", "858+52=910", "910/26=35"), 1),
+    (("78*11=858", "858/26=33"), 0),
+    (("78/26=3",), 0),
+    (("78/26=4",), None),
+    (("52-53=1",), None),
+    (("52+52=104",), None),
+    (("26/52=0",), None),
+    (("52",), None),
 ]
 
 
