@@ -152,22 +152,25 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     """The command line; and with --resume the state of the run, whose own settings count where
     none are given. Raises UserError."""
     options = Arguments("Expert iteration: search, verify, keep, fine-tune, repeat.")
-    options.add_argument("--ckpt", type=whole_path, default="checkpoint", help="a folder or Hub id")
-    options.add_argument("--data", type=whole_path, help="problems; else those of its record")
-    options.add_argument("--out", type=Path, default="improved", help="the folder to save to")
-    options.add_argument("--resume", action="store_true", help="go on after --out's last round")
-    options.add_argument("--rounds", type=number(int, 1), default=3)
-    options.add_argument("--num", type=number(int, 1), default=15_000, help="problems a round")
-    options.add_argument("--b", type=number(int, 0), default=1, help="how often to step back")
-    options.add_argument("--n", type=number(int, 1), default=16, help="samples a state")
-    options.add_argument("--temperature", type=number(float, 0.001), help="else search.py's")
-    options.add_argument("--paper", action="store_true", help="search by the paper's rule")
-    options.add_argument("--epochs", type=number(int, 1), default=3, help="over what a round kept")
-    options.add_argument("--lr", type=number(float, 0, True), help="Muon: 2e-3; AdamW: 1e-5")
-    options.add_argument("--batch_size", type=number(int, 1), default=64)
-    options.add_argument("--gradient_checkpointing", action="store_true", help="saves memory")
-    options.add_argument("--num_eval", type=number(int, 1), default=300, help="problems a split")
-    options.add_argument("--seed", type=number(int, 0), default=0)
+    add = options.add_argument_group("what to improve, and where to save it").add_argument
+    add("--ckpt", type=whole_path, default="checkpoint", help="a folder or Hub id")
+    add("--data", type=whole_path, help="problems; else those of its record")
+    add("--out", metavar="DIR", type=Path, default="improved", help="the folder to save to")
+    add("--resume", action="store_true", help="go on after --out's last round")
+    add("--num_eval", metavar="N", type=number(int, 1), default=300, help="problems a split")
+    add = options.add_argument_group("the search of a round").add_argument
+    add("--rounds", metavar="N", type=number(int, 1), default=3, help="how many")
+    add("--num", metavar="N", type=number(int, 1), default=15_000, help="problems a round")
+    add("--b", metavar="B", type=number(int, 0), default=1, help="how often to step back")
+    add("--n", metavar="N", type=number(int, 1), default=16, help="samples a state")
+    add("--temperature", metavar="X", type=number(float, 0.001), help="else search.py's")
+    add("--paper", action="store_true", help="search by the paper's rule")
+    add("--seed", metavar="N", type=number(int, 0), default=0, help="of problems")
+    add = options.add_argument_group("training on what it kept").add_argument
+    add("--epochs", metavar="N", type=number(int, 1), default=3, help="over what it kept")
+    add("--lr", metavar="X", type=number(float, 0, True), help="else 2e-3; 1e-5 of AdamW")
+    add("--batch_size", metavar="N", type=number(int, 1), default=64, help="rows")
+    add("--gradient_checkpointing", action="store_true", help="saves memory")
     known = options.parse_known_args()[0]
     if not known.resume:
         return options.parse_args(), None

@@ -743,10 +743,21 @@ def note(text: str) -> None:
         print("note:", text, file=sys.stderr)
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Says the defaults, but not that there is none."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=30)
+
+    def _get_help_string(self, action):
+        has_default = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if has_default else action.help
+
+
 class Arguments(argparse.ArgumentParser):
     def __init__(self, description: str):
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(description=description, allow_abbrev=False, formatter_class=formatter)
+        settings = {"usage": "%(prog)s [flags]", "formatter_class": Help}
+        super().__init__(description=description, allow_abbrev=False, **settings)
 
     def error(self, message: str):
         raise UserError(f"{message} (see --help)")  # one line, in place of the whole usage

@@ -1,0 +1,143 @@
+"""Write the tables of README.md and NOTES.md from results.jsonl (see measure.py) into their places,
+which are marked by comments.
+
+    python assets/tables.py
+"""
+
+import json
+from pathlib import Path
+
+ASSETS = Path(__file__).parent
+README = ASSETS.parent / "README.md"
+NOTES = ASSETS / "NOTES.md"
+PAPER = {  # its rule
+    "temperature": 0.7,
+    "min_p": 0.0,
+    "independent": True,
+    "prompt_again": False,
+    "last_line": False,
+}
+FLAGS = ("decoder", "b", "n", *PAPER)
+ACCURACY = "selected: seen | new | verified: seen | new | tokens a problem"
+PAPERS = [  # what it reports of Llama-3.2-1B
+    "| *the paper's Llama-3.2-1B: greedy* | *28.9* | *27.1* | | | |",
+    "| *the paper's Llama-3.2-1B: b = 1, N = 32* | *73.5* | *73.8* | | | |",
+]
+
+
+def best_of(n: int, **others) -> dict:
+    return {"decoder": "best_of_n", "n": n, **others}
+
+
+def stepping_back(b: int, n: int, **others) -> dict:
+    return {"decoder": "self_backtrack", "b": b, "n": n, **others}
+
+
+MAIN = {
+    "**greedy**": {"decoder": "greedy"},
+    "beam search, 32 beams": {"decoder": "beam", "n": 32},
+    "best of 32": best_of(32),
+    "best of 128": best_of(128),
+    "self-backtracking, b = 1, n = 8": stepping_back(1, 8),
+    "**b = 1, n = 32 (the default)**": stepping_back(1, 32),
+    "*the paper's rule:* best of 32": best_of(32, **PAPER),
+    "b = 1, n = 32": stepping_back(1, 32, **PAPER),
+}
+OTHERS = {
+    "best of 8": best_of(8),
+    "best of 16": best_of(16),
+    "b = 1, n = 128": stepping_back(1, 128),
+    "b = 3, n = 8": stepping_back(3, 8),
+    "b = 3, n = 32": stepping_back(3, 32),
+    "b = 7, n = 32": stepping_back(7, 32),
+    "*the paper's rule:* best of 8": best_of(8, **PAPER),
+    "best of 16 ": best_of(16, **PAPER),
+    "b = 1, n = 8": stepping_back(1, 8, **PAPER),
+}
+ADDITIONS = {
+    "all of ours": stepping_back(1, 32),
+    "independent samples": stepping_back(1, 32, independent=True),
+    "temperature 0.7, no min-p": stepping_back(1, 32, temperature=0.7, min_p=0.0),
+    "the mean alone as score": stepping_back(1, 32, last_line=False),
+    "the prompt sampled once": stepping_back(1, 32, prompt_again=False),
+    "all of the paper's": stepping_back(1, 32, **PAPER),
+}
+SPLITS = {"val": "seen targets", "val_new": "new targets"}
+KINDS = ("none", "exploratory", "computational", "rule violation")
+
+
+def accuracy(lines: list[dict], asked: dict[str, dict], first_column: str) -> list[str]:
+    table = [f"| {first_column} | {ACCURACY} |".replace("|  |", "| |"), "|---|---|---|---|---|---|"]
+    for name, flags in asked.items():
+        found = []
+        for split in SPLITS:
+            for line in lines:
+                own_flags = {flag: line[flag] for flag in FLAGS if flag in line}
+                if line["split"] == split and own_flags == flags:
+                    found.append(line)
+        if len(found) == 2:
+            shares = [f"{line[key][0]:.1f}" for key in ("selected", "verified") for line in found]
+            tokens = round(sum(line["tokens"] for line in found) / 2)
+            table.append(f"| {name.strip()} | {' | '.join(shares)} | {tokens:,} |")
+    return table
+
+
+def judgement(lines: list[dict]) -> list[str]:
+    table = ["| | canonical | other right | wrong | area: wrong, other right | wrong, canonical |"]
+    table.append("|---|---|---|---|---|---|")
+    for line in lines:
+        for depth, found in line.get("judgement", {}).items():
+            means = [found[kind][0] for kind in ("canonical", "other_right", "wrong")]
+            cells = [*means, found["area_wrong_other_right"], found["area_wrong_canonical"]]
+            cells = " | ".join(f"{cell:.2f}" for cell in cells)
+            table.append(f"| {SPLITS[line['split']]}, {depth.replace('_', ' ')} | {cells} |")
+    return table
+
+
+def mistakes(lines: list[dict]) -> list[str]:
+    """Of the samples of best of 32: the kinds of their first mistakes, and how many of these said
+    `<backtrack>` at once; of mistakes in the first and in the second action, too."""
+    table = ["| first mistake | seen: samples | `<backtrack>` at once | new: samples | at once |"]
+    table.append("|---|---|---|---|---|")
+    for kind in KINDS:
+        cells = [kind]
+        for line in lines:
+            if "first_mistake" in line:
+                made_of_all = sum(made for made, _ in line["first_mistake"].values())
+                made, caught = line["first_mistake"].get(kind, [0, 0])
+                cells += [percent(made, made_of_all), percent(caught, made)]
+                by_action = line["first_mistake_by_action"].get(kind, [])[:2]
+                if kind != "none" and by_action:
+                    shares = ", ".join(percent(caught, made) for made, caught in by_action)
+                    cells[-1] += f" (actions 1, 2: {shares})"
+        table.append(f"| {' | '.join(cells)} |")
+    return table
+
+
+def percent(count: int, of_all: int) -> str:
+    return f"{100 * count / of_all:.1f} %" if of_all else "none"
+
+
+def main() -> None:
+    text = (ASSETS / "results.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    tables = {
+        "main": accuracy(lines, MAIN, "decoder") + PAPERS,
+        "others": accuracy(lines, OTHERS, "decoder"),
+        "additions": accuracy(lines, ADDITIONS, ""),
+        "judgement": judgement(lines),
+        "mistakes": mistakes(lines),
+    }
+    for path in (README, NOTES):
+        text = path.read_text()
+        for name, table in tables.items():
+            begin = f"<!-- {name} -->\n"
+            if begin in text:
+                before, after = text.split(begin)
+                _, after = after.split("\n<!-- end -->", 1)
+                text = before + begin + "\n".join(table) + "\n<!-- end -->" + after
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
