@@ -872,7 +872,7 @@ class Tree:
             is_last = child == children[-1]
             branch = indent + ("└─ " if is_last else "├─ ") + child[-1][:22]
             outcomes = "; ".join(self.words_at(child))
-            yield f"{branch:30}{self.chosen[child]:<5}{outcomes}"
+            yield f"{branch:30}{self.chosen[child]:<5}{outcomes}".rstrip()
             yield from self.lines(child, indent + ("   " if is_last else "│  "), most)
         if children[most:]:
             not_shown = sum(self.chosen[child] for child in children[most:])
@@ -911,7 +911,8 @@ def solver_line(nums: list[int], target: int) -> str:
     if not reaching:
         return f"solver: none of {programs} programs reaches the target"
     example = ", ".join(action.text().strip() for action in actions)
-    return f"solver: {reaching} of {programs} programs reach the target: {example}".rstrip(": ")
+    reach = "reaches" if reaching == 1 else "reach"
+    return f"solver: {reaching} of {programs} programs {reach} the target: {example}".rstrip(": ")
 
 
 # ---- The page ------------------------------------------------------------------------------------

@@ -832,7 +832,7 @@ def test_the_tree_is_drawn_with_the_most_chosen_first(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     lines = search.draw_tree(TOK, PRODUCT, TREE, Settings()).splitlines()
     assert lines[0] == "numbers [1, 2, 4]  target 12"
-    assert lines[1] == "solver: 1 of 48 programs reach the target: 2+1=3, 4*3=12"
+    assert lines[1] == "solver: 1 of 48 programs reaches the target: 2+1=3, 4*3=12"
     assert [line.split() for line in lines[2:]] == [
         "action samples".split(),
         "├─ 1+2=3 5 round 1 from here x9; <backtrack> x5".split(),
@@ -854,7 +854,7 @@ def test_the_solver_says_where_nobody_can_reach_the_goal():
     assert (
         search.solver_line([3, 5, 8, 6], 48) == "solver: none of 1152 programs reaches the target"
     )
-    assert search.solver_line([5], 5) == "solver: 1 of 1 programs reach the target"
+    assert search.solver_line([5], 5) == "solver: 1 of 1 programs reaches the target"
     assert search.solver_line([1] * 7, 7) == "solver: not asked, for there are too many numbers"
 
 
