@@ -1171,7 +1171,7 @@ def main() -> None:
         for split, num in counts.items():
             rows = generate(record, split, num, map_function=pool.imap)
             with open(staging / f"{split}.jsonl", "w", encoding="utf-8") as out_file:
-                for row in tqdm(rows, desc=split, total=num, unit=" rows"):
+                for row in tqdm(rows, split, num, unit=" rows", disable=None):
                     out_file.write(json.dumps(row) + "\n")
         (staging / "record.json").write_text(json.dumps(record) + "\n")
     print(f"wrote {options.num} rows and twice {options.num_val} problems to {options.out}")

@@ -717,6 +717,11 @@ def is_main() -> bool:
     return device_rank_world()[1] == 0
 
 
+def no_bar() -> bool | None:
+    """What tqdm calls `disable`: one rank shows a bar, if there is a terminal (None asks that)."""
+    return None if is_main() else True
+
+
 def best_dtype(device: torch.device) -> torch.dtype:
     """bf16 where the hardware itself multiplies it, by its own report; else fp16 on cuda and fp32
     elsewhere."""

@@ -52,7 +52,7 @@ from tqdm import tqdm
 from data import ACTION, BACKTRACK, GOAL, Tokenizer, Verdict, calculate, load_record, load_rows
 from data import load_validation, paint, prompt_text, solve, verify, warn_of_unlike
 from model import DTYPES, Arguments, CachedRows, KVCache, Llama, Slot, UserError, best_dtype, cli
-from model import device_rank_world, is_main, number
+from model import device_rank_world, is_main, no_bar, number
 
 # ---- 1. The algorithm, for one problem (paper, section 4.2) --------------------------------------
 
@@ -730,7 +730,7 @@ def evaluate(
     own = [problems[one - offset] for one in own_numbers]
     searches = decode(model, tokenizer, own, own_numbers, settings)
     progress = tqdm(
-        searches, settings.decoder, len(own), leave=False, unit=" problems", disable=rank > 0
+        searches, settings.decoder, len(own), leave=False, unit=" problems", disable=no_bar()
     )
     for i, samples in progress:
         row = {"number": own_numbers[i], **judge(tokenizer, own[i], samples, settings)}

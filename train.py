@@ -37,7 +37,7 @@ from data import KINDS, MASKS, Tokenizer, doubtful_rows, generate, load_record, 
 from data import new_record, read_rows, read_split, whole_path
 from model import COUNT, DTYPES, OBJECT, OBJECTS, RESUME, Arguments, Interruptible, Llama
 from model import LlamaConfig, LlamaDecoderLayer, UserError, best_dtype, check_fields, cli
-from model import device_rank_world, in_worker, note, number, read_config, read_json
+from model import device_rank_world, in_worker, no_bar, note, number, read_config, read_json
 from model import replacing, settle
 from search import Settings, compare, evaluate
 
@@ -86,7 +86,7 @@ def fit(
     if state:
         optimizer.load_state_dict(state["optimizer"])
     stream = stream_batches(batches, first_step, steps, device)
-    progress = tqdm(range(first_step, steps), "train", steps, initial=first_step, disable=rank > 0)
+    progress = tqdm(range(first_step, steps), "train", steps, initial=first_step, disable=no_bar())
     smooth_loss = None  # a moving average
     interruptible = Interruptible(progress)
     for step in interruptible:

@@ -62,7 +62,7 @@ def searches(ax, lines: list[dict], split: str) -> None:
         if b < 3:
             name_points(ax, points, b)
     ax.set(xscale="log", xlabel="sampled tokens a problem", ylabel="% of problems")
-    ax.set(ylim=(30, 100), title=TITLES[split])
+    ax.set(ylim=(50, 100), title=TITLES[split])
     ax.margins(x=0.12)
     ax.grid(alpha=0.3)
 
@@ -107,11 +107,11 @@ def mistakes(ax, lines: list[dict]) -> None:
 def training(ax, log: list[dict]) -> None:
     for split, title in TITLES.items():
         lines = [line for line in log if f"{split}_greedy" in line]
-        rows = [line["rows"] / 1000 for line in lines]
+        rows = [line["rows"] / 1e6 for line in lines]
         heights = [100 * line[f"{split}_greedy"] for line in lines]
         ax.plot(rows, heights, "o-", markersize=4, label=title)
-    ax.set(xlabel="thousand training rows", ylabel="greedy, % of 200 problems")
-    ax.set(title="training", ylim=(0, None))
+    ax.set(xlabel="million training rows", ylabel="greedy, % of 200 problems")
+    ax.set(title="training the shipped model", ylim=(0, 100))
     ax.grid(alpha=0.3)
     legend(ax, fontsize=8)
 
@@ -124,7 +124,8 @@ def rounds(ax, log: list[dict]) -> None:
             heights = [100 * line[f"{split}_{decoder}"] for line in log]
             label = f"{name}, {new}"
             ax.plot(numbers, heights, style, color=colour, markersize=4, label=label)
-    ax.set(xlabel="round", ylabel="% of problems", title="self-improvement")
+    ax.set(xlabel="round", ylabel="% of problems")
+    ax.set(title="self-improvement of what train.py makes")
     ax.set(xticks=numbers, ylim=(0, 100))
     ax.grid(alpha=0.3)
     legend(ax, fontsize=8)
