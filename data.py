@@ -23,9 +23,9 @@ the paper's mask. (--mask choice masks only `25*4=` of [25*4=100], see `no_loss_
             false_goal       [25*10=250]  [4+2=6]      [250/6=60]   <backtrack>
 
 So the model learns to notice mistakes, but is not trained to make them. Detours and false goals are
-ours. A detour is right, but not the canonical way: unless the model sees some, it takes every
-unusual action for a mistake. It carries no loss, because the canonical way is the one to learn. A
-row of D_back may begin with one.
+ours. A detour is right, but not the canonical way, the simplest one: unless the model sees some, it
+takes every unusual action for a mistake. It carries no loss, because the canonical way is the one
+to learn. A row of D_back may begin with one.
 
     python data.py --show 6
     python data.py --num 500000 --out data/
@@ -458,7 +458,8 @@ class Tokenizer:
 
         A token's label is its id if all of its characters carry loss, and else -100; -100, too, if
         it has no characters, like begin-of-text. End-of-text is added, and always learned: after
-        `<backtrack>` as after `Goal Reached!`."""
+        `<backtrack>` as after `Goal Reached!`. (As in the reference; a search stops at
+        `<backtrack>`, and never asks for it.)"""
         texts = [prompt_text(row["nums"], row["target"]) + row["search_path"] for row in rows]
         encoded = []
         for row, text, encoding in zip(rows, texts, self.encode(texts)):
@@ -1145,6 +1146,8 @@ def show_rows(record: dict, num: int, mask: str) -> None:
         by_kind.setdefault(row["kind"], []).append(row)
     kinds = sorted(by_kind.values(), key=len, reverse=True)
     in_turns = itertools.chain.from_iterable(zip(*kinds))
+    no_loss = f"{paint('the prompt', 'dim')} and {paint('[what is in brackets]', 'wrong')}"
+    print(f"--mask {mask}: no loss on {no_loss}\n")
     for row in itertools.islice(in_turns, num):
         print(show_row(tokenizer, row, mask))
 
@@ -1154,7 +1157,9 @@ def show_rows(record: dict, num: int, mask: str) -> None:
 
 def main() -> None:
     options = Arguments("Generate Countdown data: training rows and two validation splits.")
-    options.add_argument("--show", type=number(int, 1), help="print so many rows, and write none")
+    options.add_argument(
+        "--show", metavar="N", type=number(int, 1), help="print so many rows alone"
+    )
     options.add_argument("--mask", choices=MASKS, default="action", help="the loss mask, of --show")
     options.add_argument("--num", type=number(int, 1), default=500_000, help="training rows")
     options.add_argument("--num_val", type=number(int, 1), default=5_000, help="problems a split")

@@ -72,7 +72,8 @@ def improve(model, tokenizer, rows, settings, record, options, round_number: int
     kept_rows = solved + mistakes[: len(solved)] + back[: len(solved) // 10]
     fine_tune(model, tokenizer, kept_rows, record, options, options.seed + round_number)
     if is_main():
-        print(f"round {round_number}: solved {len(solved)} of {len(rows)}", flush=True)
+        print(f"round {round_number}: solved {len(solved)} of {len(rows)}, ", end="")
+        print(f"trained on {len(kept_rows)} rows; saves to {options.out}", flush=True)
 
 
 def solved_rows(rows: list[dict], answers: list[dict]) -> list[dict]:
@@ -186,6 +187,8 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
 def main() -> None:
     options, state = arguments()
     device = device_rank_world()[0]
+    if not state and options.ckpt == "checkpoint":  # the default, and not a folder
+        raise UserError("no folder checkpoint: run train.py first, or give --ckpt")
     tokenizer = Tokenizer.from_pretrained(options.out if state else options.ckpt)
     with replacing(options.out):
         pass  # if it cannot be written to, say so now

@@ -353,7 +353,8 @@ class CachedRows:
         self.cache = cache
         self.slots = slots
         self.positions = positions
-        self.new_slots = slots.gather(1, positions)  # (B, T)
+        # (B, T): a row's token at position p has the slot in column p; padding has slot 0
+        self.new_slots = slots.gather(1, positions)
         # On a CPU rows attend 128 at a time, over no more columns than the longest of them has:
         # neighbours have begun together, and are about as long. On a GPU all attend at once.
         rows_at_once = 128 if slots.is_cpu else max(len(slots), 1)

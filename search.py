@@ -11,17 +11,17 @@ The model says `<backtrack>` when its last action was a mistake, and the search 
 3. Of all rounds, the samples that reached the goal are candidates. The candidate with the best
    score is the answer. The verifier is not used.
 
-For instance, with the numbers 52, 11, 26, 78, the target 35 and n = 32 (a `/` is a newline):
+For instance, with the numbers 52, 11, 26, 78, the target 35 and n = 32 (a comma is a new line):
 
-    round 0    78/26=3 / <backtrack>                              6 samples
-               52/26=2 / 78-11=67 / <backtrack>                   5 samples
-               78*11=858 / 858/26=33 / <backtrack>                1 sample; 20 more, no goal
+    round 0    78/26=3, <backtrack>                               6 samples
+               52/26=2, 78-11=67, <backtrack>                     5 samples
+               78*11=858, 858/26=33, <backtrack>                  1 sample; 20 more, no goal
     frontier   the prompt                                         from the first line,
-               52/26=2 /                                          from the second,
-               78*11=858 /                                        and so on: int(sqrt(32)) states
-    round 1    78*11=858 / 858+52=910 / 910/26=35 / Goal Reached!        4 of the third's samples
-               78*11=858 / 52-26=26 / 858/26=33 / Goal Reached!          2 of them, wrong
-    answer     858+52=910 ...: it has the best score
+               52/26=2,                                           from the second,
+               78*11=858,                                         and so on: int(sqrt(32)) states
+    round 1    78*11=858, 858+52=910, 910/26=35, Goal Reached!    4 of the third's samples
+               78*11=858, 52-26=26, 858/26=33, Goal Reached!      2 of them, wrong
+    answer     the first of these: it has the best score
 
     python search.py
     python search.py --numbers 45 39 2 10 --target 62
@@ -111,8 +111,8 @@ def branching_order(sample: Response) -> float:
 
 
 def roll_back(sample: Response, tokenizer: Tokenizer) -> Response:
-    """Drop `<backtrack>` and the last action: of `4-2=2 / 25*2=52 / <backtrack>` the first line is
-    left. An unfinished action is dropped in the same way: `4-2=2 / 25*<backtrack>`."""
+    """Drop `<backtrack>` and the last action: of the lines 4-2=2, 25*2=52, <backtrack> the first is
+    left. An unfinished action is dropped in the same way: 4-2=2, 25*<backtrack>."""
     kept = line_begin(sample.tokens[:-1], tokenizer)
     # It has slots for the prompt and for all of its tokens but `<backtrack>`, which ended it.
     dropped_slots = len(sample.tokens) - 1 - kept
@@ -767,7 +767,10 @@ def compare(
     prints = is_main()
     if prints:
         shares = f"{'selected % [95 %]':>20}{'verified % [95 %]':>20}"
-        print(f"{title:24}{shares}{'tokens':>10}{'problems/s':>12}{'tokens/s':>12}", flush=True)
+        print(
+            f"{title:24}{shares}{'tokens/problem':>15}{'problems/s':>11}{'tokens/s':>10}",
+            flush=True,
+        )
     for split, decoder in product(problems_by_split, decoders):
         problems = problems_by_split[split]
         own_settings = replace(settings, decoder=decoder)
@@ -794,7 +797,7 @@ def table_line(rows: list[dict], new_rows: list[dict], seconds: float) -> str:
     tokens = sum(row["tokens"] for row in rows) / len(rows)
     new_tokens = sum(row["tokens"] for row in new_rows)
     shares = percent(selected, len(rows)) + percent(verified, len(rows))
-    return f"{shares}{tokens:10.1f}{len(new_rows) / seconds:12.1f}{new_tokens / seconds:12.0f}"
+    return f"{shares}{tokens:15.1f}{len(new_rows) / seconds:11.1f}{new_tokens / seconds:10.0f}"
 
 
 def wilson_interval(share: float, problems: int, deviations: float = 1.96) -> tuple[float, float]:
@@ -826,19 +829,25 @@ class Tree:
         self.children = defaultdict(list)
         self.tokenizer = tokenizer
         self.last_line = settings.last_line
-        answer = select(samples, tokenizer, self.last_line)
-        self.answer = self.node_of(tokenizer.decode(answer.tokens)) if answer else ()
+        self.answer = ()
+        self.scores = {}  # of a goal's node: the best, for rounding gives its samples several
+        for candidate in candidates(samples, tokenizer, self.last_line):
+            node = self.node_of(tokenizer.decode(candidate.tokens))
+            self.answer = self.answer or node
+            self.scores.setdefault(node, rate(candidate, tokenizer, self.last_line))
         for sample in samples:
             text = tokenizer.decode(sample.tokens)
             node = self.node_of(text)
             inherited = tokenizer.decode(sample.tokens[: sample.inherited]).count("\n")
             for depth in range(inherited + 1, len(node) + 1):
                 self.chosen[node[:depth]] += sample.count
-            outcome = self.outcome_of(sample, problem["nums"], problem["target"], text)
-            self.outcomes[node][outcome] += sample.count
             if sample.round:
                 branched = f"round {sample.round} from here", "branched"
                 self.outcomes[node[:inherited]][branched] += sample.count
+            words, colour = self.outcome_of(sample, problem["nums"], problem["target"], text)
+            if sample.round and inherited == len(node):  # it chose no action here
+                words += " at once"
+            self.outcomes[node][words, colour] += sample.count
         for node in sorted(self.chosen, key=self.drawing_order):
             self.children[node[:-1]].append(node)
 
@@ -853,9 +862,9 @@ class Tree:
         if sample.tokens[-1] == self.tokenizer.backtrack:
             return BACKTRACK, "stopped"
         if not reached_goal(sample, self.tokenizer):
-            return "stopped", "stopped"
+            return "no goal", "stopped"  # too long, or ended without one
         verdict = verify(nums, target, text)
-        score = rate(sample, self.tokenizer, self.last_line)
+        score = self.scores[self.node_of(text)]
         judgement = "right" if verdict.correct else verdict.reason.split(": ")[-1]
         is_answer = self.node_of(text) == self.answer
         words = f"goal {score:.3f}, {judgement}" + (" <= chosen" if is_answer else "")
@@ -1064,7 +1073,7 @@ def arguments() -> argparse.Namespace:
     add("--numbers", metavar="A", type=number(int, 1), nargs="+", help="of one problem")
     add("--target", metavar="T", type=number(int, 0), help="of that problem")
     add("--data", help="val (seen targets), val_new (new ones), or a file")
-    add("--num", metavar="N", type=number(int, 1), default=200, help="problems")
+    add("--num", metavar="N", type=number(int, 1), default=200, help="how many problems")
     add("--offset", metavar="N", type=number(int, 0), default=0, help="problems to pass over")
     add = options.add_argument_group("the search (paper, section 4.2)").add_argument
     add("--decoder", choices=DECODERS, help="all but the last have b = 0")
@@ -1073,10 +1082,25 @@ def arguments() -> argparse.Namespace:
     add("--limit", metavar="N", type=number(int, 1), help="states in a frontier; int(sqrt(n))")
     add("--paper", action="store_true", help="sample and choose as the paper does")
     add = options.add_argument_group("sampling").add_argument
-    add("--temperature", metavar="X", type=number(float, 0.001), help="above 1: flatter")
-    add("--min_p", metavar="P", type=number(float, 0), help="no tokens so much rarer than the best")
-    add("--top_k", metavar="N", type=number(int, 0), help="so many best tokens; 0: all")
-    add("--top_p", metavar="P", type=number(float, 0, True), help="best tokens of so much in all")
+    add(
+        "--temperature",
+        metavar="X",
+        type=number(float, 0.001),
+        help="above 1: rare tokens more often",
+    )
+    add(
+        "--min_p",
+        metavar="P",
+        type=number(float, 0),
+        help="drop what is so much rarer than the best",
+    )
+    add("--top_k", metavar="N", type=number(int, 0), help="keep so many best tokens; 0: all")
+    add(
+        "--top_p",
+        metavar="P",
+        type=number(float, 0, True),
+        help="keep best tokens of so much in all",
+    )
     add("--max_new_tokens", metavar="N", type=number(int, 1), help="of a whole response")
     add("--seed", metavar="N", type=number(int, 0), help="of the samples")
     add = options.add_argument_group("what is written").add_argument
@@ -1095,6 +1119,8 @@ def arguments() -> argparse.Namespace:
         raise UserError("--numbers and --target go together, and --data goes without them")
     if options.html and (options.data or options.html.is_dir()):
         raise UserError("--html wants a file, and goes without --data")
+    if options.html and not options.html.parent.is_dir():
+        raise UserError(f"no such folder: {options.html.parent}")
     for name in ("min_p", "top_p"):
         if getattr(options, name) > 1:
             raise UserError(f"--{name} is a share, so at most 1, not {getattr(options, name)}")
@@ -1122,6 +1148,7 @@ def main() -> None:
         print(draw_tree(tokenizer, problem, samples, settings), end="\n\n")
         if options.html:
             write_page(model, tokenizer, problem, samples, settings, options.html)
+            print(f"wrote {options.html}: open it in a browser")
     if options.numbers or options.html:
         return
     if options.data:

@@ -490,7 +490,13 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     add("--num_train", metavar="N", type=number(int, 1), help="drawn of it; else all")
     add("--sizes", type=int, choices=range(2, 6), nargs="+", default=[3], help="of numbers")
     add("--mistakes", choices=KINDS, nargs="*", default=KINDS, metavar="KIND", help="of D_back")
-    add("--any_target", metavar="P", type=number(float, 0), default=0.0, help="share: up to 999")
+    add(
+        "--any_target",
+        metavar="P",
+        type=number(float, 0),
+        default=0.0,
+        help="share of rows with targets up to 999",
+    )
     add("--mask", choices=MASKS, help="what carries no loss in a mistake")
     add = options.add_argument_group("the loop").add_argument
     add("--steps", metavar="N", type=number(int, 1), help="how many")
@@ -638,6 +644,10 @@ def main() -> None:
         note(f"the first save will replace the run in {options.out}: --resume would go on with it")
     model.to(device)
     model.model.gradient_checkpointing = options.gradient_checkpointing
+    dtype = DTYPES.get(options.dtype) or best_dtype(device)
+    if rank == 0:
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        print(f"{parameters:,} parameters on {device}, in {str(dtype)[6:]}; saves to {options.out}")
 
     settings = vars(options).copy()
     for name in ("ckpt", "out", "resume", "wandb", "epochs"):  # `steps` says how long it is
@@ -659,7 +669,7 @@ def main() -> None:
         options.warmup,
         options.weight_decay,
         muon=options.optimizer == "muon",
-        dtype=DTYPES.get(options.dtype) or best_dtype(device),
+        dtype=dtype,
         compiled=options.compile,
         state=state,
         report_every=options.eval_every,

@@ -62,7 +62,7 @@ def searches(ax, lines: list[dict], split: str) -> None:
         if b < 3:
             name_points(ax, points, b)
     ax.set(xscale="log", xlabel="sampled tokens a problem", ylabel="% of problems")
-    ax.set(ylim=(50, 100), title=TITLES[split])
+    ax.set(ylim=(50, 102), title=TITLES[split])
     ax.margins(x=0.12)
     ax.grid(alpha=0.3)
 
