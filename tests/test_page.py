@@ -125,20 +125,25 @@ def key(name: str) -> str:
 
 
 def test_the_browser_shows_each_round(page_file, page, tmp_path):
-    for script, shown_round in (("", 0), (key("ArrowRight"), 1), (key("ArrowRight") * 3, 1)):
+    left, right = key("ArrowLeft"), key("ArrowRight")
+    for script, shown_round in (("", 1), (left, 0), (left * 3, 0), (left + right * 2, 1)):
         text = dom(page_file, script, tmp_path)
-        assert f"after round {shown_round} of 1" in text
-        several = [count > 1 for count, _ in page["rounds"][shown_round]]
+        [told] = re.findall(r'id="shown">([^<]*)<', text)
+        assert told.startswith(f"after round {shown_round} of 1")
+        shown = page["rounds"][shown_round]
+        several = [count > 1 for count, _ in shown]
+        branched = [any(colour == "branched" for _, colour, _ in told) for _, told in shown]
         rows = rows_of(text)[1:]  # without the head
-        assert sum(several) + 1 <= len(rows) <= sum(several) + 4  # the prompt; the answer's way
         assert "the prompt" in rows[0]
-    back = dom(page_file, key("ArrowRight") + key("ArrowLeft"), tmp_path)
-    assert "after round 0 of 1" in back
+        least = sum(map(max, several, branched))
+        assert least <= len(rows) <= least + 4  # the prompt; the answer's way
+        reached = any(colour in ("right", "wrong") for _, told in shown for _, colour, _ in told)
+        assert told.endswith("no sample has reached the goal") != reached
 
 
 def test_the_browser_shows_actions_of_a_single_sample_if_asked(page_file, page, tmp_path):
     text = dom(page_file, 'document.getElementById("few").click();', tmp_path)
-    any_at_all = [count > 0 for count, _ in page["rounds"][0]]
+    any_at_all = [count > 0 for count, _ in page["rounds"][1]]
     assert len(rows_of(text)) == sum(any_at_all) + 2  # the head and the prompt
 
 

@@ -835,11 +835,11 @@ def test_the_tree_is_drawn_with_the_most_chosen_first(monkeypatch):
     assert lines[1] == "solver: 1 of 48 programs reaches the target: 2+1=3, 4*3=12"
     assert [line.split() for line in lines[2:]] == [
         "action samples".split(),
-        "├─ 1+2=3 5 round 1 from here x9; <backtrack> x5".split(),
+        "├─ 1+2=3 5 round 1 from here x9; <backtrack> at once x5".split(),
         "│ ├─ 3*4=12 4 goal -0.750, right <= chosen x4".split(),
         "│ ├─ 3*4=13 3 <backtrack> x3".split(),
         "│ └─ 3+4=7 2".split(),
-        "│ └─ 2 2 stopped x2".split(),
+        "│ └─ 2 2 no goal x2".split(),
         "└─ 1*2=2 1".split(),
         "└─ 2+4=6 1 goal -6.000, [6] left, not 12 alone x1".split(),
     ]
