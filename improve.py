@@ -50,7 +50,7 @@ def expert_iteration(
     line of every round. Raises UserError."""
     settings = search_settings(options)
     for done in range(rounds_done, options.rounds + 1):
-        if len(log) == done:
+        if len(log) == done:  # it is not measured yet: a run that goes on may stand after this
             log.append(measure(model, tokenizer, validation, settings, done))
             keep(model, tokenizer, record, log, options, done)
         if done < options.rounds:

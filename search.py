@@ -366,7 +366,8 @@ class Search:
 
     def advance(self) -> None:
         """Give the algorithm the samples that it waits for. It yields the next frontier, or ends;
-        then there are no more expansions."""
+        then there are no more expansions. (`send` hands them to the generator, as the value of the
+        `yield` at which it stands, and returns what it yields next.)"""
         samples = []
         for expansion in self.expansions:
             samples += expansion.ended

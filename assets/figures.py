@@ -98,7 +98,7 @@ def mistakes(ax, lines: list[dict]) -> None:
             made = [100 * found[kind][0] / total for kind in kinds]
             caught = [100 * found[kind][1] / total for kind in kinds]
             ax.bar(kinds, made, color="lightgrey", label="samples")
-            ax.bar(kinds, caught, color="tab:orange", label="`<backtrack>` right after it")
+            ax.bar(kinds, caught, color="tab:orange", label="<backtrack> right after it")
     ax.tick_params(axis="x", labelsize=8)
     ax.set(ylabel="% of samples", title="the first mistake of a sample (best of 32)")
     legend(ax, fontsize=8)
@@ -170,6 +170,7 @@ def method(ax) -> None:
     ax.text(43, 38, "Search (steps 3, 4)", **black)
     ax.text(106, 38, "Select, fold back (5, 6)", **black)
 
+    words(ax, 0, 3, "(numbers 2, 4, 10, 25; target 60)", fontsize=10)
     words(ax, 0, 34, "a row of D_op: all of it is learned")
     for place, line in enumerate(["4-2=2", "25*2=50", "50+10=60", "Goal Reached!"]):
         box(ax, 0, 29 - 4 * place, line, "right", 14)

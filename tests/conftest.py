@@ -9,3 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores them
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_configure(config) -> None:
+    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning")  # of libraries' own
