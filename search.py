@@ -1066,6 +1066,28 @@ EXAMPLE = {"nums": [52, 11, 26, 78], "target": 35}  # the shipped model solves i
 
 def arguments() -> argparse.Namespace:
     """The command line. Raises UserError."""
+    options = flags()
+    options.set_defaults(**asdict(Settings()))
+    if "--paper" in sys.argv:
+        options.set_defaults(**PAPER_SEARCH)
+    options = options.parse_args()
+    if (options.numbers is None) != (options.target is None) or (options.numbers and options.data):
+        raise UserError("--numbers and --target go together, and --data goes without them")
+    if options.html and (options.data or options.html.is_dir()):
+        raise UserError("--html wants a file, and goes without --data")
+    if options.html and not options.html.parent.is_dir():
+        raise UserError(f"no such folder: {options.html.parent}")
+    for name in ("min_p", "top_p"):
+        if getattr(options, name) > 1:
+            raise UserError(f"--{name} is a share, so at most 1, not {getattr(options, name)}")
+    if options.out and (options.data is None or options.out.is_dir()):
+        raise UserError("--out wants a file, and --data beside it")
+    if options.resume and options.out is None:
+        raise UserError("--resume goes with --out")
+    return options
+
+
+def flags() -> Arguments:
     options = Arguments(
         "Search with a checkpoint: one problem and its tree, an evaluation, or both."
     )
@@ -1112,23 +1134,6 @@ def arguments() -> argparse.Namespace:
     add("--batch_size", metavar="N", type=number(int, 1), help="states expanded together")
     add("--cache_gib", metavar="X", type=number(float, 0, True), help="for keys and values")
     add("--dtype", choices=DTYPES, help="by itself the device's best")
-    options.set_defaults(**asdict(Settings()))
-    if "--paper" in sys.argv:
-        options.set_defaults(**PAPER_SEARCH)
-    options = options.parse_args()
-    if (options.numbers is None) != (options.target is None) or (options.numbers and options.data):
-        raise UserError("--numbers and --target go together, and --data goes without them")
-    if options.html and (options.data or options.html.is_dir()):
-        raise UserError("--html wants a file, and goes without --data")
-    if options.html and not options.html.parent.is_dir():
-        raise UserError(f"no such folder: {options.html.parent}")
-    for name in ("min_p", "top_p"):
-        if getattr(options, name) > 1:
-            raise UserError(f"--{name} is a share, so at most 1, not {getattr(options, name)}")
-    if options.out and (options.data is None or options.out.is_dir()):
-        raise UserError("--out wants a file, and --data beside it")
-    if options.resume and options.out is None:
-        raise UserError("--resume goes with --out")
     return options
 
 
