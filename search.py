@@ -40,7 +40,7 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby, product
+from itertools import groupby, islice, product
 from typing import NamedTuple
 
 import numpy as np
@@ -666,11 +666,16 @@ def decode(
     prompts = tokenizer.prompts(problems)
     tokenizer.check_fits(len(model.lm_head.weight))
     engine = Engine(model, tokenizer, settings, longest=max(map(len, prompts), default=0))
-    for index, (prompt, key) in enumerate(zip(prompts, keys)):
-        search = Search(index, prompt, key, settings.algorithm(tokenizer))
-        search.advance()
-        engine.submit(search.expansions)
-    while engine.is_busy():
+    numbered = enumerate(zip(prompts, keys))
+    while True:
+        # no more searches begin than can join: so memory does not grow with the problems
+        wanted = max(settings.batch_size - len(engine.new_prompts), 0)
+        for index, (prompt, key) in islice(numbered, wanted):
+            search = Search(index, prompt, key, settings.algorithm(tokenizer))
+            search.advance()
+            engine.submit(search.expansions)
+        if not engine.is_busy():
+            return
         for search in engine.step():
             search.advance()
             engine.submit(search.expansions)

@@ -692,12 +692,14 @@ def engines(monkeypatch) -> list:
         def __init__(self, *arguments, **named):
             super().__init__(*arguments, **named)
             self.sizes = []  # states that were expanded together, at each step
+            self.waiting = []  # prompts that had not begun
             self.given_up = 0
             engines.append(self)
 
         def make_room(self):
             expanded = len(self.expansions)
             self.sizes.append(expanded)
+            self.waiting.append(len(self.new_prompts))
             super().make_room()
             self.given_up += expanded - len(self.expansions)
 
@@ -755,6 +757,7 @@ def test_no_more_states_are_expanded_together_than_asked(precise, engines, batch
     decode(precise, PROBLEMS, range(8), replace(SHORT, batch_size=batch_size))
     [engine] = engines
     assert max(engine.sizes) == batch_size
+    assert max(engine.waiting) <= batch_size  # others take no memory yet
 
 
 # ---- What is printed -----------------------------------------------------------------------------
