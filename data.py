@@ -117,8 +117,10 @@ class Verdict(NamedTuple):
 def verify(nums: list[int], target: int, response: str) -> Verdict:
     """Does the response solve the problem? Exact, on integers, and never part of the search.
 
-    Every action must be `a-b=c` (or + * /) on numbers that are left, each copy used once, with the
-    right result. All numbers must be used, and `Goal Reached!` must follow when the target is left.
+    The last line must be `Goal Reached!`, and each line before it an action: `a-b=c` (or + * /) on
+    numbers that are left, each copy used once, with the right result. At the end the target alone
+    must be left. The reason names what is wrong: "... is no action", "there is no 39 (left)", "the
+    rules allow no such step", "false, it is 60", "it ends in ...", "[6, 2] left, not 62 alone".
     """
     *actions, end = response.split("\n")
     numbers_left = Counter(nums)
@@ -397,13 +399,14 @@ def no_loss_spans(row: dict, mask: str) -> list[tuple[int, int]]:
         mask="action"   25*4=100 and its newline: the paper's mask
         mask="choice"   25*4=, what was chosen. The result is learned; but a line that is false,
                         like 25*2=52, is masked whole
-        mask="none"     nothing
+        mask="none"     nothing but the prompt
 
     Why "choice", which is ours: with "action", of all third lines only those of solutions are
     learned, and they end in the target. So a small model comes to write the target after any third
     line: `50-10=60`. With "choice" it also learns true third lines that miss the target.
 
-    Of a row without `no_loss` the last action before `<backtrack>` is masked, if it has one."""
+    Of a row without `no_loss` the last action before `<backtrack>` is masked, if it has one. (It
+    may lack its newline: `39+6=45<backtrack>`.)"""
     begin = len(prompt_text(row["nums"], row["target"]))
     spans = [(0, begin)]
     if mask == "none":

@@ -112,7 +112,8 @@ def branching_order(sample: Response) -> float:
 
 def roll_back(sample: Response, tokenizer: Tokenizer) -> Response:
     """Drop `<backtrack>` and the last action: of the lines 4-2=2, 25*2=52, <backtrack> the first is
-    left. An unfinished action is dropped in the same way: 4-2=2, 25*<backtrack>."""
+    left. An unfinished action is dropped in the same way: 4-2=2, 25*<backtrack>. The state keeps
+    the logps and the slots of what is left; its slots are the prompt's and then its tokens'."""
     kept = line_begin(sample.tokens[:-1], tokenizer)
     # It has slots for the prompt and for all of its tokens but `<backtrack>`, which ended it.
     dropped_slots = len(sample.tokens) - 1 - kept

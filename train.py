@@ -136,7 +136,8 @@ def fit(
 
 
 def learning_rate(step: int, steps: int, lr: float, warmup: int) -> float:
-    """Linear warm-up, then half a cosine down to zero."""
+    """The smaller of a linear warm-up, which is at lr after `warmup` steps, and half a cosine over
+    all steps, from lr down to zero."""
     return lr * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
