@@ -4,7 +4,7 @@ The paper's loss is L_SFT + L_backtrack: cross-entropy over the solutions of D_o
 beginnings and the `<backtrack>` of D_back. As in the reference, it is one mean over all labelled
 tokens of a step, of rows of both kinds. Which tokens carry a label: `no_loss_spans` in data.py.
 
-    python train.py                                         a small model from scratch, 5 minutes
+    python train.py                                         a small model, 10 minutes on 2 cores
     python train.py --ckpt unsloth/Llama-3.2-1B --data yangxw/countdown-backtracking --grad_accum 2
     torchrun --nproc_per_node=2 -- train.py                 on two devices, twice the rows a step
 """

@@ -125,7 +125,7 @@ def rounds(ax, log: list[dict]) -> None:
             label = f"{name}, {new}"
             ax.plot(numbers, heights, style, color=colour, markersize=4, label=label)
     ax.set(xlabel="round", ylabel="% of problems")
-    ax.set(title="self-improvement of what train.py makes")
+    ax.set(title="self-improvement of a small model")
     ax.set(xticks=numbers, ylim=(0, 100))
     ax.grid(alpha=0.3)
     legend(ax, fontsize=8)
