@@ -455,8 +455,12 @@ class Tokenizer:
 
     def prompts(self, problems: list[dict]) -> list[list[int]]:
         """The token ids of each problem's prompt. problems: {nums, target}."""
-        texts = [prompt_text(problem["nums"], problem["target"]) for problem in problems]
-        return [encoding.ids for encoding in self.encode(texts)]
+        prompts = []
+        for begin in range(0, len(problems), 1024):  # an Encoding is large: not all at once
+            some = problems[begin : begin + 1024]
+            texts = [prompt_text(problem["nums"], problem["target"]) for problem in some]
+            prompts += [encoding.ids for encoding in self.encode(texts)]
+        return prompts
 
     def encode_rows(
         self, rows: list[dict], mask: str = "action"
