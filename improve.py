@@ -73,7 +73,7 @@ def improve(model, tokenizer, rows, settings, record, options, round_number: int
     fine_tune(model, tokenizer, kept_rows, record, options, options.seed + round_number)
     if is_main():
         print(f"round {round_number}: solved {len(solved)} of {len(rows)}, ", end="")
-        print(f"trained on {len(kept_rows)} rows; saves to {options.out}", flush=True)
+        print(f"trained on {len(kept_rows)} rows", flush=True)
 
 
 def solved_rows(rows: list[dict], answers: list[dict]) -> list[dict]:
@@ -205,6 +205,8 @@ def main() -> None:
         # saved with the model, so that improving that one again takes still another.
         record["seed"] = record.get("seed", 0) + 1_000_000 * (options.seed + 1)
     model.model.gradient_checkpointing = options.gradient_checkpointing
+    if is_main():
+        print(f"each round is saved to {options.out}", flush=True)
     validation = load_validation(record, options.num_eval)
     expert_iteration(model, tokenizer, record, validation, options, state["round"], state["log"])
 

@@ -115,7 +115,7 @@ def test_a_round_learns_from_answers_mistakes_and_a_tenth_of_d_back(monkeypatch,
     answers += [answer_to(rows[0], LIE, RIGHT)] * 10
     answers += [answer_to(rows[0])] * 10
     learned = one_round(monkeypatch, rows, answers)
-    assert capsys.readouterr().out == "round 1: solved 30 of 40\n"
+    assert capsys.readouterr().out == "round 1: solved 30 of 40, trained on 43 rows\n"
     mistake = LIE.removesuffix(GOAL) + BACKTRACK
     assert learned == [RIGHT] * 30 + [mistake] * 10 + [rows[0]["search_path"]] * 3
 
