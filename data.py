@@ -203,6 +203,10 @@ class State:
         operator = list(OPERATORS)[operator_index]
         return Action(self.a[pair], operator, self.b[pair], self.result[choice])
 
+    def simplest(self) -> int:
+        """The choice with which the canonical solution goes on."""
+        return self.effort.index(min(self.effort))
+
     def after(self, choice: int) -> "State":
         """The state that a choice leads to."""
         action = self.action(choice)
@@ -248,9 +252,9 @@ def draw_solution(
     detour = None
     for depth in range(len(problem.steps)):
         state = states[-1]
-        least = min(state.effort)
-        chosen = state.effort.index(least)
+        chosen = state.simplest()
         if depth == leave_at:
+            least = state.effort[chosen]
             others = [choice for choice in state.choices if least < state.effort[choice] < math.inf]
             if others:
                 chosen = rng.choice(others)
@@ -687,12 +691,12 @@ def solve(nums: list[int], target: int) -> tuple[int, int, list[Action]]:
     efforts = plan_efforts(steps, np.array([target]))
     reaching = int(np.isfinite(efforts[-1]).sum())
     actions = []
-    state = State(SolvedProblem(nums, target, 0, steps, efforts))
-    while reaching and len(actions) < len(steps):
-        choice = int(np.argmin(state.effort))
-        actions.append(state.action(choice))
-        if len(actions) < len(steps):
-            state = state.after(choice)
+    if reaching:
+        state = State(SolvedProblem(nums, target, 0, steps, efforts))
+        actions.append(state.action(state.simplest()))
+        for _ in steps[1:]:
+            state = state.after(state.simplest())
+            actions.append(state.action(state.simplest()))
     return reaching, efforts[-1].size, actions
 
 
@@ -700,6 +704,7 @@ def solve(nums: list[int], target: int) -> tuple[int, int, list[Action]]:
 
 MAX_NUMBER = 99
 TARGETS = range(10, 101)
+ANY_TARGETS = range(1, 1000)  # see `draw_any_target`
 HELD_OUT = (18, 21, 28, 42, 56, 81, 89, 96, 98)  # a tenth of the targets, never trained on: "new"
 SPLITS = ("train", "val", "val_new")  # val: validation problems of seen targets; val_new: of new
 
@@ -732,8 +737,8 @@ def draw_problems(rng, split: str, size: int, num: int, held_out: Sequence[int] 
 
 def draw_any_target(rng, size: int, num: int, held_out: Sequence[int] = HELD_OUT):
     """`num` more training problems, nums (num, size) and target (num,), whose target is what a
-    random program gives, from 1 to 999. Ours: from the 82 targets of TARGETS alone a model that is
-    trained for long learns each by heart, and fails on new ones."""
+    random program gives, if it is one of ANY_TARGETS. Ours: from the 82 targets of TARGETS alone a
+    model that is trained for long learns each by heart, and fails on new ones."""
     found = np.empty((0, size + 1), int)
     while len(found) < num:
         nums = rng.integers(1, MAX_NUMBER + 1, (1024, size))
@@ -745,7 +750,7 @@ def draw_any_target(rng, size: int, num: int, held_out: Sequence[int] = HELD_OUT
             left = remaining(step)[np.arange(1024), choice]
             legal = step.legal[np.arange(1024), choice]
         target = left[:, 0]
-        fits = legal & (target > 0) & (target < 1000) & ~np.isin(target, held_out)
+        fits = legal & np.isin(target, ANY_TARGETS) & ~np.isin(target, held_out)
         fits &= ~in_validation(nums, target)
         found = np.concatenate([found, np.column_stack([nums, target])[fits]])
     return found[:num, :-1], found[:num, -1]
@@ -777,12 +782,12 @@ def make_block(record: dict, split: str, index: int) -> list[dict]:
     seed = record["seed"] if split == "train" else 0
     rng = np.random.default_rng([SPLITS.index(split), seed, index])
     size = record["sizes"][index % len(record["sizes"])]
-    any_target = round(BLOCK * record.get("any_target", 0.0)) if split == "train" else 0
-    nums, target = draw_problems(rng, split, size, BLOCK - any_target, record["held_out"])
-    if any_target:
-        more_nums, more_target = draw_any_target(rng, size, any_target, record["held_out"])
-        nums = np.concatenate([nums, more_nums])
-        target = np.concatenate([target, more_target])
+    others = round(BLOCK * record.get("any_target", 0.0)) if split == "train" else 0
+    nums, target = draw_problems(rng, split, size, BLOCK - others, record["held_out"])
+    if others:
+        other_nums, other_target = draw_any_target(rng, size, others, record["held_out"])
+        nums = np.concatenate([nums, other_nums])
+        target = np.concatenate([target, other_target])
     return make_rows(rng, nums, target, record.get("mistakes", KINDS))
 
 
@@ -1035,13 +1040,14 @@ def warn_of_unlike(record: dict, rows: list[dict]) -> None:
     """Say so where problems are not of the kind that a checkpoint was trained on."""
     if record["source"] != "generated":
         return
+    targets = ANY_TARGETS if record.get("any_target") else TARGETS
     unlike = 0
     for row in rows:
         fits = len(row["nums"]) in record["sizes"] and max(row["nums"]) <= MAX_NUMBER
-        unlike += not (fits and row["target"] in TARGETS)
+        unlike += not (fits and row["target"] in targets)
     if unlike:
         sizes = " or ".join(map(str, record["sizes"]))
-        known = f"{sizes} numbers up to {MAX_NUMBER}, targets {TARGETS[0]} to {TARGETS[-1]}"
+        known = f"{sizes} numbers up to {MAX_NUMBER}, targets {targets[0]} to {targets[-1]}"
         note(f"{unlike} of {len(rows)} problems are unlike what the model was trained on: {known}")
 
 
@@ -1120,7 +1126,7 @@ def read_eos(folder: Path, backend: tokenizers.Tokenizer) -> str:
 
 # ---- Rows to look at -----------------------------------------------------------------------------
 
-# as terminals number them, of all that this project prints
+# as terminals number them; search.py and its page have the same
 COLOURS = {"dim": 2, "wrong": 31, "right": 32, "stopped": 33, "branched": 36}
 
 
@@ -1168,15 +1174,15 @@ def show_rows(record: dict, num: int, mask: str) -> None:
 
 def main() -> None:
     options = Arguments("Generate Countdown data: training rows and two validation splits.")
-    options.add_argument(
-        "--show", metavar="N", type=number(int, 1), help="print so many rows alone"
-    )
-    options.add_argument("--mask", choices=MASKS, default="action", help="the loss mask, of --show")
-    options.add_argument("--num", type=number(int, 1), default=500_000, help="training rows")
-    options.add_argument("--num_val", type=number(int, 1), default=5_000, help="problems a split")
-    options.add_argument("--sizes", type=int, choices=range(2, 6), nargs="+", default=[4])
-    options.add_argument("--seed", type=number(int, 0), default=0)
-    options.add_argument("--out", default="data", help="the folder to write to, as JSON Lines")
+    add = options.add_argument_group("what to generate").add_argument
+    add("--num", metavar="N", type=number(int, 1), default=500_000, help="training rows")
+    add("--num_val", metavar="N", type=number(int, 1), default=5_000, help="problems a split")
+    add("--sizes", type=int, choices=range(2, 6), nargs="+", default=[4], help="of numbers")
+    add("--seed", metavar="N", type=number(int, 0), default=0, help="of training rows")
+    add("--out", metavar="DIR", default="data", help="the folder to write to, as JSON Lines")
+    add = options.add_argument_group("or only to look at").add_argument
+    add("--show", metavar="N", type=number(int, 1), help="print so many training rows")
+    add("--mask", choices=MASKS, default="action", help="the loss mask that they show")
     options = options.parse_args()
     record = new_record(options.seed, options.sizes)
     if options.show:

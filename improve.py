@@ -72,8 +72,8 @@ def improve(model, tokenizer, rows, settings, record, options, round_number: int
     kept_rows = solved + mistakes[: len(solved)] + back[: len(solved) // 10]
     fine_tune(model, tokenizer, kept_rows, record, options, options.seed + round_number)
     if is_main():
-        print(f"round {round_number}: solved {len(solved)} of {len(rows)}, ", end="")
-        print(f"trained on {len(kept_rows)} rows", flush=True)
+        found = f"solved {len(solved)} of {len(rows)}, trained on {len(kept_rows)} rows"
+        print(f"round {round_number}: {found}", flush=True)
 
 
 def solved_rows(rows: list[dict], answers: list[dict]) -> list[dict]:
@@ -187,7 +187,7 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
 def main() -> None:
     options, state = arguments()
     device = device_rank_world()[0]
-    if not state and options.ckpt == "checkpoint":  # the default, and not a folder
+    if not state and options.ckpt == "checkpoint":  # of a folder that is there: the whole path
         raise UserError("no folder checkpoint: run train.py first, or give --ckpt")
     tokenizer = Tokenizer.from_pretrained(options.out if state else options.ckpt)
     with replacing(options.out):

@@ -357,17 +357,16 @@ class CachedRows:
         self.new_slots = slots.gather(1, positions)
         # On a CPU rows attend 128 at a time, over no more columns than the longest of them has:
         # neighbours have begun together, and are about as long. On a GPU all attend at once.
-        rows_at_once = 128 if slots.is_cpu else max(len(slots), 1)
-        self.blocks = []  # [(slots, mask), ...]
-        for own_slots, own_positions in zip(
-            slots.split(rows_at_once), positions.split(rows_at_once)
-        ):
-            if slots.is_cpu:
-                own_slots = own_slots[:, : int(own_positions.max()) + 1]  # (b, S)
-            columns = torch.arange(own_slots.shape[1], device=slots.device)
-            hidden = columns > own_positions[:, None, :, None]  # (b, 1, T, S): what comes later
+        rows_at_once = 128 if slots.is_cpu else len(slots)
+        self.blocks = []  # [(which rows, their slots, their mask), ...]
+        for begin in range(0, len(slots), rows_at_once):
+            rows = slice(begin, begin + rows_at_once)
+            width = int(positions[rows].max()) + 1 if slots.is_cpu else slots.shape[1]
+            columns = torch.arange(width, device=slots.device)
+            hidden = columns > positions[rows, None, :, None]  # (b, 1, T, S): what comes later
             mask = torch.zeros(hidden.shape, device=slots.device, dtype=cache.kv.dtype)
-            self.blocks.append((own_slots, mask.masked_fill_(hidden, -torch.inf)))
+            mask.masked_fill_(hidden, -torch.inf)
+            self.blocks.append((rows, slots[rows, :width], mask))
 
     def attend(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
         """Write the new tokens' k, v (B, K, T, D) into the cache; return the attention (B, H, T, D)
@@ -376,10 +375,9 @@ class CachedRows:
         keys[self.new_slots] = k.transpose(1, 2)
         values[self.new_slots] = v.transpose(1, 2)
         attended = []
-        rows_at_once = len(self.blocks[0][0])
-        for own_q, (own_slots, mask) in zip(q.split(rows_at_once), self.blocks):
-            seen = self.cache.read(layer_idx, own_slots).transpose(2, 3)  # (2, b, K, S, D)
-            attended.append(attend(own_q, *seen, mask))
+        for rows, slots, mask in self.blocks:
+            k, v = self.cache.read(layer_idx, slots).transpose(2, 3)  # (b, K, S, D)
+            attended.append(attend(q[rows], k, v, mask))
         return torch.cat(attended)
 
 

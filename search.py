@@ -49,7 +49,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import ACTION, BACKTRACK, GOAL, Tokenizer, Verdict, calculate, load_record, load_rows
+from data import ACTION, BACKTRACK, GOAL, Tokenizer, Verdict, load_record, load_rows
 from data import load_validation, paint, prompt_text, solve, verify, warn_of_unlike
 from model import DTYPES, Arguments, CachedRows, KVCache, Llama, Slot, UserError, best_dtype, cli
 from model import device_rank_world, is_main, no_bar, number
@@ -836,11 +836,11 @@ class Tree:
         self.children = defaultdict(list)
         self.tokenizer = tokenizer
         self.last_line = settings.last_line
-        self.answer = ()
+        answer = select(samples, tokenizer, self.last_line)
+        self.answer = self.node_of(tokenizer.decode(answer.tokens)) if answer else ()
         self.scores = {}  # of a goal's node: the best, for rounding gives its samples several
         for candidate in candidates(samples, tokenizer, self.last_line):
             node = self.node_of(tokenizer.decode(candidate.tokens))
-            self.answer = self.answer or node
             self.scores.setdefault(node, rate(candidate, tokenizer, self.last_line))
         for sample in samples:
             text = tokenizer.decode(sample.tokens)
@@ -919,9 +919,12 @@ def draw_tree(
     return "\n".join([*lines, f"{'action':30}samples", *tree.lines()])
 
 
+MOST_SOLVED = 6  # numbers: of more there are too many programs to try them all
+
+
 def solver_line(nums: list[int], target: int) -> str:
     """What the exact solver says of a problem. The search does not know it."""
-    if len(nums) > 6:  # too many programs to try them all
+    if len(nums) > MOST_SOLVED:
         return "solver: not asked, for there are too many numbers"
     reaching, programs, actions = solve(nums, target)
     if not reaching:
@@ -942,7 +945,8 @@ def write_page(model, tokenizer, problem: dict, samples, settings: Settings, pat
     nums, target = problem["nums"], problem["target"]
     tree = Tree(tokenizer, problem, samples, settings)
     nodes = [(), *in_drawing_order(tree)]
-    chances = backtrack_chances(model, tokenizer, problem, nodes)
+    prompt = prompt_text(nums, target)
+    texts = [prompt + "".join(f"{action}\n" for action in node) for node in nodes]
     rounds = []
     for last_round in range(1 + max(sample.round for sample in samples)):
         so_far = [sample for sample in samples if sample.round <= last_round]
@@ -953,8 +957,8 @@ def write_page(model, tokenizer, problem: dict, samples, settings: Settings, pat
         "solver": solver_line(nums, target),
         "settings": f"b = {settings.b}, n = {settings.n}, {settings.decoder}",
         "nodes": [[*node] for node in nodes],
-        "chances": chances,
-        "reachable": [programs_left(nums, target, node) for node in nodes],
+        "chances": [round(chance, 4) for chance in backtrack_chances(model, tokenizer, texts)],
+        "solver_says": [solver_says(nums, target, node) for node in nodes],
         "rounds": rounds,
     }
     data = json.dumps(page).replace("<", "\\u003c")  # text of the model never ends the script
@@ -972,32 +976,36 @@ def list_outcomes(tree: Tree, node: tuple[str, ...]) -> list:
 
 
 @torch.inference_mode()
-def backtrack_chances(model, tokenizer, problem: dict, nodes: list[tuple]) -> list[float]:
-    """The model's P(<backtrack>) where each node's last line has ended."""
+def backtrack_chances(model: Llama, tokenizer: Tokenizer, texts: list[str]) -> list[float]:
+    """The model's P(<backtrack>) right after each text."""
     device = model.lm_head.weight.device
-    prompt = prompt_text(problem["nums"], problem["target"])
     chances = []
-    for node in nodes:
-        [encoding] = tokenizer.encode([prompt + "".join(f"{action}\n" for action in node)])
-        logits = model(torch.tensor([encoding.ids], device=device))[0, -1].float()
-        chances.append(round(float(logits.softmax(-1)[tokenizer.backtrack]), 4))
+    for begin in range(0, len(texts), 256):
+        rows = [encoding.ids for encoding in tokenizer.encode(texts[begin : begin + 256])]
+        longest = max(len(row) for row in rows)
+        last = torch.tensor([len(row) - 1 for row in rows], device=device)
+        padded = [row + [tokenizer.eos] * (longest - len(row)) for row in rows]
+        logits = model(torch.tensor(padded, device=device), last=last)  # (B, V)
+        chances += logits.float().softmax(-1)[:, tokenizer.backtrack].tolist()
     return chances
 
 
-def programs_left(nums: list[int], target: int, actions: tuple[str, ...]) -> int | None:
-    """How many programs still reach the target after these actions; None if one is false."""
+def solver_says(nums: list[int], target: int, actions: tuple[str, ...]) -> tuple[str, str]:
+    """What the exact solver says of where some actions lead: (words, a key of COLOURS)."""
+    if verify(nums, target, "\n".join([*actions, GOAL])).failed_step:
+        return "false", "wrong"
     left = Counter(nums)
     for action in actions:
-        match = ACTION.fullmatch(action)
-        if not match:
-            return None
-        a, operator, b, claimed = match.groups()
-        left.subtract([int(a), int(b)])
-        if min(left.values()) < 0 or calculate(int(a), operator, int(b)) != (int(claimed), True):
-            return None
-        left[int(claimed)] += 1
+        a, b, result = map(int, ACTION.fullmatch(action).group(1, 3, 4))
+        left.subtract([a, b])
+        left[result] += 1
     left = list(left.elements())
-    return solve(left, target)[0] if len(left) <= 6 else None
+    if len(left) > MOST_SOLVED:
+        return "not asked", "dim"
+    reaching, _, _ = solve(left, target)
+    if reaching == 0:
+        return "lost", "wrong"
+    return "1 program" if reaching == 1 else f"{reaching} programs", "right"
 
 
 # ---- The file of answers -------------------------------------------------------------------------

@@ -484,8 +484,8 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     options = Arguments("Train on D_op and D_back: a small model from scratch, or a checkpoint.")
     add = options.add_argument_group("the model: a checkpoint, or one from scratch").add_argument
     add("--ckpt", metavar="C", help="a folder or Hub id to start from")
-    add("--hidden_size", metavar="N", type=number(int, 32), help="from scratch; 32 a head")
-    add("--layers", metavar="N", type=number(int, 1), help="from scratch")
+    add("--hidden_size", metavar="N", type=number(int, 32), help="if from scratch; 32 a head")
+    add("--layers", metavar="N", type=number(int, 1), help="if from scratch")
     add = options.add_argument_group("the rows (paper, section 4.1)").add_argument
     add("--data", type=whole_path, help="a file, a folder or a dataset on the Hub")
     add("--num_train", metavar="N", type=number(int, 1), help="drawn of it; else all")
@@ -507,7 +507,7 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     add("--lr", metavar="X", type=number(float, 0, strict=True), help="at its peak")
     add("--warmup", metavar="N", type=number(int, 1), help="steps until then")
     add("--optimizer", choices=("muon", "adamw"), help="muon: for matrices")
-    add("--weight_decay", metavar="X", type=number(float, 0), help="of matrices")
+    add("--weight_decay", metavar="X", type=number(float, 0), help="but of gains")
     add("--seed", metavar="N", type=number(int, 0), default=0, help="of rows and weights")
     add = options.add_argument_group("what is written").add_argument
     add("--out", metavar="DIR", type=Path, default="checkpoint", help="the folder to save to")

@@ -22,7 +22,6 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +53,16 @@ from model import (  # noqa: E402
     replacing,
     device_rank_world,
 )
-from search import PAPER_SEARCH, SHIPPED, Settings, decode, gather, judge, wilson_interval  # noqa: E402
+from search import (  # noqa: E402
+    PAPER_SEARCH,
+    SHIPPED,
+    Settings,
+    backtrack_chances,
+    decode,
+    gather,
+    judge,
+    wilson_interval,
+)
 
 DECODERS = [
     {"decoder": "greedy"},
@@ -214,7 +222,7 @@ def judge_actions(model: Llama, tokenizer: Tokenizer, problems: list[dict]) -> d
             if depth < size - 1:
                 kinds |= legal_actions(group, depth)
         if kinds:
-            chances = backtrack_chances(model, tokenizer, list(kinds))
+            chances = np.array(backtrack_chances(model, tokenizer, list(kinds)))
             found[name] = summarize(chances, np.array(list(kinds.values())))
     return found
 
@@ -233,10 +241,9 @@ def legal_actions(problems: list[dict], depth: int) -> dict[str, int]:
         text = prompt_text(nums, target)
         state = State(SolvedProblem(nums, target, index, steps, efforts))
         for _ in range(depth):
-            canonical = int(np.argmin(state.effort))
-            text += state.action(canonical).text()
-            state = state.after(canonical)
-        canonical = int(np.argmin(state.effort))
+            text += state.action(state.simplest()).text()
+            state = state.after(state.simplest())
+        canonical = state.simplest()
         for choice in state.choices:
             if not state.legal[choice]:
                 continue
@@ -246,22 +253,6 @@ def legal_actions(problems: list[dict], depth: int) -> dict[str, int]:
             way = text + state.action(choice).text()
             kinds[way] = max(kinds.get(way, WRONG), kind)
     return kinds
-
-
-@torch.inference_mode()
-def backtrack_chances(model: Llama, tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
-    """(texts,): P(<backtrack>) right after each text."""
-    device = model.lm_head.weight.device
-    chances = []
-    for begin in range(0, len(texts), 256):
-        encodings = tokenizer.backend.encode_batch(texts[begin : begin + 256])
-        rows = [encoding.ids for encoding in encodings]
-        longest = max(len(row) for row in rows)
-        last = torch.tensor([len(row) - 1 for row in rows], device=device)
-        padded = [row + [tokenizer.eos] * (longest - len(row)) for row in rows]
-        logits = model(torch.tensor(padded, device=device), last=last)  # (B, V)
-        chances += logits.float().softmax(-1)[:, tokenizer.backtrack].tolist()
-    return np.array(chances)
 
 
 def summarize(chances: np.ndarray, kinds: np.ndarray) -> dict:

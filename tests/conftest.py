@@ -12,4 +12,4 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_configure(config) -> None:
-    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning")  # of libraries' own
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit:DeprecationWarning")  # its own

@@ -199,7 +199,7 @@ def test_a_run_that_saved_no_state_cannot_be_resumed(complaint, fitted, ckpt):
 
 
 def test_resuming_takes_the_first_runs_settings_but_what_is_given_wins(program, fitted, ckpt):
-    state = torch.load(ckpt / "resume.pt")
+    state = torch.load(ckpt / "resume.pt", weights_only=True)
     changed = {"optimizer": "muon", "steps": 40, "lr": 0.125, "grad_accum": 2, "seed": 5}
     state["record"]["settings"] |= {
         **train.PAPER_TRAINING,
@@ -739,6 +739,24 @@ def test_bad_input_to_training_gets_one_line(complaint, fitted, bad_files, args,
     assert fitted.calls == []
 
 
+@pytest.mark.parametrize("module", [search, train, improve, data])
+def test_help_fits_a_screen_and_says_no_default_that_is_none(monkeypatch, capsys, module):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "argv", ["program", "--help"])
+    with pytest.raises(SystemExit):
+        module.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 48 and max(map(len, lines)) <= 100
+    text = " ".join(lines)
+    assert "default: None" not in text and "default: False" not in text
+    assert "(default: " in text
+
+
+def test_improvement_asks_for_training_first(complaint, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert "no folder checkpoint: run train.py first" in complaint(improve)
+
+
 BAD_DATA = [
     ("--num 0", "--num: 0 is not at least 1"),
     ("--sizes 6", "--sizes: invalid choice: 6"),
@@ -854,7 +872,7 @@ def test_a_resume_that_cannot_be_costs_no_checkpoint(complaint, ckpt):
     "entry,value", [("step", "3"), ("record", None), ("log", {}), ("log", [1])]
 )
 def test_a_resume_file_of_other_content_is_refused(complaint, fitted, ckpt, entry, value):
-    state = torch.load(ckpt / "resume.pt")
+    state = torch.load(ckpt / "resume.pt", weights_only=True)
     torch.save({**state, entry: value}, ckpt / "resume.pt")
     assert f"{entry} must be" in complaint(train, "--resume", "--out", ckpt, "--steps", 9)
 
@@ -863,7 +881,7 @@ def test_a_resume_file_of_other_content_is_refused(complaint, fitted, ckpt, entr
     "name,value", [("lr", "x"), ("batch_size", 0), ("unheard", 3), ("steps", -1)]
 )
 def test_settings_of_a_resume_file_are_checked_as_flags_are(complaint, fitted, ckpt, name, value):
-    state = torch.load(ckpt / "resume.pt")
+    state = torch.load(ckpt / "resume.pt", weights_only=True)
     state["record"]["settings"][name] = value
     torch.save(state, ckpt / "resume.pt")
     assert name in complaint(train, "--resume", "--out", ckpt)

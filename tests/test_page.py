@@ -68,26 +68,37 @@ def test_the_page_tells_what_the_model_thinks_after_each_action(searched, page):
         assert chance == pytest.approx(float(chances[tokenizer.backtrack]), abs=1e-3)
 
 
-LEFT = [
-    ((), 1),
-    (("78*11=858",), 1),
-    (("78*11=858", "858+52=910"), 1),
-    (("78*11=858", "858+52=910", "910/26=35"), 1),
-    (("78*11=858", "858/26=33"), 0),
-    (("78/26=3",), 0),
-    (("78/26=4",), None),
-    (("52-53=1",), None),
-    (("52+52=104",), None),
-    (("26/52=0",), None),
-    (("52",), None),
+ONE = ("1 program", "right")
+LOST = ("lost", "wrong")
+FALSE = ("false", "wrong")
+SAID = [
+    ((), ONE),
+    (("78*11=858",), ONE),
+    (("78*11=858", "858+52=910"), ONE),
+    (("78*11=858", "858+52=910", "910/26=35"), ONE),
+    (("78*11=858", "858/26=33"), LOST),
+    (("78/26=3",), LOST),
+    (("78/26=4",), FALSE),
+    (("52-53=1",), FALSE),
+    (("52+52=104",), FALSE),
+    (("26/52=0",), FALSE),
+    (("52",), FALSE),
 ]
 
 
-@pytest.mark.parametrize("actions,expected", LEFT)
-def test_programs_that_are_left(actions, expected):
-    assert search.programs_left(PROBLEM["nums"], PROBLEM["target"], actions) == expected
-    if not actions:
-        assert expected == count_solutions(PROBLEM["nums"], PROBLEM["target"])
+@pytest.mark.parametrize("actions,expected", SAID)
+def test_what_the_solver_says_of_where_actions_lead(actions, expected):
+    assert search.solver_says(PROBLEM["nums"], PROBLEM["target"], actions) == expected
+
+
+def test_the_solver_counts_programs_and_is_not_asked_for_too_many_numbers():
+    nums, target = [1, 2, 3, 4], 10
+    expected = count_solutions(nums, target)
+    assert search.solver_says(nums, target, ()) == (f"{expected} programs", "right")
+    expected = count_solutions([3, 3, 4], target)
+    assert search.solver_says(nums, target, ("1+2=3",)) == (f"{expected} programs", "right")
+    assert search.solver_says([1] * 7, 7, ()) == ("not asked", "dim")
+    assert search.solver_says([1] * 7, 7, ("1+1=3",)) == FALSE
 
 
 def test_no_text_of_the_model_ends_the_script(searched, tmp_path):

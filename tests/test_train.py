@@ -701,7 +701,7 @@ def runs(tmp_path_factory) -> tuple[dict, dict, Path]:
         [*torchrun, __file__, str(out)], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    return one, torch.load(out / "two.pt"), out
+    return one, torch.load(out / "two.pt", weights_only=True), out
 
 
 def relative_difference(ours: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
