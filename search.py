@@ -76,17 +76,28 @@ class Response:
 
 
 def self_backtrack(
-    tokenizer: Tokenizer, b: int, n: int, limit: int, prompt_again: bool
+    tokenizer: Tokenizer,
+    b: int,
+    n: int,
+    limit: int,
+    prompt_again: bool = False,
+    last_line: bool = False,
+    stop_above: float = 0.0,
 ) -> Generator[list[Response], list[Response], None]:
     """Search one problem. A generator: it yields a frontier, is sent the samples of its states, and
     yields the next frontier. The caller keeps the samples: `select` chooses among all of them.
 
-    A frontier holds at most `limit` states. Stepping back from a first action leads to the prompt:
-    with prompt_again, which is ours, it may be sampled once more; in the paper it may not.
+    A frontier holds at most `limit` states. The defaults are the paper's; two rules are ours.
+    Stepping back from a first action leads to the prompt: with prompt_again it may be sampled once
+    more. And a search that has a candidate with a score (`rate`) above stop_above ends; else b
+    rounds follow, whatever was found. (No score is above 0.)
     """
     visited = set() if prompt_again else {()}
     samples = yield [Response(count=n)]  # round 0: n samples of the prompt, which has no tokens yet
     for round_number in range(1, b + 1):
+        best = select(samples, tokenizer, last_line)
+        if best and rate(best, tokenizer, last_line) > stop_above:
+            return
         frontier = []
         for sample in sorted(samples, key=branching_order):
             if len(frontier) == limit:
@@ -174,6 +185,7 @@ class Settings:
     independent: bool = False  # does each sample draw for itself? Else they are spread evenly
     prompt_again: bool = True  # may the prompt be sampled once more?
     last_line: bool = True  # is the last line's summed log-probability added to the score?
+    stop_above: float = -0.2  # a candidate with a better score ends the search; 0: none does
     limit: int | None = None  # most states in a frontier; None: int(sqrt(n))
     max_new_tokens: int = 64  # most tokens of a response
     seed: int = 0
@@ -188,8 +200,15 @@ class Settings:
         """One problem's search. Best of n, beam search and greedy decoding are self-backtracking
         that never steps back."""
         b = self.b if self.decoder == "self_backtrack" else 0
-        limit = self.limit or math.isqrt(self.n)
-        return self_backtrack(tokenizer, b, self.samples_per_state(), limit, self.prompt_again)
+        return self_backtrack(
+            tokenizer,
+            b,
+            self.samples_per_state(),
+            self.limit or math.isqrt(self.n),
+            self.prompt_again,
+            self.last_line,
+            self.stop_above,
+        )
 
     def sampling_rule(self) -> Callable[..., list["Draw"]]:
         if self.decoder in ("greedy", "beam"):
@@ -204,6 +223,7 @@ PAPER_SEARCH = {
     "independent": True,
     "prompt_again": False,
     "last_line": False,
+    "stop_above": 0.0,
 }
 
 
@@ -1117,6 +1137,12 @@ def flags() -> Arguments:
     add("--b", metavar="B", type=number(int, 0), help="how often to step back")
     add("--n", metavar="N", type=number(int, 1), help="samples a state; beams")
     add("--limit", metavar="N", type=number(int, 1), help="states in a frontier; int(sqrt(n))")
+    add(
+        "--stop_above",
+        metavar="X",
+        type=number(float, -1e6),
+        help="a score that is enough; 0: none",
+    )
     add("--paper", action="store_true", help="sample and choose as the paper does")
     add = options.add_argument_group("sampling").add_argument
     add(

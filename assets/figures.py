@@ -15,7 +15,13 @@ from matplotlib.patches import FancyBboxPatch
 ASSETS = Path(__file__).parent
 COLOURS = {0: "tab:blue", 1: "tab:orange", 3: "tab:green"}  # of b
 TITLES = {"val": "seen targets", "val_new": "new targets"}
-RULES = {"independent", "temperature", "last_line", "prompt_again"}  # lines with other rules
+RULES = {
+    "independent",
+    "temperature",
+    "last_line",
+    "prompt_again",
+    "stop_above",
+}  # lines with other rules
 MONO = "monospace"
 KINDS = ("none", "exploratory", "computational", "rule violation")
 

@@ -75,18 +75,19 @@ DECODERS = [
     {"decoder": "best_of_n", "n": 8},
     {"decoder": "best_of_n", "n": 16},
     {"decoder": "best_of_n", "n": 32},
+    {"decoder": "best_of_n", "n": 64},
     {"decoder": "best_of_n", "n": 128},
     {"decoder": "self_backtrack", "b": 1, "n": 8},
     {"decoder": "self_backtrack", "b": 1, "n": 32},
     {"decoder": "self_backtrack", "b": 1, "n": 128},
     {"decoder": "self_backtrack", "b": 3, "n": 8},
     {"decoder": "self_backtrack", "b": 3, "n": 32},
-    {"decoder": "self_backtrack", "b": 7, "n": 32},
     # without one of our additions to the paper's rule
     {"decoder": "self_backtrack", "b": 1, "n": 32, "independent": True},
     {"decoder": "self_backtrack", "b": 1, "n": 32, "temperature": 0.7, "min_p": 0.0},
-    {"decoder": "self_backtrack", "b": 1, "n": 32, "last_line": False},
     {"decoder": "self_backtrack", "b": 1, "n": 32, "prompt_again": False},
+    {"decoder": "self_backtrack", "b": 1, "n": 32, "stop_above": 0.0},
+    {"decoder": "self_backtrack", "b": 1, "n": 32, "stop_above": 0.0, "last_line": False},
 ]
 LOOKED_INTO = {"decoder": "best_of_n", "n": 32}  # the line whose samples' mistakes are counted
 JUDGEMENT = {"judgement": None}
@@ -293,7 +294,7 @@ def arguments():
     """The command line. Raises UserError."""
     args = Arguments("Measure every decoder, and the judgement of <backtrack>, on a checkpoint.")
     args.add_argument("--ckpt", default=str(SHIPPED), help="a folder or Hub id")
-    args.add_argument("--num", type=number(int, 1), default=500, help="problems a split")
+    args.add_argument("--num", type=number(int, 1), default=5000, help="problems a split")
     judged = "problems a split whose actions are judged"
     args.add_argument("--num_judged", type=number(int, 1), default=300, help=judged)
     lines = "only those with all words of one of these, as in: judgement 'best_of_n n=32' paper"

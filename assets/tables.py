@@ -16,6 +16,7 @@ PAPER = {  # its rule
     "independent": True,
     "prompt_again": False,
     "last_line": False,
+    "stop_above": 0.0,
 }
 FLAGS = ("decoder", "b", "n", *PAPER)
 ACCURACY = "selected: seen | new | verified: seen | new | tokens a problem"
@@ -45,10 +46,10 @@ MAIN = {
 OTHERS = {
     "best of 8": best_of(8),
     "best of 16": best_of(16),
+    "best of 64": best_of(64),
     "b = 1, n = 128": stepping_back(1, 128),
     "b = 3, n = 8": stepping_back(3, 8),
     "b = 3, n = 32": stepping_back(3, 32),
-    "b = 7, n = 32": stepping_back(7, 32),
     "*the paper's rule:* best of 8": best_of(8, **PAPER),
     "best of 16 ": best_of(16, **PAPER),
     "b = 1, n = 8": stepping_back(1, 8, **PAPER),
@@ -57,8 +58,9 @@ ADDITIONS = {
     "all of ours": stepping_back(1, 32),
     "independent samples": stepping_back(1, 32, independent=True),
     "temperature 0.7, no min-p": stepping_back(1, 32, temperature=0.7, min_p=0.0),
-    "the mean alone as score": stepping_back(1, 32, last_line=False),
     "the prompt sampled once": stepping_back(1, 32, prompt_again=False),
+    "not ended when sure": stepping_back(1, 32, stop_above=0.0),
+    "not ended, the mean alone as score": stepping_back(1, 32, stop_above=0.0, last_line=False),
     "all of the paper's": stepping_back(1, 32, **PAPER),
 }
 SPLITS = {"val": "seen targets", "val_new": "new targets"}

@@ -185,7 +185,9 @@ def self_backtrack(model, tokenizer, problem: dict, key: int, limit: int, settin
     expanded alone, in plain Python. Returns all samples (search.Response, with no slots)."""
     [prompt] = tokenizer.prompts([problem])
     b, n = settings.b, settings.n
-    algorithm = search.self_backtrack(tokenizer, b, n, limit, settings.prompt_again)
+    algorithm = search.self_backtrack(
+        tokenizer, b, n, limit, settings.prompt_again, settings.last_line, settings.stop_above
+    )
     all_samples = []
     frontier = next(algorithm)
     while frontier:

@@ -28,7 +28,12 @@ from search import Response, Settings
 TOK = Tokenizer.digits()
 PROBLEMS = list(generate(new_record(5, [3, 4]), "train", 8))
 SHORT = Settings(b=2, n=9, temperature=0.8, min_p=0.0, max_new_tokens=18, cache_gib=0.02)
-RULE = {"independent": True, "prompt_again": False, "last_line": False}  # the paper's
+RULE = {  # the paper's
+    "independent": True,
+    "prompt_again": False,
+    "last_line": False,
+    "stop_above": 0.0,
+}
 PAPER = replace(SHORT, **RULE)
 
 
@@ -82,9 +87,9 @@ def ids(text: str) -> tuple[int, ...]:
 # ---- The algorithm, with samples written by hand -------------------------------------------------
 
 
-def backtracking(b=1, n=5, limit=2, prompt_again=False):
+def backtracking(b=1, n=5, limit=2, **ours):
     """The algorithm, at the point where it has asked for samples of the prompt."""
-    algorithm = search.self_backtrack(TOK, b, n, limit, prompt_again)
+    algorithm = search.self_backtrack(TOK, b, n, limit, **ours)
     [prompt] = next(algorithm)
     assert (prompt.tokens, prompt.count, prompt.round) == ((), n, 0)
     return algorithm
@@ -214,6 +219,28 @@ def test_rolling_back_keeps_the_slots_of_the_prompt_and_the_state(text, state):
 def finished(text: str, logp: float = -1.0, **fields) -> Response:
     tokens = (*ids(text), TOK.eos)
     return Response(tokens, (logp,) * len(tokens), **fields)
+
+
+@pytest.mark.parametrize(
+    "logp,last_line,stop_above,stops",
+    [
+        (-0.1, False, -0.2, True),
+        (-0.3, False, -0.2, False),
+        (-0.1, True, -0.2, False),  # with two tokens in the last line: -0.3
+        (-0.1, True, -0.4, True),
+        (-1e-9, False, 0.0, False),  # the paper's: however sure it is
+    ],
+)
+def test_a_search_ends_once_it_is_sure(logp, last_line, stop_above, stops):
+    algorithm = backtracking(last_line=last_line, stop_above=stop_above)
+    doubtful = sampled("1+1=2\n2+2=4\n<backtrack>")
+    candidate = finished("3+5=8\nGoal Reached!", logp)
+    assert ends(algorithm, [doubtful, candidate]) is stops
+
+
+def test_a_sure_sample_that_has_not_reached_the_goal_ends_nothing():
+    algorithm = backtracking(stop_above=-0.9)
+    assert not ends(algorithm, [sampled("1+1=2\n2+2=4\n<backtrack>"), finished("3+5=8", -0.1)])
 
 
 @pytest.mark.parametrize(
