@@ -153,6 +153,9 @@ def verify(nums: list[int], target: int, response: str) -> Verdict:
 # `effort` the simplest solution takes that goes on with it: inf if the target cannot be reached
 # any more.
 
+BACK = 0.5  # the share of D_back in all rows
+DETOUR = 0.5  # how often a solution leaves the canonical way, where there is another
+
 
 class Action(NamedTuple):
     """One line of a response: `45-39=6`."""
@@ -319,7 +322,7 @@ def computational(rng: random.Random, state: State) -> Mistake:
 
 
 def rule_violation(rng: random.Random, state: State) -> Mistake:
-    """A true equation with a number that is not there, mostly one that is used up."""
+    """A true equation with a number that is not there: often one that is used up already."""
     used_up = [other for other in state.used_up if other not in state.numbers]
     if used_up and rng.random() < 0.8:
         missing = rng.choice(used_up)
@@ -371,8 +374,6 @@ MISTAKES = {  # with their shares, chosen by trial, which need not add up to 1
     false_goal: 0.2,
 }
 KINDS = [mistake.__name__ for mistake in MISTAKES]
-BACK = 0.5  # the share of D_back in all rows
-DETOUR = 0.5  # how often a solution leaves the canonical way, where there is another
 
 
 def draw_mistake(

@@ -2,7 +2,7 @@
 
 Self-backtracking (arXiv 2502.04404) in five files:
 
-    model.py     a language model, and a cache in which stepping back costs nothing
+    model.py     a language model, and a cache in which stepping back moves nothing
     data.py      what it is trained on: solutions, and mistakes that end in `<backtrack>`
     search.py    sample answers; where the model says `<backtrack>`, drop its last line and branch
     train.py     the training loop
@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # noqa: F401  before any group: it would hold it to the end
+import torch.distributed.nn.functional  # noqa: F401  imported later, it would keep a group alive
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict, snapshot_download
@@ -248,12 +248,8 @@ class Llama(nn.Module):
         hidden = self.model(input_ids, cached_rows)  # (B, T, C)
         if labels is not None:
             targets = labels[:, 1:].flatten()  # position t predicts the token at t + 1
-            labelled = (targets != -100).nonzero()[:, 0]
-            # Their number is filled up: for every new one a library on CPUs builds, and keeps, a
-            # kernel. What is filled in has the label -100, so that it counts for nothing.
-            filler = (targets == -100).nonzero()[: -len(labelled) % 64, 0]
-            chosen = torch.cat([labelled, filler])
-            logits = self.lm_head(hidden[:, :-1].flatten(0, 1)[chosen])  # (labelled + filler, V)
+            chosen = labelled_positions(targets)
+            logits = self.lm_head(hidden[:, :-1].flatten(0, 1)[chosen])  # (chosen, V)
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             return F.cross_entropy(wide, targets[chosen], reduction="sum")
         if last is not None:
@@ -275,6 +271,15 @@ class Llama(nn.Module):
         """Write config.json and model.safetensors (beyond 5 GB: shards with their index). The
         weights remember which record.json, of this text, belongs to them. Raises UserError."""
         save_llama(self, Path(folder), dtype, record)
+
+
+def labelled_positions(targets: torch.Tensor) -> torch.Tensor:
+    """Where targets (B * T) are not -100, and some positions more, which cross_entropy leaves out:
+    so that their number is a multiple of 64. (On a CPU, PyTorch builds and keeps a kernel for every
+    new size of a matrix product.)"""
+    labelled = (targets != -100).nonzero()[:, 0]
+    filler = (targets == -100).nonzero()[: -len(labelled) % 64, 0]
+    return torch.cat([labelled, filler])
 
 
 # ---- The cache -----------------------------------------------------------------------------------
@@ -304,8 +309,8 @@ class KVCache:
 
     @staticmethod
     def bytes_per_slot(config: LlamaConfig, dtype: torch.dtype) -> int:
-        heads = config.num_hidden_layers * 2 * config.num_key_value_heads
-        return heads * config.head_dim * dtype.itemsize
+        vectors = config.num_hidden_layers * 2 * config.num_key_value_heads
+        return vectors * config.head_dim * dtype.itemsize
 
     def lend(self) -> "Slot":
         """A free slot, for one token. Raises UserError if there is none."""
@@ -363,9 +368,9 @@ class CachedRows:
             rows = slice(begin, begin + rows_at_once)
             width = int(positions[rows].max()) + 1 if slots.is_cpu else slots.shape[1]
             columns = torch.arange(width, device=slots.device)
-            hidden = columns > positions[rows, None, :, None]  # (b, 1, T, S): what comes later
-            mask = torch.zeros(hidden.shape, device=slots.device, dtype=cache.kv.dtype)
-            mask.masked_fill_(hidden, -torch.inf)
+            is_later = columns > positions[rows, None, :, None]  # (b, 1, T, S)
+            mask = torch.zeros(is_later.shape, device=slots.device, dtype=cache.kv.dtype)
+            mask.masked_fill_(is_later, -torch.inf)
             self.blocks.append((rows, slots[rows, :width], mask))
 
     def attend(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):

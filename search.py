@@ -7,7 +7,7 @@ The model says `<backtrack>` when its last action was a mistake, and the search 
    after `Goal Reached!`, or says `<backtrack>`, or until it is too long.
 2. Rounds 1 to b: those that end in `<backtrack>` drop their last action. What is left is a state to
    branch from. New states, at most `limit` of them, are the frontier: sample n continuations of
-   each, as before.
+   each, as before. (Ours: a search that has an answer which it is sure of ends.)
 3. Of all rounds, the samples that reached the goal are candidates. The candidate with the best
    score is the answer. The verifier is not used.
 
@@ -24,7 +24,7 @@ For instance, with the numbers 52, 11, 26, 78, the target 35 and n = 32 (a comma
     answer     the first of these: it has the best score
 
     python search.py
-    python search.py --numbers 45 39 2 10 --target 62
+    python search.py --numbers 53 99 37 34 --target 57
     python search.py --data val --decoder self_backtrack --b 1 --n 32 --num 500
 
 Shapes: R responses, M samples of the one that has most, V vocabulary.
@@ -87,10 +87,10 @@ def self_backtrack(
     """Search one problem. A generator: it yields a frontier, is sent the samples of its states, and
     yields the next frontier. The caller keeps the samples: `select` chooses among all of them.
 
-    A frontier holds at most `limit` states. The defaults are the paper's; two rules are ours.
-    Stepping back from a first action leads to the prompt: with prompt_again it may be sampled once
-    more. And a search that has a candidate with a score (`rate`) above stop_above ends; else b
-    rounds follow, whatever was found. (No score is above 0.)
+    A frontier holds at most `limit` states. Where there is no new state the search ends; at the
+    latest after round b. The defaults are the paper's; two rules are ours. With prompt_again the
+    prompt, to which stepping back from a first action leads, may be sampled once more. And a search
+    ends when a round's best candidate has a score (`rate`) above stop_above; none is above 0.
     """
     visited = set() if prompt_again else {()}
     samples = yield [Response(count=n)]  # round 0: n samples of the prompt, which has no tokens yet
@@ -230,6 +230,9 @@ PAPER_SEARCH = {
 # ---- 2. One step: which tokens the samples take --------------------------------------------------
 # A sampling rule is given R responses and the logits (R, V) of what follows each. It returns a Draw
 # for every different continuation: samples of a response that take the same token stay together.
+#
+# Every token covers an interval of [0, 1), in the order of their ids, as long as its probability. A
+# sample is a point in [0, 1), and takes the token in whose interval it lies.
 
 
 class Draw(NamedTuple):
@@ -241,13 +244,24 @@ class Draw(NamedTuple):
     spacing: float = 1.0
 
 
+def independent(logits: torch.Tensor, responses: list[Response], settings: Settings) -> list[Draw]:
+    """The paper's rule: every sample draws a point for itself, anew for each token. (`look_up`
+    wants them sorted; samples that are the same so far have no order of their own.)"""
+    most = max(response.count for response in responses)
+    points = np.ones((len(responses), most))  # (R, M)
+    for own_points, response in zip(points, responses):
+        drawn = response.expansion.rng.random(response.count)
+        own_points[: response.count] = np.sort(drawn)
+    no_spacing = np.zeros(len(responses))
+    return look_up(logits, points, no_spacing, responses, settings)
+
+
 def spread(logits: torch.Tensor, responses: list[Response], settings: Settings) -> list[Draw]:
     """Samples spread evenly (arithmetic sampling, Vilnis et al., 2023).
 
-    Each token covers an interval of [0, 1), in the order of their ids, as long as its probability.
-    The n samples of a state are n points, 1 / n apart. A step finds the token in whose interval
-    each point lies, and stretches this interval to [0, 1) for the next step. Random is only where
-    the first point lies, in [0, 1 / n); and a sample that is alone, see `Expansion.extend`.
+    The n samples of a state are n points, 1 / n apart. The interval in which some of them lie is
+    stretched to [0, 1), and these are their points for the next token. Random is only where the
+    first point lies, in [0, 1 / n); and a sample that is alone, see `Expansion.extend`.
 
     Four samples at 0.1, 0.35, 0.6, 0.85, and two tokens of probabilities 0.4 and 0.6: the first two
     samples take the first token. Its interval [0, 0.4) is stretched to [0, 1), and they are at 0.25
@@ -260,18 +274,6 @@ def spread(logits: torch.Tensor, responses: list[Response], settings: Settings) 
     spacing = np.array([response.spacing for response in responses])
     points = first_point[:, None] + spacing[:, None] * np.arange(most)  # (R, M)
     return look_up(logits, points, spacing, responses, settings)
-
-
-def independent(logits: torch.Tensor, responses: list[Response], settings: Settings) -> list[Draw]:
-    """The paper's rule: every sample draws for itself. (The points are sorted because `look_up`
-    wants them so; samples that are the same so far have no order of their own.)"""
-    most = max(response.count for response in responses)
-    points = np.ones((len(responses), most))  # (R, M)
-    for own_points, response in zip(points, responses):
-        drawn = response.expansion.rng.random(response.count)
-        own_points[: response.count] = np.sort(drawn)
-    no_spacing = np.zeros(len(responses))
-    return look_up(logits, points, no_spacing, responses, settings)
 
 
 def look_up(logits, points, spacing, responses: list[Response], settings: Settings) -> list[Draw]:
@@ -352,9 +354,9 @@ def runs_of_equals(token: np.ndarray, counts: list[int]):
 
 
 def beams(logits: torch.Tensor, responses: list[Response], settings: Settings) -> list[Draw]:
-    """Beam search: not samples, but the n most probable continuations of a state. Beams that have
-    ended keep their place among the n. With n = 1 this is greedy decoding. (The responses of a
-    state are neighbours.)"""
+    """Beam search: not samples, but the most probable continuations of a state. A beam that ends
+    is kept, whatever its probability, and one beam fewer goes on, until n have ended. With n = 1
+    this is greedy decoding. (The responses of a state are neighbours.)"""
     logps = logits.float().log_softmax(-1)  # (R, V)
     draws = []
     begin = 0
@@ -474,7 +476,7 @@ def search_slowly(
     return search.all_samples
 
 
-# ==== What makes it fast: you now know the whole method ===========================================
+# ==== What makes it fast: you now know the whole search ===========================================
 
 # ---- 4. The engine: many problems, one token a step ----------------------------------------------
 # All states of many problems go on together, one token a step, and the cache keeps what has been
@@ -939,13 +941,16 @@ def draw_tree(
     return "\n".join([*lines, f"{'action':30}samples", *tree.lines()])
 
 
-MOST_SOLVED = 6  # numbers: of more there are too many programs to try them all
+def solver_is_asked(nums: list[int]) -> bool:
+    """Of more than six numbers there are too many programs to try them all, and the solver computes
+    with 64 bits."""
+    return len(nums) <= 6 and max(*nums, 2) ** len(nums) < 2**63
 
 
 def solver_line(nums: list[int], target: int) -> str:
     """What the exact solver says of a problem. The search does not know it."""
-    if len(nums) > MOST_SOLVED:
-        return "solver: not asked, for there are too many numbers"
+    if not solver_is_asked(nums):
+        return "solver: not asked, for the numbers are too many or too large"
     reaching, programs, actions = solve(nums, target)
     if not reaching:
         return f"solver: none of {programs} programs reaches the target"
@@ -1020,7 +1025,7 @@ def solver_says(nums: list[int], target: int, actions: tuple[str, ...]) -> tuple
         left.subtract([a, b])
         left[result] += 1
     left = list(left.elements())
-    if len(left) > MOST_SOLVED:
+    if not solver_is_asked(left):
         return "not asked", "dim"
     reaching, _, _ = solve(left, target)
     if reaching == 0:

@@ -2,7 +2,9 @@
 
 The paper's loss is L_SFT + L_backtrack: cross-entropy over the solutions of D_op, and over the
 beginnings and the `<backtrack>` of D_back. As in the reference, it is one mean over all labelled
-tokens of a step, of rows of both kinds. Which tokens carry a label: `no_loss_spans` in data.py.
+tokens of a step, whatever kind their rows are. Which tokens carry a label: `no_loss_spans` in
+data.py. (Rows of a step are of like length, so that some steps have far more of D_back than others:
+see `Batches`.)
 
     python train.py                                         a small model, 10 minutes on 2 cores
     python train.py --ckpt unsloth/Llama-3.2-1B --data yangxw/countdown-backtracking --grad_accum 2
@@ -116,18 +118,19 @@ def fit(
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        # Report.
+        # Look at the loss: seldom, because that waits for the device.
         loss = sum_over_ranks(loss)
         smooth_loss = loss if smooth_loss is None else 0.98 * smooth_loss + 0.02 * loss
         reports = (step + 1) % report_every == 0 or step + 1 == steps
-        stops = False
-        # Seldom, because it waits for the device.
-        if step % 20 == 0 or reports or (world == 1 and interruptible.stopped_by):
-            if not math.isfinite(smooth_loss):
-                raise UserError(f"the loss is not finite at step {step + 1}: try a smaller --lr")
-            progress.set_postfix(loss=f"{float(smooth_loss):.4f}")
-            signals = torch.tensor(interruptible.stopped_by, device=device)
-            stops = bool(sum_over_ranks(signals))  # all ranks stop together
+        stopped_alone = world == 1 and interruptible.stopped_by
+        if not (reports or stopped_alone or step % 20 == 0):
+            continue
+        if not math.isfinite(smooth_loss):
+            raise UserError(f"the loss is not finite at step {step + 1}: try a smaller --lr")
+        progress.set_postfix(loss=f"{float(smooth_loss):.4f}")
+
+        # Report, and stop if a signal came: all ranks together.
+        stops = bool(sum_over_ranks(torch.tensor(interruptible.stopped_by, device=device)))
         if report and (reports or stops):
             new_state = {"step": step + 1, "optimizer": optimizer_state(optimizer)}
             report(float(smooth_loss), new_state, reports)

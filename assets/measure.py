@@ -5,9 +5,10 @@ README and what figures.py draws, as JSON lines.
     python assets/measure.py --lines greedy "b=1 n=32"   a part of them, only printed (or to --out)
 
 The line of a decoder has its flags, accuracy with Wilson's 95 % interval (selected, verified: each
-[percent, low, high]), sampled tokens a problem and seconds. One also has, for every kind of mistake
-(paper, section 4.1), how many samples made it first and how many of these said `<backtrack>` right
-after: [made, caught], in all and for a mistake in the first, second, ... action.
+[percent, low, high]), sampled tokens a problem and seconds. Greedy's also has of how many problems
+the response ends in `<backtrack>` (stepped_back). Another has, for every kind of mistake (paper,
+section 4.1), how many samples made it first and how many of these said `<backtrack>` right after:
+[made, caught], in all and for a mistake in the first, second, ... action.
 
 The line of the judgement is about P(<backtrack>) right after an action, over all legal actions: see
 `judge_actions`.
@@ -124,7 +125,9 @@ def measure_decoder(model: Llama, tokenizer: Tokenizer, problems: list[dict], fl
     rows = []
     mistakes = Counter()
     for i, samples in decode(model, tokenizer, problems, range(len(problems)), settings):
-        rows.append(judge(tokenizer, problems[i], samples, settings))
+        row = judge(tokenizer, problems[i], samples, settings)
+        row["stepped_back"] = all(sample.tokens[-1] == tokenizer.backtrack for sample in samples)
+        rows.append(row)
         if flags == LOOKED_INTO:
             for sample in samples:
                 mistakes[first_mistake(problems[i], tokenizer.decode(sample.tokens))] += (
@@ -137,6 +140,8 @@ def measure_decoder(model: Llama, tokenizer: Tokenizer, problems: list[dict], fl
         "tokens": round(sum(row["tokens"] for row in rows) / len(rows), 1),
         "seconds": round(time.perf_counter() - begin, 1),
     }
+    if settings.decoder == "greedy":
+        line["stepped_back"] = percentage(rows, "stepped_back")
     if mistakes:
         line |= mistake_tables(mistakes)
     return line

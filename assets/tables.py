@@ -76,10 +76,11 @@ def accuracy(lines: list[dict], asked: dict[str, dict], first_column: str) -> li
                 own_flags = {flag: line[flag] for flag in FLAGS if flag in line}
                 if line["split"] == split and own_flags == flags:
                     found.append(line)
-        if len(found) == 2:
-            shares = [f"{line[key][0]:.1f}" for key in ("selected", "verified") for line in found]
-            tokens = round(sum(line["tokens"] for line in found) / 2)
-            table.append(f"| {name.strip()} | {' | '.join(shares)} | {tokens:,} |")
+        if len(found) != 2:
+            raise SystemExit(f"results.jsonl has {len(found)} lines, not 2, of {name}")
+        shares = [f"{line[key][0]:.1f}" for key in ("selected", "verified") for line in found]
+        tokens = round(sum(line["tokens"] for line in found) / 2)
+        table.append(f"| {name.strip()} | {' | '.join(shares)} | {tokens:,} |")
     return table
 
 

@@ -238,6 +238,14 @@ def test_a_search_ends_once_it_is_sure(logp, last_line, stop_above, stops):
     assert ends(algorithm, [doubtful, candidate]) is stops
 
 
+@pytest.mark.parametrize("settings,stops", [({}, True), (search.PAPER_SEARCH, False)])
+def test_by_the_papers_rule_no_search_ends_early(settings, stops):
+    algorithm = Settings(**settings).algorithm(TOK)
+    next(algorithm)
+    doubtful = sampled("1+1=2\n2+2=4\n<backtrack>")
+    assert ends(algorithm, [doubtful, finished("3+5=8\nGoal Reached!", -1e-9)]) is stops
+
+
 def test_a_sure_sample_that_has_not_reached_the_goal_ends_nothing():
     algorithm = backtracking(stop_above=-0.9)
     assert not ends(algorithm, [sampled("1+1=2\n2+2=4\n<backtrack>"), finished("3+5=8", -0.1)])
@@ -885,7 +893,10 @@ def test_the_solver_says_where_nobody_can_reach_the_goal():
         search.solver_line([3, 5, 8, 6], 48) == "solver: none of 1152 programs reaches the target"
     )
     assert search.solver_line([5], 5) == "solver: 1 of 1 programs reaches the target"
-    assert search.solver_line([1] * 7, 7) == "solver: not asked, for there are too many numbers"
+    not_asked = "solver: not asked, for the numbers are too many or too large"
+    assert search.solver_line([1] * 7, 7) == not_asked
+    # their product is 2**32 when it wraps around in 64 bits
+    assert search.solver_line([2**32 + 1, 2**32], 2**32) == not_asked
 
 
 def test_a_wide_tree_is_cut():
