@@ -112,11 +112,11 @@ def fine_tune(model, tokenizer, kept_rows, record, options, seed: int) -> None:
     training = record.get("settings", {})
     uses_muon = training.get("optimizer") == "muon"
     loss_mask = training.get("mask", "action")
-    learning_rate = options.lr or (2e-3 if uses_muon else 1e-5)
+    peak_lr = options.lr or (2e-3 if uses_muon else 1e-5)
     batches = Batches(kept_rows, tokenizer, options.batch_size, 1, seed, rank, world, loss_mask)
     steps = -(-len(kept_rows) * options.epochs // batches.rows_per_step)  # rounded up
     dtype = best_dtype(device)
-    fit(model, batches, steps, learning_rate, 10, weight_decay=0.0, muon=uses_muon, dtype=dtype)
+    fit(model, batches, steps, peak_lr, 10, weight_decay=0.0, muon=uses_muon, dtype=dtype)
 
 
 # ==== Plumbing: a first reading may stop here =====================================================

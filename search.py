@@ -58,19 +58,32 @@ from model import device_rank_world, is_main, no_bar, number
 
 
 @dataclass(eq=False)
-class Response:
-    """What some samples have in common: those that are the same so far are one Response, with a
-    count. A state to branch from is a Response, too: `count` samples are to be drawn of it."""
+class State:
+    """Where samples begin: at the prompt, or after some actions that a step back has left."""
 
-    # what the algorithm asks for
     tokens: tuple[int, ...] = ()  # those after the prompt
     logps: tuple[float, ...] = ()  # the log-probability of each token, at temperature 1
+    slots: tuple[
+        Slot, ...
+    ] = ()  # the places of the prompt and of these in the cache, if they are there
+    count: int = 1  # how many samples are to be drawn
+    round: int = 0  # in which round
+
+
+@dataclass(eq=False)
+class Response:
+    """What some samples have in common: those that are the same so far are one Response, with a
+    count."""
+
+    # what the algorithm asks for
+    tokens: tuple[int, ...] = ()  # as of a State, whose tokens come first
+    logps: tuple[float, ...] = ()
     count: int = 1  # how many samples it stands for
     round: int = 0  # in which round it was sampled
-    inherited: int = 0  # how many tokens it has from the state it was sampled from; a state: all
+    inherited: int = 0  # how many of its tokens are its state's
     # what the engine needs, below
-    slots: tuple[Slot, ...] = ()  # its places in the cache: see `KVCache`
-    expansion: "Expansion | None" = None  # what it is part of; None for a state, or when it ended
+    slots: tuple[Slot, ...] = ()
+    expansion: "Expansion | None" = None  # what it is part of; None when it has ended
     first_point: float = 0.0  # its samples are points in [0, 1), see `spread`: the first of them
     spacing: float = 1.0  # and the distance from each to the next
 
@@ -83,7 +96,7 @@ def self_backtrack(
     prompt_again: bool = False,
     last_line: bool = False,
     stop_above: float = 0.0,
-) -> Generator[list[Response], list[Response], None]:
+) -> Generator[list[State], list[Response], None]:
     """Search one problem. A generator: it yields a frontier, is sent the samples of its states, and
     yields the next frontier. The caller keeps the samples: `select` chooses among all of them.
 
@@ -93,7 +106,7 @@ def self_backtrack(
     ends when a round's best candidate has a score (`rate`) above stop_above; none is above 0.
     """
     visited = set() if prompt_again else {()}
-    samples = yield [Response(count=n)]  # round 0: n samples of the prompt, which has no tokens yet
+    samples = yield [State(count=n)]  # round 0: n samples of the prompt, which has no tokens yet
     for round_number in range(1, b + 1):
         best = select(samples, tokenizer, last_line)
         if best and rate(best, tokenizer, last_line) > stop_above:
@@ -121,15 +134,15 @@ def branching_order(sample: Response) -> float:
     return -sample.count
 
 
-def roll_back(sample: Response, tokenizer: Tokenizer) -> Response:
+def roll_back(sample: Response, tokenizer: Tokenizer) -> State:
     """Drop `<backtrack>` and the last action: of the lines 4-2=2, 25*2=52, <backtrack> the first is
-    left. An unfinished action is dropped in the same way: 4-2=2, 25*<backtrack>. The state keeps
-    the logps and the slots of what is left; its slots are the prompt's and then its tokens'."""
+    left. An unfinished action is dropped in the same way: 4-2=2, 25*<backtrack>. The state has the
+    logps and the slots of what is left."""
     kept = line_begin(sample.tokens[:-1], tokenizer)
     # It has slots for the prompt and for all of its tokens but `<backtrack>`, which ended it.
     dropped_slots = len(sample.tokens) - 1 - kept
     slots = sample.slots[: len(sample.slots) - dropped_slots]
-    return Response(sample.tokens[:kept], sample.logps[:kept], inherited=kept, slots=slots)
+    return State(sample.tokens[:kept], sample.logps[:kept], slots)
 
 
 def line_begin(tokens: tuple[int, ...], tokenizer: Tokenizer) -> int:
@@ -383,7 +396,7 @@ class Search:
     index: int  # the problem's place among those given
     prompt: list[int]
     key: int  # it seeds the problem's random numbers
-    algorithm: Generator[list[Response], list[Response], None]
+    algorithm: Generator[list[State], list[Response], None]
     expansions: list["Expansion"] = field(default_factory=list)  # of the states of its frontier
     all_samples: list[Response] = field(default_factory=list)
 
@@ -409,7 +422,7 @@ class Expansion:
     """A state of a frontier, whose samples are drawn, or wait to be drawn."""
 
     search: Search
-    state: Response
+    state: State
     place: int  # in the frontier
     rng: np.random.Generator | None = None
     ended: list[Response] = field(default_factory=list)  # the samples that have ended
@@ -419,9 +432,19 @@ class Expansion:
         """All samples of the state together, before they draw their first token."""
         self.rng = np.random.default_rng([seed, self.search.key, self.state.round, self.place])
         self.ended = []
-        spacing = 1 / self.state.count
-        first_point = spacing * self.rng.random()
-        return replace(self.state, expansion=self, first_point=first_point, spacing=spacing)
+        state = self.state
+        spacing = 1 / state.count
+        return Response(
+            state.tokens,
+            state.logps,
+            state.count,
+            state.round,
+            inherited=len(state.tokens),
+            slots=state.slots,
+            expansion=self,
+            first_point=spacing * self.rng.random(),
+            spacing=spacing,
+        )
 
     def extend(self, parent: Response, draw: Draw) -> Response:
         """The Response of the samples that take a token."""

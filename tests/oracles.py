@@ -145,7 +145,7 @@ def same_so_far(samples: list[Sample]) -> list[list[Sample]]:
 
 
 def expand(model, tokenizer, prompt: list[int], state, place: int, key: int, settings):
-    """The samples of one state (a search.Response), each by itself; merged, at last, as the engine
+    """The samples of one state (a search.State), each by itself; merged, at last, as the engine
     reports them: short ones first, equal ones as one Response."""
     rng = np.random.default_rng([settings.seed, key, state.round, place])
     first = rng.random() / state.count

@@ -68,7 +68,7 @@ ROLL_BACK = """
         if kept and kept[-1] in tokenizer.line_ends:
             break
     count = len(kept)
-    return Response(tuple(kept), sample.logps[:count], inherited=count, slots=tuple(slots))
+    return State(tuple(kept), sample.logps[:count], tuple(slots))
 """
 SPREAD = """
     most = max(response.count for response in responses)

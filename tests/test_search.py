@@ -117,7 +117,7 @@ def test_a_state_is_what_a_backtracking_sample_had_before_its_last_action():
     [state] = backtracking(n=7).send([sampled("1+1=2\n2+2=4\n<backtrack>"), sampled("3+3=6\n")])
     assert state.tokens == ids("1+1=2\n")
     assert state.logps == (-0.5,) * 6
-    assert (state.count, state.round, state.inherited) == (7, 1, 6)
+    assert (state.count, state.round) == (7, 1)
 
 
 def test_states_that_most_samples_lead_to_come_first():
@@ -203,7 +203,6 @@ def test_rolling_back_drops_the_last_action(text, state):
     rolled = search.roll_back(sample, TOK)
     assert rolled.tokens == ids(state)
     assert rolled.logps == sample.logps[: len(rolled.tokens)]
-    assert rolled.inherited == len(rolled.tokens)
 
 
 @pytest.mark.parametrize("text,state", STEPS_BACK)
