@@ -107,8 +107,8 @@ def training_row(problem: dict, response: str, no_loss: list[int]) -> dict:
 def fine_tune(model, tokenizer, kept_rows, record, options, seed: int) -> None:
     """A few epochs over what a round has kept, with the optimizer and mask of the checkpoint's own
     training, if its record tells them; else with the paper's. No weight decay, as in the
-    reference. Muon's small steps harm no model that is well trained; where solutions are scarce,
-    ten times larger ones gain more."""
+    reference. The steps are small, for a model that is trained well; one that has seen few
+    solutions gains more by larger ones (assets/NOTES.md)."""
     device, rank, world = device_rank_world()
     training = record.get("settings", {})
     uses_muon = training.get("optimizer") == "muon"

@@ -462,7 +462,7 @@ def test_improvement_of_a_checkpoint_of_a_dataset(program, no_table, searched, d
     assert searched == [data.read_rows(dataset / "train.jsonl")[:12]]
 
 
-@pytest.mark.parametrize("optimizer,lr", [("muon", 2e-3), ("adamw", 1e-5)])
+@pytest.mark.parametrize("optimizer,lr", [("muon", 2e-4), ("adamw", 1e-5)])
 def test_improvement_trains_as_its_checkpoint_was_trained(
     program, fitted, searched, ckpt, tmp_path, optimizer, lr
 ):
