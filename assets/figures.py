@@ -22,6 +22,7 @@ RULES = {
     "prompt_again",
     "stop_above",
 }  # lines with other rules
+TOKENS = (100, 200, 500, 1000, 2000, 5000)  # where the axis of search.png has marks
 MONO = "monospace"
 KINDS = ("none", "exploratory", "computational", "rule violation")
 
@@ -65,9 +66,11 @@ def searches(ax, lines: list[dict], split: str) -> None:
             heights = [percent(point, key) for point in points]
             label = f"b = {b}, {key}"
             ax.plot(tokens, heights, style, color=colour, markersize=4, label=label)
-        if b < 3:
-            name_points(ax, points, b)
+        if b == 0:
+            name_points(ax, points)
     ax.set(xscale="log", xlabel="sampled tokens a problem", ylabel="% of problems")
+    ax.set_xticks(TOKENS, [f"{tokens:,}" for tokens in TOKENS])
+    ax.minorticks_off()
     ax.set(ylim=(50, 102), title=TITLES[split])
     ax.margins(x=0.12)
     ax.grid(alpha=0.3)
@@ -80,14 +83,12 @@ def steps_back(line: dict) -> int | None:
     return line.get("b")
 
 
-def name_points(ax, points: list[dict], b: int) -> None:
-    """Each point's n: above the lines of b = 0, below those of b = 1."""
-    key = "selected" if b else "verified"
-    up = -13 if b else 6
+def name_points(ax, points: list[dict]) -> None:
+    """Each point's n, below it. (With the same n, more steps back lie to its right.)"""
     for point in points:
-        place = (point["tokens"], percent(point, key))
-        away = {"xytext": (-9, up), "textcoords": "offset points"}
-        ax.annotate(f"n = {point['n']}", place, fontsize=7, **away)
+        place = (point["tokens"], percent(point, "selected"))
+        away = {"xytext": (-6, -14), "textcoords": "offset points"}
+        ax.annotate(f"n = {point['n']}", place, fontsize=8, **away)
 
 
 # ---- training.png --------------------------------------------------------------------------------
