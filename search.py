@@ -24,7 +24,7 @@ For instance, with the numbers 52, 11, 26, 78, the target 35 and n = 32 (a comma
     answer     the first of these: it has the best score
 
     python search.py
-    python search.py --numbers 53 99 37 34 --target 57
+    python search.py --numbers 52 11 26 78 --target 35 --b 0
     python search.py --data val --decoder self_backtrack --b 1 --n 32 --num 500
 
 Shapes: R responses, M samples of the one that has most, V vocabulary.
