@@ -156,7 +156,7 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     options = Arguments("Expert iteration: search, verify, keep, fine-tune, repeat.")
     add = options.add_argument_group("what to improve, and where to save it").add_argument
     add("--ckpt", type=whole_path, default="checkpoint", help="a folder or Hub id")
-    add("--data", type=whole_path, help="problems; else those of its record")
+    add("--data", type=whole_path, help="problems; else as in its training")
     add("--out", metavar="DIR", type=Path, default="improved", help="the folder to save to")
     add("--resume", action="store_true", help="go on after --out's last round")
     add("--num_eval", metavar="N", type=number(int, 1), default=300, help="problems a split")

@@ -1161,7 +1161,7 @@ def flags() -> Arguments:
     add("--num", metavar="N", type=number(int, 1), default=200, help="how many problems")
     add("--offset", metavar="N", type=number(int, 0), default=0, help="problems to pass over")
     add = options.add_argument_group("the search (paper, section 4.2)").add_argument
-    add("--decoder", choices=DECODERS, help="all but the last have b = 0")
+    add("--decoder", choices=DECODERS, help="only the last one steps back")
     add("--b", metavar="B", type=number(int, 0), help="how often to step back")
     add("--n", metavar="N", type=number(int, 1), help="samples a state; beams")
     add("--limit", metavar="N", type=number(int, 1), help="states in a frontier; int(sqrt(n))")
@@ -1169,7 +1169,7 @@ def flags() -> Arguments:
         "--stop_above",
         metavar="X",
         type=number(float, -1e6),
-        help="a score that is enough; 0: none",
+        help="a better score ends a search; 0: never",
     )
     add("--paper", action="store_true", help="sample and choose as the paper does")
     add = options.add_argument_group("sampling").add_argument
@@ -1190,7 +1190,7 @@ def flags() -> Arguments:
         "--top_p",
         metavar="P",
         type=number(float, 0, True),
-        help="keep best tokens of so much in all",
+        help="keep best tokens that add up to it",
     )
     add("--max_new_tokens", metavar="N", type=number(int, 1), help="of a whole response")
     add("--seed", metavar="N", type=number(int, 0), help="of the samples")
@@ -1201,7 +1201,7 @@ def flags() -> Arguments:
     add = options.add_argument_group("the machine").add_argument
     add("--batch_size", metavar="N", type=number(int, 1), help="states expanded together")
     add("--cache_gib", metavar="X", type=number(float, 0, True), help="for keys and values")
-    add("--dtype", choices=DTYPES, help="by itself the device's best")
+    add("--dtype", choices=DTYPES, help="default: the device's best")
     return options
 
 

@@ -491,7 +491,7 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     add("--layers", metavar="N", type=number(int, 1), help="if from scratch")
     add = options.add_argument_group("the rows (paper, section 4.1)").add_argument
     add("--data", type=whole_path, help="a file, a folder or a dataset on the Hub")
-    add("--num_train", metavar="N", type=number(int, 1), help="drawn of it; else all")
+    add("--num_train", metavar="N", type=number(int, 1), help="rows drawn at random; else all")
     add("--sizes", type=int, choices=range(2, 6), nargs="+", default=[3], help="of numbers")
     add("--mistakes", choices=KINDS, nargs="*", default=KINDS, metavar="KIND", help="of D_back")
     add(
@@ -505,12 +505,12 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     add = options.add_argument_group("the loop").add_argument
     add("--steps", metavar="N", type=number(int, 1), help="how many")
     add("--epochs", metavar="N", type=number(int, 1), help="in place of --steps")
-    add("--batch_size", metavar="N", type=number(int, 1), help="rows a device and part")
+    add("--batch_size", metavar="N", type=number(int, 1), help="rows of a device, and of a part")
     add("--grad_accum", metavar="N", type=number(int, 1), default=1, help="parts of a step")
     add("--lr", metavar="X", type=number(float, 0, strict=True), help="at its peak")
     add("--warmup", metavar="N", type=number(int, 1), help="steps until then")
     add("--optimizer", choices=("muon", "adamw"), help="muon: for matrices")
-    add("--weight_decay", metavar="X", type=number(float, 0), help="but of gains")
+    add("--weight_decay", metavar="X", type=number(float, 0), help="of all but the norms")
     add("--seed", metavar="N", type=number(int, 0), default=0, help="of rows and weights")
     add = options.add_argument_group("what is written").add_argument
     add("--out", metavar="DIR", type=Path, default="checkpoint", help="the folder to save to")
@@ -521,7 +521,7 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     add = options.add_argument_group("the machine").add_argument
     add("--gradient_checkpointing", action="store_true", help="saves memory")
     add("--compile", action="store_true", help="faster, after half a minute")
-    add("--dtype", choices=DTYPES, help="of autocast; by itself the device's best")
+    add("--dtype", choices=DTYPES, help="of autocast; default: the device's best")
     given = {argument.split("=")[0] for argument in sys.argv}
     from_checkpoint = "--ckpt" in given
     defaults = dict(PAPER_TRAINING if from_checkpoint else SCRATCH)
