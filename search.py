@@ -63,9 +63,7 @@ class State:
 
     tokens: tuple[int, ...] = ()  # those after the prompt
     logps: tuple[float, ...] = ()  # the log-probability of each token, at temperature 1
-    slots: tuple[
-        Slot, ...
-    ] = ()  # the places of the prompt and of these in the cache, if they are there
+    slots: tuple[Slot, ...] = ()  # of the prompt and of these in the cache; a new prompt has none
     count: int = 1  # how many samples are to be drawn
     round: int = 0  # in which round
 
@@ -430,9 +428,9 @@ class Expansion:
 
     def first_response(self, seed: int) -> Response:
         """All samples of the state together, before they draw their first token."""
-        self.rng = np.random.default_rng([seed, self.search.key, self.state.round, self.place])
-        self.ended = []
         state = self.state
+        self.rng = np.random.default_rng([seed, self.search.key, state.round, self.place])
+        self.ended = []
         spacing = 1 / state.count
         return Response(
             state.tokens,

@@ -11,17 +11,11 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch
+from tables import PAPER_SEARCH
 
 ASSETS = Path(__file__).parent
 COLOURS = {0: "tab:blue", 1: "tab:orange", 3: "tab:green"}  # of b
 TITLES = {"val": "seen targets", "val_new": "new targets"}
-RULES = {
-    "independent",
-    "temperature",
-    "last_line",
-    "prompt_again",
-    "stop_above",
-}  # lines with other rules
 TOKENS = (100, 200, 500, 1000, 2000, 5000)  # where the axis of search.png has marks
 MONO = "monospace"
 KINDS = ("none", "exploratory", "computational", "rule violation")
@@ -49,7 +43,8 @@ def legend(ax, **settings) -> None:
 
 def searches(ax, lines: list[dict], split: str) -> None:
     """Accuracy against sampled tokens: a line for each b, a point for each n."""
-    lines = [line for line in lines if line["split"] == split and not RULES & line.keys()]
+    ours = [line for line in lines if not PAPER_SEARCH.keys() & line.keys()]
+    lines = [line for line in ours if line["split"] == split]
     for line in lines:
         if line.get("decoder") == "greedy":
             height = percent(line, "selected")

@@ -5,20 +5,17 @@ which are marked by comments.
 """
 
 import json
+import sys
 from pathlib import Path
 
 ASSETS = Path(__file__).parent
+sys.path.insert(0, str(ASSETS.parent))
+
+from search import PAPER_SEARCH  # noqa: E402
+
 README = ASSETS.parent / "README.md"
 NOTES = ASSETS / "NOTES.md"
-PAPER = {  # its rule
-    "temperature": 0.7,
-    "min_p": 0.0,
-    "independent": True,
-    "prompt_again": False,
-    "last_line": False,
-    "stop_above": 0.0,
-}
-FLAGS = ("decoder", "b", "n", *PAPER)
+FLAGS = ("decoder", "b", "n", *PAPER_SEARCH)
 ACCURACY = "selected: seen | new | verified: seen | new | tokens a problem"
 PAPERS = [  # what it reports of Llama-3.2-1B
     "| *the paper's Llama-3.2-1B (greedy 28.9, 27.1)* | *73.5* | *73.8* | | | |",
@@ -33,43 +30,43 @@ def stepping_back(b: int, n: int, **others) -> dict:
     return {"decoder": "self_backtrack", "b": b, "n": n, **others}
 
 
-MAIN = {
-    "**greedy**": {"decoder": "greedy"},
-    "beam search, 32 beams": {"decoder": "beam", "n": 32},
-    "best of 32": best_of(32),
-    "best of 64": best_of(64),
-    "**self-backtracking, b = 1, n = 32**": stepping_back(1, 32),
-    "*the paper's rule:* best of 32": best_of(32, **PAPER),
-    "b = 1, n = 32": stepping_back(1, 32, **PAPER),
-}
-OTHERS = {
-    "best of 8": best_of(8),
-    "best of 16": best_of(16),
-    "best of 128": best_of(128),
-    "b = 1, n = 8 ": stepping_back(1, 8),
-    "b = 1, n = 128": stepping_back(1, 128),
-    "b = 3, n = 8": stepping_back(3, 8),
-    "b = 3, n = 32": stepping_back(3, 32),
-    "*the paper's rule:* best of 8": best_of(8, **PAPER),
-    "best of 16 ": best_of(16, **PAPER),
-    "b = 1, n = 8": stepping_back(1, 8, **PAPER),
-}
-ADDITIONS = {
-    "all of ours": stepping_back(1, 32),
-    "independent samples": stepping_back(1, 32, independent=True),
-    "temperature 0.7, no min-p": stepping_back(1, 32, temperature=0.7, min_p=0.0),
-    "the prompt sampled once": stepping_back(1, 32, prompt_again=False),
-    "not ended when sure": stepping_back(1, 32, stop_above=0.0),
-    "not ended, the mean alone as score": stepping_back(1, 32, stop_above=0.0, last_line=False),
-    "all of the paper's": stepping_back(1, 32, **PAPER),
-}
+MAIN = [
+    ("**greedy**", {"decoder": "greedy"}),
+    ("beam search, 32 beams", {"decoder": "beam", "n": 32}),
+    ("best of 32", best_of(32)),
+    ("best of 64", best_of(64)),
+    ("**self-backtracking, b = 1, n = 32**", stepping_back(1, 32)),
+    ("*the paper's rule:* best of 32", best_of(32, **PAPER_SEARCH)),
+    ("b = 1, n = 32", stepping_back(1, 32, **PAPER_SEARCH)),
+]
+OTHERS = [
+    ("best of 8", best_of(8)),
+    ("best of 16", best_of(16)),
+    ("best of 128", best_of(128)),
+    ("b = 1, n = 8", stepping_back(1, 8)),
+    ("b = 1, n = 128", stepping_back(1, 128)),
+    ("b = 3, n = 8", stepping_back(3, 8)),
+    ("b = 3, n = 32", stepping_back(3, 32)),
+    ("*the paper's rule:* best of 8", best_of(8, **PAPER_SEARCH)),
+    ("best of 16", best_of(16, **PAPER_SEARCH)),
+    ("b = 1, n = 8", stepping_back(1, 8, **PAPER_SEARCH)),
+]
+ADDITIONS = [
+    ("all of ours", stepping_back(1, 32)),
+    ("independent samples", stepping_back(1, 32, independent=True)),
+    ("temperature 0.7, no min-p", stepping_back(1, 32, temperature=0.7, min_p=0.0)),
+    ("the prompt sampled once", stepping_back(1, 32, prompt_again=False)),
+    ("not ended when sure", stepping_back(1, 32, stop_above=0.0)),
+    ("not ended, the mean alone as score", stepping_back(1, 32, stop_above=0.0, last_line=False)),
+    ("all of the paper's", stepping_back(1, 32, **PAPER_SEARCH)),
+]
 SPLITS = {"val": "seen targets", "val_new": "new targets"}
 KINDS = ("none", "exploratory", "computational", "rule violation")
 
 
-def accuracy(lines: list[dict], asked: dict[str, dict], first_column: str) -> list[str]:
+def accuracy(lines: list[dict], asked: list[tuple[str, dict]], first_column: str) -> list[str]:
     table = [f"| {first_column} | {ACCURACY} |".replace("|  |", "| |"), "|---|---|---|---|---|---|"]
-    for name, flags in asked.items():
+    for name, flags in asked:
         found = []
         for split in SPLITS:
             for line in lines:
@@ -80,7 +77,7 @@ def accuracy(lines: list[dict], asked: dict[str, dict], first_column: str) -> li
             raise SystemExit(f"results.jsonl has {len(found)} lines, not 2, of {name}")
         shares = [f"{line[key][0]:.1f}" for key in ("selected", "verified") for line in found]
         tokens = round(sum(line["tokens"] for line in found) / 2)
-        table.append(f"| {name.strip()} | {' | '.join(shares)} | {tokens:,} |")
+        table.append(f"| {name} | {' | '.join(shares)} | {tokens:,} |")
     return table
 
 

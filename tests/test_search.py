@@ -227,7 +227,7 @@ def finished(text: str, logp: float = -1.0, **fields) -> Response:
         (-0.3, False, -0.2, False),
         (-0.1, True, -0.2, False),  # with two tokens in the last line: -0.3
         (-0.1, True, -0.4, True),
-        (-1e-9, False, 0.0, False),  # the paper's: however sure it is
+        (0.0, False, 0.0, False),  # the paper's: however sure it is
     ],
 )
 def test_a_search_ends_once_it_is_sure(logp, last_line, stop_above, stops):
@@ -242,7 +242,7 @@ def test_by_the_papers_rule_no_search_ends_early(settings, stops):
     algorithm = Settings(**settings).algorithm(TOK)
     next(algorithm)
     doubtful = sampled("1+1=2\n2+2=4\n<backtrack>")
-    assert ends(algorithm, [doubtful, finished("3+5=8\nGoal Reached!", -1e-9)]) is stops
+    assert ends(algorithm, [doubtful, finished("3+5=8\nGoal Reached!", 0.0)]) is stops
 
 
 def test_a_sure_sample_that_has_not_reached_the_goal_ends_nothing():
