@@ -1153,7 +1153,8 @@ def show_row(tokenizer: Tokenizer, row: dict, mask: str) -> str:
         else:
             line_end = "\n" * text.endswith("\n")
             shown += paint(f"[{text.removesuffix(line_end)}]", "wrong") + line_end
-    return f"{row['kind']}\n\n{shown}\n"
+    dataset = "D_back" if row["kind"] in KINDS else "D_op"
+    return f"{dataset}, {row['kind']}\n\n{shown}\n"
 
 
 def show_rows(record: dict, num: int, mask: str) -> None:

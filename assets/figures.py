@@ -101,6 +101,8 @@ def mistakes(ax, lines: list[dict]) -> None:
             caught = [100 * found[kind][1] / total for kind in kinds]
             ax.bar(kinds, made, color="lightgrey", label="samples")
             ax.bar(kinds, caught, color="tab:orange", label="<backtrack> right after it")
+            named = {"none": "none (orange:\nfalse alarms)"}
+            ax.set_xticks(range(len(kinds)), [named.get(kind, kind) for kind in kinds])
     ax.tick_params(axis="x", labelsize=8)
     ax.set(ylabel="% of samples", title="the first mistake of a sample (best of 32)")
     legend(ax, fontsize=8)
@@ -173,11 +175,11 @@ def method(ax) -> None:
     ax.text(106, 38, "Select, fold back (5, 6)", **black)
 
     words(ax, 0, 3, "(numbers 2, 4, 10, 25; target 60)", fontsize=10)
-    words(ax, 0, 34, "a row of D_op: all of it is learned")
+    words(ax, 0, 34, "D_op, a solution: it is learned")
     for place, line in enumerate(["4-2=2", "25*2=50", "50+10=60", "Goal Reached!"]):
         box(ax, 0, 29 - 4 * place, line, "right", 14)
-    words(ax, 17, 31.5, "a row of D_back:")
-    words(ax, 17, 29.4, "the mistake is not")
+    words(ax, 17, 31.5, "D_back: all but")
+    words(ax, 17, 29.4, "the mistake is")
     box(ax, 17, 25, "4-2=2", "right", 14)
     box(ax, 17, 21, "25*2=52", "wrong", 14, line="--")
     box(ax, 17, 17, "<backtrack>", "stopped", 14)

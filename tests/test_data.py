@@ -857,9 +857,9 @@ def test_a_shown_row_has_brackets_around_what_is_not_learned(monkeypatch):
     monkeypatch.setattr(data.sys.stdout, "isatty", lambda: False, raising=False)
     end = "<backtrack><|end_of_text|>\n"
     shown = data.show_row(DIGITS, SHOWN, "action")
-    assert shown == f"computational\n\n{PROMPT}[25*4=100\n100/2=51]\n{end}"
+    assert shown == f"D_back, computational\n\n{PROMPT}[25*4=100\n100/2=51]\n{end}"
     shown = data.show_row(DIGITS, SHOWN, "choice")
-    assert shown == f"computational\n\n{PROMPT}[25*4=]100\n[100/2=51]\n{end}"
+    assert shown == f"D_back, computational\n\n{PROMPT}[25*4=]100\n[100/2=51]\n{end}"
     assert data.show_row(DIGITS, SHOWN, "none").endswith(f"{PROMPT}25*4=100\n100/2=51\n{end}")
 
 
@@ -875,5 +875,6 @@ def test_a_terminal_shows_rows_in_colour(monkeypatch):
 
 def test_of_each_kind_a_row_is_shown(capsys):
     data.show_rows(new_record(0, [3]), 2 * len(ALL_KINDS), "action")
-    kinds = Counter(line for line in capsys.readouterr().out.split("\n") if line in ALL_KINDS)
-    assert kinds == dict.fromkeys(ALL_KINDS, 2)
+    names = [f"D_{'back' if kind in KINDS else 'op'}, {kind}" for kind in ALL_KINDS]
+    shown = Counter(line for line in capsys.readouterr().out.split("\n") if line in names)
+    assert shown == dict.fromkeys(names, 2)
