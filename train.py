@@ -60,67 +60,30 @@ def fit(
     report_every: int = 1000,
     report=None,
 ) -> None:
-    """Train `model` in place. On one device, in fp32, with one part a step, a step is this:
-
-        loss = model(input_ids, labels=labels) / num_labels
-        loss.backward()
-        clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    """Train `model` in place, by `steps` steps of the optimizer.
 
     dtype: what autocast computes in. After every `report_every` steps, and after the last,
     report(loss, state, True) is called; if a signal stops it in between, the same with False.
     To resume, give this state, {"step", "optimizer"}, to another call."""
-    _, rank, world = device_rank_world()
+    world = device_rank_world()[2]
     device = model.lm_head.weight.device
     model.model.compiled_layer = torch.compile(LlamaDecoderLayer.forward) if compiled else None
-    parallel = model
-    if world > 1:
-        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    # In fp16 small gradients would become 0, so the loss (and with it every gradient) is scaled up.
-    # GradScaler skips a step whose gradients overflow, by not calling optimizer.step(). But a fused
-    # AdamW is always called and skips by itself, which Muon's own part of the step would not do.
-    scaled = dtype == torch.float16
-    optimizer = make_optimizer(model, muon, lr, weight_decay, fused=not scaled)
-    scaler = torch.amp.GradScaler(device.type, enabled=scaled)
-    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    optimizer = make_optimizer(model, muon, lr, weight_decay, fused=dtype != torch.float16)
     first_step = state["step"] if state else 0
     if state:
         optimizer.load_state_dict(state["optimizer"])
+    stepper = Stepper(model, optimizer, dtype)
     stream = stream_batches(batches, first_step, steps, device)
     progress = tqdm(range(first_step, steps), "train", steps, initial=first_step, disable=no_bar())
     smooth_loss = None  # a moving average
     interruptible = Interruptible(progress)
     for step in interruptible:
-        # The loss is one mean over the labelled tokens of all ranks and parts: count them first.
-        parts = [part.to(device, non_blocking=True) for part in next(stream)]
-        num_labels = sum((labels[:, 1:] != -100).sum() for _, labels in parts)
-        num_labels = sum_over_ranks(num_labels).clamp(min=1)
-
-        # Forward and backward. Gradients of parts and ranks are to be added up, but DDP takes the
-        # mean over ranks: so multiply by their number.
-        loss = torch.zeros((), device=device)
-        for part_number, (input_ids, labels) in enumerate(parts):
-            if world > 1:  # ranks exchange gradients once a step, at its last part
-                parallel.require_backward_grad_sync = part_number == len(parts) - 1
-            with autocast():
-                part_loss = parallel(input_ids, labels=labels) / num_labels
-            scaler.scale(part_loss * world).backward()
-            loss += part_loss.detach()
-
-        # Clip, set the learning rate, take the step.
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, lr, warmup)
-        with autocast():  # for Muon's matrix products
-            scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        loss = stepper.take_step([part.to(device, non_blocking=True) for part in next(stream)])
+        smooth_loss = loss if smooth_loss is None else 0.98 * smooth_loss + 0.02 * loss
 
         # Look at the loss: seldom, because that waits for the device.
-        loss = sum_over_ranks(loss)
-        smooth_loss = loss if smooth_loss is None else 0.98 * smooth_loss + 0.02 * loss
         reports = (step + 1) % report_every == 0 or step + 1 == steps
         stopped_alone = world == 1 and interruptible.stopped_by
         if not (reports or stopped_alone or step % 20 == 0):
@@ -136,6 +99,61 @@ def fit(
             report(float(smooth_loss), new_state, reports)
         if stops:
             raise KeyboardInterrupt(interruptible.stopped_by or signal.SIGTERM)
+
+
+class Stepper:
+    """Takes a step of the optimizer. On one device, in fp32, with one part a step, it is this:
+
+        loss = model(input_ids, labels=labels) / num_labels
+        loss.backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    What else stands here is for several devices (DistributedDataParallel), several parts (their
+    gradients are added up), and for autocast to bf16 or fp16."""
+
+    def __init__(self, model: Llama, optimizer: torch.optim.Optimizer, dtype: torch.dtype):
+        device = model.lm_head.weight.device
+        self.world = device_rank_world()[2]
+        self.model = model
+        self.optimizer = optimizer
+        self.parallel = model
+        if self.world > 1:
+            self.parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        self.autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+        # In fp16 small gradients would become 0, so the loss (and with it every gradient) is scaled
+        # up. GradScaler skips a step whose gradients overflow, by not calling optimizer.step(). But
+        # a fused AdamW is always called and skips by itself, which Muon's own part of the step
+        # would not do: so in fp16 `fit` asks for one that is not fused.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    def take_step(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """parts: batches (2, B, T) int64. Returns the loss: one mean over the labelled tokens of
+        all ranks and parts."""
+        num_labels = sum((labels[:, 1:] != -100).sum() for _, labels in parts)
+        num_labels = sum_over_ranks(num_labels).clamp(min=1)
+        loss = self.add_gradients(parts, num_labels)
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        with self.autocast():  # for Muon's matrix products
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return sum_over_ranks(loss)
+
+    def add_gradients(self, parts: list[torch.Tensor], num_labels: torch.Tensor) -> torch.Tensor:
+        """Forward and backward. Gradients of parts and ranks are to be added up, but DDP takes the
+        mean over ranks: so multiply by their number. Returns this rank's share of the loss."""
+        loss = torch.zeros((), device=num_labels.device)
+        for part_number, (input_ids, labels) in enumerate(parts):
+            if self.world > 1:  # ranks exchange gradients once a step, at its last part
+                self.parallel.require_backward_grad_sync = part_number == len(parts) - 1
+            with self.autocast():
+                part_loss = self.parallel(input_ids, labels=labels) / num_labels
+            self.scaler.scale(part_loss * self.world).backward()
+            loss += part_loss.detach()
+        return loss
 
 
 def learning_rate(step: int, steps: int, lr: float, warmup: int) -> float:
