@@ -68,8 +68,9 @@ def prompt_text(nums: list[int], target: int) -> str:
 
 
 # The rules of each operator: (a operator b, is it allowed?), for whole numbers or, elementwise, for
-# arrays of them. The solver tries each pair of numbers only once, with the larger as a. So the
-# other way round must give the same, or be forbidden (0/5=0 is harmless, because 0*5=0).
+# arrays of them. A response may write the two numbers in either order, but the solver tries only
+# one, with the larger as a. So the other order must give the same, or be forbidden (0/5=0 is
+# harmless, because 0*5=0).
 
 
 def add(a, b):
@@ -147,11 +148,11 @@ def verify(nums: list[int], target: int, response: str) -> Verdict:
 
 
 # ---- Rows (paper, section 4.1) -------------------------------------------------------------------
-# Everything here is about one response to one problem. What can follow a state has been worked out
-# by the exact solver, which comes later; take it on trust for now. For each choice, of an operator
-# and of a pair of the numbers that are left, it says whether the choice is `legal`, and what
-# `effort` the simplest solution takes that goes on with it: inf if the target cannot be reached
-# any more.
+# Everything here is about one response to one problem. The exact solver, which comes later, has
+# worked out how each position can go on: of every choice, of an operator and of a pair of the
+# numbers that are left, it says whether the choice is `legal`, and what `effort` the simplest
+# solution takes that goes on with it: inf if the target cannot be reached any more. Take it on
+# trust for now.
 
 BACK = 0.5  # the share of D_back in all rows
 DETOUR = 0.5  # how often a solution leaves the canonical way, where there is another
@@ -170,7 +171,7 @@ class Action(NamedTuple):
 
 
 class SolvedProblem(NamedTuple):
-    """One problem of a block that the solver has solved."""
+    """One problem of a block, that is of those which the solver has solved together."""
 
     nums: list[int]
     target: int
@@ -179,7 +180,7 @@ class SolvedProblem(NamedTuple):
     efforts: list[np.ndarray]  # likewise
 
 
-class State:
+class Position:
     """Where a response stands after some legal actions, and how it can go on: choice number i has
     `action(i)`, `legal[i]` and `effort[i]`.
 
@@ -210,17 +211,17 @@ class State:
         """The choice with which the canonical solution goes on."""
         return self.effort.index(min(self.effort))
 
-    def after(self, choice: int) -> "State":
-        """The state that a choice leads to."""
+    def after(self, choice: int) -> "Position":
+        """The position that a choice leads to."""
         action = self.action(choice)
-        return State(self.problem, (*self.path, choice), (*self.used_up, action.a, action.b))
+        return Position(self.problem, (*self.path, choice), (*self.used_up, action.a, action.b))
 
 
 def make_row(rng: random.Random, problem: SolvedProblem, kinds: Sequence[str]) -> dict:
     """A row of D_op or, with probability BACK, of D_back: {nums, target, search_path, kind,
     no_loss}. search_path is the response (as the paper's dataset calls it); no_loss are the
     numbers, from 0, of its actions that carry no loss."""
-    states, actions, detour = draw_solution(rng, problem)
+    positions, actions, detour = draw_solution(rng, problem)
     row = {"nums": problem.nums, "target": problem.target}
     row["search_path"] = "".join(action.text() for action in actions) + GOAL
     row["kind"] = "solution" if detour is None else "detour"
@@ -229,8 +230,8 @@ def make_row(rng: random.Random, problem: SolvedProblem, kinds: Sequence[str]) -
     # So far it is a row of D_op. Now let it go wrong.
     if rng.random() >= BACK:
         return row
-    state = states[draw_depth(rng, len(actions))]
-    kind, mistake = draw_mistake(rng, state, kinds)
+    position = positions[draw_depth(rng, len(actions))]
+    kind, mistake = draw_mistake(rng, position, kinds)
     if mistake is None:
         return row
     spoilt = [*actions[: mistake.depth], *mistake.actions]
@@ -243,29 +244,31 @@ def make_row(rng: random.Random, problem: SolvedProblem, kinds: Sequence[str]) -
 
 def draw_solution(
     rng: random.Random, problem: SolvedProblem
-) -> tuple[list[State], list[Action], int | None]:
+) -> tuple[list[Position], list[Action], int | None]:
     """The canonical solution, of least effort. Or, with probability DETOUR, one with a detour: at
     one depth it takes another action that still reaches the target, with more effort, if there is
     any, and goes on from there by the simplest way.
 
-    Returns the states before each action, the actions, and the number of the detour, or None."""
+    Returns the positions before each action, the actions, and the number of the detour, or None."""
     leave_at = draw_depth(rng, len(problem.steps)) if rng.random() < DETOUR else None
-    states = [State(problem)]
+    positions = [Position(problem)]
     actions = []
     detour = None
     for depth in range(len(problem.steps)):
-        state = states[-1]
-        chosen = state.simplest()
+        position = positions[-1]
+        chosen = position.simplest()
         if depth == leave_at:
-            least = state.effort[chosen]
-            others = [choice for choice in state.choices if least < state.effort[choice] < math.inf]
+            least = position.effort[chosen]
+            others = [
+                choice for choice in position.choices if least < position.effort[choice] < math.inf
+            ]
             if others:
                 chosen = rng.choice(others)
                 detour = depth
-        actions.append(state.action(chosen))
+        actions.append(position.action(chosen))
         if len(actions) < len(problem.steps):
-            states.append(state.after(chosen))
-    return states, actions, detour
+            positions.append(position.after(chosen))
+    return positions, actions, detour
 
 
 def draw_depth(rng: random.Random, depths: int) -> int:
@@ -281,36 +284,36 @@ class Mistake(NamedTuple):
     actions: list[Action]  # the wrong action; of a false goal, all actions
 
 
-def exploratory(rng: random.Random, state: State) -> Mistake | None:
+def exploratory(rng: random.Random, position: Position) -> Mistake | None:
     """A legal action after which the target cannot be reached any more."""
     wrong = []
-    for choice in state.choices:
-        if state.legal[choice] and state.effort[choice] == math.inf:
+    for choice in position.choices:
+        if position.legal[choice] and position.effort[choice] == math.inf:
             wrong.append(choice)
     if not wrong:
         return None
-    return Mistake(len(state.path), [state.action(rng.choice(wrong))])
+    return Mistake(len(position.path), [position.action(rng.choice(wrong))])
 
 
-def computational(rng: random.Random, state: State) -> Mistake:
-    """A false result: of a legal action; or, half of the time, of a division that is not exact, the
-    most common false line of small models.
+def computational(rng: random.Random, position: Position) -> Mistake:
+    """A false result: of a legal action; or, half of the time (where there is one), of a division
+    that is not exact, the most common false line of small models.
 
     A last action claims the target, three times in four. Otherwise an inexact quotient is rounded
     down, half of the time. All other results are off by 1 ... 9, or by 10, 20 ... 90."""
-    target = state.problem.target
+    target = position.problem.target
     legal = []
     inexact = []
-    for choice in state.choices:
-        action = state.action(choice)
-        if state.legal[choice]:
+    for choice in position.choices:
+        action = position.action(choice)
+        if position.legal[choice]:
             legal.append(action)
         elif action.operator == "/" and action.b > 0:
             inexact.append(action)
     divides = len(inexact) > 0 and rng.random() < 0.5
     action = rng.choice(inexact if divides else legal)
 
-    if len(state.numbers) == 2 and action.result != target and rng.random() < 0.75:
+    if len(position.numbers) == 2 and action.result != target and rng.random() < 0.75:
         claimed = target
     elif divides and rng.random() < 0.5:
         claimed = action.result
@@ -318,32 +321,32 @@ def computational(rng: random.Random, state: State) -> Mistake:
         slip = rng.randint(1, 9) * rng.choice([1, 1, 10])
         downwards = slip <= action.result and rng.random() < 0.5
         claimed = action.result - slip if downwards else action.result + slip
-    return Mistake(len(state.path), [action._replace(result=claimed)])
+    return Mistake(len(position.path), [action._replace(result=claimed)])
 
 
-def rule_violation(rng: random.Random, state: State) -> Mistake:
+def rule_violation(rng: random.Random, position: Position) -> Mistake:
     """A true equation with a number that is not there: often one that is used up already."""
-    used_up = [other for other in state.used_up if other not in state.numbers]
+    used_up = [other for other in position.used_up if other not in position.numbers]
     if used_up and rng.random() < 0.8:
         missing = rng.choice(used_up)
     else:
         every_number = range(1, MAX_NUMBER + 1)
-        missing = rng.choice([other for other in every_number if other not in state.numbers])
-    b, a = sorted([missing, rng.choice(state.numbers)])
+        missing = rng.choice([other for other in every_number if other not in position.numbers])
+    b, a = sorted([missing, rng.choice(position.numbers)])
     actions = []
     for operator in OPERATORS:
         result, legal = calculate(a, operator, b)
         if legal:
             actions.append(Action(a, operator, b, result))
-    return Mistake(len(state.path), [rng.choice(actions)])
+    return Mistake(len(position.path), [rng.choice(actions)])
 
 
-def false_goal(rng: random.Random, state: State) -> Mistake | None:
+def false_goal(rng: random.Random, position: Position) -> Mistake | None:
     """Ours: a whole path that loses its way, the kind of wrong answer that trained small models
-    still give: `25*10=250`, `4+2=6`, `250/6=60`. It begins at the prompt, whatever the state. Its
-    actions are legal up to the last, a division that claims the target: it is not exact, and the
-    true quotient is between half of the target and twice the target."""
-    problem = state.problem
+    still give: `25*10=250`, `4+2=6`, `250/6=60`. It begins at the prompt, not at
+    `position`. Its actions are legal up to the last, a division that claims the target: it is not
+    exact, and the true quotient is between half of the target and twice the target."""
+    problem = position.problem
     target = problem.target
     # At the last step one pair is left, number 0. All these arrays have an entry for each way to
     # come there: of four numbers (24, 12), so that a[i, j] is the larger number after choices i, j.
@@ -358,7 +361,7 @@ def false_goal(rng: random.Random, state: State) -> Mistake | None:
     paths = np.argwhere(fitting)  # (paths, steps - 1): all (i, j) that fit
     if len(paths) == 0:
         return None
-    here = State(problem)
+    here = Position(problem)
     actions = []
     for choice in rng.choice(paths).tolist():
         actions.append(here.action(choice))
@@ -377,7 +380,7 @@ KINDS = [mistake.__name__ for mistake in MISTAKES]
 
 
 def draw_mistake(
-    rng: random.Random, state: State, kinds: Sequence[str]
+    rng: random.Random, position: Position, kinds: Sequence[str]
 ) -> tuple[str, Mistake | None]:
     """The name of a kind of mistake, drawn by the shares of those in `kinds`, and such a mistake.
     If this kind is impossible here, another is drawn."""
@@ -385,7 +388,7 @@ def draw_mistake(
     while allowed:
         shares = [MISTAKES[make_mistake] for make_mistake in allowed]
         [make_mistake] = rng.choices(allowed, shares)
-        mistake = make_mistake(rng, state)
+        mistake = make_mistake(rng, position)
         if mistake:
             return make_mistake.__name__, mistake
         allowed.remove(make_mistake)
@@ -406,9 +409,9 @@ def no_loss_spans(row: dict, mask: str) -> list[tuple[int, int]]:
                         like 25*2=52, is masked whole
         mask="none"     nothing but the prompt
 
-    Why "choice", which is ours: with "action", of all third lines only those of solutions are
-    learned, and they end in the target. So a small model comes to write the target after any third
-    line: `50-10=60`. With "choice" it also learns true third lines that miss the target.
+    Why "choice", which is ours: with "action", of all last lines only those of solutions are
+    learned, and they make the target. So a small model comes to write the target in any last line:
+    `50-10=60`. With "choice" it also learns true last lines that miss the target.
 
     Of a row without `no_loss` the last action before `<backtrack>` is masked, if it has one. (It
     may lack its newline: `39+6=45<backtrack>`.)"""
@@ -693,11 +696,11 @@ def solve(nums: list[int], target: int) -> tuple[int, int, list[Action]]:
     reaching = int(np.isfinite(efforts[-1]).sum())
     actions = []
     if reaching:
-        state = State(SolvedProblem(nums, target, 0, steps, efforts))
-        actions.append(state.action(state.simplest()))
+        position = Position(SolvedProblem(nums, target, 0, steps, efforts))
+        actions.append(position.action(position.simplest()))
         for _ in steps[1:]:
-            state = state.after(state.simplest())
-            actions.append(state.action(state.simplest()))
+            position = position.after(position.simplest())
+            actions.append(position.action(position.simplest()))
     return reaching, efforts[-1].size, actions
 
 
@@ -1024,7 +1027,7 @@ def load_rows(data: str, record: dict, num: int, offset: int = 0) -> list[dict]:
         source = record["source"]
         whole_file = is_one_file(record)
         rows = read_rows(Path(source), PROBLEM_COLUMNS) if whole_file else read_split(source, data)
-        begin = offset % len(rows) if data == "train" else offset  # of training rows begin anew
+        begin = offset % len(rows) if data == "train" else offset  # no end
         rows = rows[begin : begin + num]
     if not rows:
         raise UserError(f"{data} has no row number {offset}")

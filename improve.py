@@ -50,7 +50,7 @@ def expert_iteration(
     line of every round. Raises UserError."""
     settings = search_settings(options)
     for done in range(rounds_done, options.rounds + 1):
-        if len(log) == done:  # it is not measured yet: a run that goes on may stand after this
+        if len(log) == done:  # a run that was resumed may have measured it already
             log.append(measure(model, tokenizer, validation, settings, done))
             keep(model, tokenizer, record, log, options, done)
         if done < options.rounds:
@@ -188,7 +188,7 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
 def main() -> None:
     options, state = arguments()
     device = device_rank_world()[0]
-    if not state and options.ckpt == "checkpoint":  # of a folder that is there: the whole path
+    if not state and options.ckpt == "checkpoint":  # were it there, it would be a whole path
         raise UserError("no folder checkpoint: run train.py first, or give --ckpt")
     tokenizer = Tokenizer.from_pretrained(options.out if state else options.ckpt)
     with replacing(options.out):

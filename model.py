@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # noqa: F401  imported later, it would keep a group alive
+import torch.distributed.nn.functional  # noqa: F401  later its defaults would hold the ranks' group
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict, snapshot_download
@@ -274,9 +274,9 @@ class Llama(nn.Module):
 
 
 def labelled_positions(targets: torch.Tensor) -> torch.Tensor:
-    """Where targets (B * T) are not -100, and some positions more, which cross_entropy leaves out:
-    so that their number is a multiple of 64. (On a CPU, PyTorch builds and keeps a kernel for every
-    new size of a matrix product.)"""
+    """Where targets, int64 of one axis, are not -100; and some positions more, which cross_entropy
+    leaves out, so that their number is a multiple of 64, if there are enough. (On a CPU, PyTorch
+    builds and keeps a kernel for every new size of a matrix product.)"""
     labelled = (targets != -100).nonzero()[:, 0]
     filler = (targets == -100).nonzero()[: -len(labelled) % 64, 0]
     return torch.cat([labelled, filler])
@@ -299,7 +299,7 @@ class KVCache:
 
     def __init__(self, config: LlamaConfig, slots: int, device, dtype: torch.dtype):
         shape = (config.num_hidden_layers, 2, slots, config.num_key_value_heads, config.head_dim)
-        # On a CPU a large cache costs what it holds: pages that were never written to are free.
+        # On a CPU a large cache costs what it holds: memory that was never written to is free.
         self.kv = torch.empty(shape, device=device, dtype=dtype)
         # Slot 0 belongs to no token: padding reads and writes it. Attention gives padding the
         # weight 0, but 0 * NaN would be NaN, so it must begin as a finite number.
@@ -351,7 +351,13 @@ class CachedRows:
 
     slots (B, S) int64: the numbers of the slots of each row's tokens, in order, the new ones
         included; 0 where there is no token.
-    positions (B, T) int64: of the new tokens within their rows.
+    positions (B, T) int64: of the new tokens within their rows. What a row with fewer new tokens
+        has more is padding: its positions come after the row's end, where slots are 0.
+
+    Two rows, of which one gets two tokens, and the other one token and padding:
+
+        slots       [3, 5, 6, 9]    positions    [2, 3]    new_slots    [6, 9]
+                    [3, 7, 0, 0]                 [1, 2]                 [7, 0]
     """
 
     def __init__(self, cache: KVCache, slots: torch.Tensor, positions: torch.Tensor):

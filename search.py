@@ -15,11 +15,15 @@ For instance, with the numbers 52, 11, 26, 78, the target 35 and n = 32 (a comma
 
     round 0    78/26=3, <backtrack>                               6 samples
                52/26=2, 78-11=67, <backtrack>                     5 samples
-               78*11=858, 858/26=33, <backtrack>                  1 sample; 20 more, no goal
-    frontier   the prompt                                         from the first line,
+               78/26=3, 52/3=18, <backtrack>                      4 samples (52/3 is not 18)
+               52*11=572, 572/26=22, <backtrack>                  1 sample
+               78*11=858, 858/26=33, <backtrack>                  1 sample; 15 add no other state
+    frontier   the prompt                                         from the first of these lines,
                52/26=2,                                           from the second,
-               78*11=858,                                         and so on: int(sqrt(32)) states
-    round 1    78*11=858, 858+52=910, 910/26=35, Goal Reached!    4 of the third's samples
+               78/26=3,                                           and so on
+               52*11=572,
+               78*11=858,                                         int(sqrt(32)) = 5 states
+    round 1    78*11=858, 858+52=910, 910/26=35, Goal Reached!    4 samples of the fifth state
                78*11=858, 52-26=26, 858/26=33, Goal Reached!      2 of them, wrong
     answer     the first of these: it has the best score
 
@@ -27,7 +31,7 @@ For instance, with the numbers 52, 11, 26, 78, the target 35 and n = 32 (a comma
     python search.py --numbers 52 11 26 78 --target 35 --b 0
     python search.py --data val --decoder self_backtrack --b 1 --n 32 --num 500
 
-Shapes: R responses, M samples of the one that has most, V vocabulary.
+Shapes: R responses, M the largest number of samples that one of them stands for, V vocabulary.
 """
 
 import argparse
@@ -63,7 +67,7 @@ class State:
 
     tokens: tuple[int, ...] = ()  # those after the prompt
     logps: tuple[float, ...] = ()  # the log-probability of each token, at temperature 1
-    slots: tuple[Slot, ...] = ()  # of the prompt and of these in the cache; a new prompt has none
+    slots: tuple[Slot, ...] = ()  # in the cache, of the prompt and of these tokens
     count: int = 1  # how many samples are to be drawn
     round: int = 0  # in which round
 
@@ -71,7 +75,7 @@ class State:
 @dataclass(eq=False)
 class Response:
     """What some samples have in common: those that are the same so far are one Response, with a
-    count."""
+    count. (So a list of samples is a list of Responses.)"""
 
     # what the algorithm asks for
     tokens: tuple[int, ...] = ()  # as of a State, whose tokens come first
@@ -319,8 +323,8 @@ def find_tokens(logits: torch.Tensor, points: np.ndarray, settings: Settings) ->
     shares = shares_of_tokens(logps, settings)
     ends = shares.cumsum(-1)  # token t covers [ends[t] - shares[t], ends[t])
 
-    # Without rounding the next lines would change nothing, because the last end would be 1. They
-    # keep every point below it, so that searchsorted finds a token.
+    # Every point must lie below the last end, so that searchsorted finds a token. But for rounding
+    # this end would be 1, and the next lines would change nothing.
     below_one = 1 - torch.finfo(precision).eps
     points = torch.from_numpy(points).to(logits.device, precision).clamp(max=below_one)
     points = points * ends[:, -1:]
@@ -448,7 +452,8 @@ class Expansion:
         """The Response of the samples that take a token."""
         first_point = draw.first_point
         # Beyond a spacing of 1 no second point fits into [0, 1): this sample is alone. Each stretch
-        # costs its point some digits of precision: so draw a new one, which is as random.
+        # costs its point some digits of precision. Within its interval it may lie anywhere, every
+        # place as probable: so draw a new one.
         if draw.spacing > 1:
             first_point = self.rng.random()
         return replace(
@@ -594,8 +599,8 @@ class Engine:
     def begin(self, expansions: list[Expansion]) -> None:
         """Begin to expand states, *either* new prompts *or* branches. A new prompt passes the model
         whole. A branch has its keys and values in the cache, but not the logits after its last
-        token: so this token passes the model again, into a new slot. (Not both at once: new tokens
-        are padded to the longest, and a branch's row has no columns for a prompt's length.)"""
+        token: so this token passes the model again, into a new slot. (Not both at once: a branch,
+        padded to the length of a prompt, might be longer than the table is wide.)"""
         beginnings, new_tokens = [], []
         slot_table = torch.zeros(len(expansions), self.slot_table.shape[1], dtype=torch.int64)
         for own_slots, expansion in zip(slot_table, expansions):
@@ -731,7 +736,7 @@ def decode(
 
 
 def judge(tokenizer: Tokenizer, problem: dict, samples: list[Response], settings: Settings) -> dict:
-    """The answer selected, and whether and why (not) it is right. `verified`: is at least one
+    """The answer selected, whether it is right, and why not. `verified`: is at least one
     candidate right? `solutions`: those that are, the best first. `tokens`: drawn by the samples,
     each counted by itself."""
     nums, target = problem["nums"], problem["target"]
@@ -771,8 +776,8 @@ def evaluate(
     answers: "AnswerFile | None" = None,
 ) -> list[dict]:
     """`judge`'s row for every problem, and its number, offset + i. Samples depend on this number,
-    so that neither batches nor ranks change them. answers: a file that gets the rows as they come,
-    and may hold some already."""
+    so that neither batches nor ranks change them (but in bf16 and fp16, by rounding). answers: a
+    file that gets the rows as they come, and may hold some already."""
     _, rank, world = device_rank_world()
     rows = dict(answers.rows) if answers else {}
     numbers = range(offset, offset + len(problems))

@@ -123,9 +123,9 @@ class Stepper:
             self.parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
         self.autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
         # In fp16 small gradients would become 0, so the loss (and with it every gradient) is scaled
-        # up. GradScaler skips a step whose gradients overflow, by not calling optimizer.step(). But
-        # a fused AdamW is always called and skips by itself, which Muon's own part of the step
-        # would not do: so in fp16 `fit` asks for one that is not fused.
+        # up; a step whose gradients overflow is skipped. GradScaler leaves the skipping to a fused
+        # optimizer itself, and Muon's own part of the step does not know how: so in fp16 `fit` asks
+        # for one that is not fused.
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     def take_step(self, parts: list[torch.Tensor]) -> torch.Tensor:
@@ -268,7 +268,7 @@ def stream_batches(batches: Batches, first_step: int, steps: int, device: torch.
         pin_memory=on_gpu,
         worker_init_fn=in_worker,
     )
-    gc.collect()  # before they begin: a process that frees garbage which lies on a GPU dies
+    gc.collect()  # before they begin: a forked worker that frees garbage which lies on a GPU dies
     stream = itertools.chain.from_iterable(loader)
     return itertools.islice(stream, first_step % batches.STEPS, None)
 
@@ -374,7 +374,8 @@ SCRATCH = {
     "weight_decay": 0.1,
     "mask": "choice",
 }
-# ... and with --ckpt the paper's: of 32 rows a step, by two devices or two parts, 46,875 steps.
+# ... and with --ckpt the paper's. Its 32 rows a step, 46,875 steps, take two devices of 16 rows, or
+# two parts (--grad_accum 2).
 PAPER_TRAINING = {
     "epochs": 3,
     "num_train": 500_000,
@@ -519,11 +520,11 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
         default=0.0,
         help="share of rows with targets up to 999",
     )
-    add("--mask", choices=MASKS, help="what carries no loss in a mistake")
+    add("--mask", choices=MASKS, help="what of mistakes and detours carries no loss")
     add = options.add_argument_group("the loop").add_argument
     add("--steps", metavar="N", type=number(int, 1), help="how many")
     add("--epochs", metavar="N", type=number(int, 1), help="in place of --steps")
-    add("--batch_size", metavar="N", type=number(int, 1), help="rows of a device, and of a part")
+    add("--batch_size", metavar="N", type=number(int, 1), help="rows of a part, on a device")
     add("--grad_accum", metavar="N", type=number(int, 1), default=1, help="parts of a step")
     add("--lr", metavar="X", type=number(float, 0, strict=True), help="at its peak")
     add("--warmup", metavar="N", type=number(int, 1), help="steps until then")

@@ -34,7 +34,7 @@ from data import (  # noqa: E402
     GOAL,
     SPLITS,
     SolvedProblem,
-    State,
+    Position,
     Tokenizer,
     calculate,
     load_record,
@@ -245,7 +245,7 @@ def legal_actions(problems: list[dict], depth: int) -> dict[str, int]:
     for index, problem in enumerate(problems):
         nums, target = problem["nums"], problem["target"]
         text = prompt_text(nums, target)
-        state = State(SolvedProblem(nums, target, index, steps, efforts))
+        state = Position(SolvedProblem(nums, target, index, steps, efforts))
         for _ in range(depth):
             text += state.action(state.simplest()).text()
             state = state.after(state.simplest())

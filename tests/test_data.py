@@ -217,7 +217,7 @@ def test_the_effort_of_a_first_choice_is_that_of_the_simplest_solution(size, cou
         for action, effort, after in legal_actions(tuple(nums[problem].tolist())):
             expected[action] = effort + least_effort(after, goal)
         solved_problem = data.SolvedProblem(nums[problem].tolist(), goal, problem, steps, efforts)
-        state = data.State(solved_problem)
+        state = data.Position(solved_problem)
         for choice in state.choices:
             text = state.action(choice).text().strip()
             assert state.effort[choice] == pytest.approx(expected.get(text, math.inf), abs=1e-4)
@@ -362,7 +362,7 @@ def text_of_the_simplest(row: dict) -> str:
     """The response that `plan_efforts` calls the simplest."""
     steps, _ = data.programs(np.array([row["nums"]]))
     efforts = data.plan_efforts(steps, np.array([row["target"]]))
-    state = data.State(data.SolvedProblem(row["nums"], row["target"], 0, steps, efforts))
+    state = data.Position(data.SolvedProblem(row["nums"], row["target"], 0, steps, efforts))
     text = ""
     for depth in range(len(steps)):
         choice = int(np.argmin(state.effort))

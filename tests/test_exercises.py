@@ -53,9 +53,9 @@ NO_LOSS_SPANS = """
     return spans
 """
 EXPLORATORY = """
-    losing = [i for i in state.choices if state.legal[i] and math.isinf(state.effort[i])]
+    losing = [i for i in position.choices if position.legal[i] and math.isinf(position.effort[i])]
     if losing:
-        return Mistake(len(state.path), [state.action(rng.choice(losing))])
+        return Mistake(len(position.path), [position.action(rng.choice(losing))])
 """
 ROLL_BACK = """
     kept = list(sample.tokens)
