@@ -313,6 +313,15 @@ def test_half_precision_trains_almost_as_full_precision_does(dtype, muon):
     assert similarity > 0.9
 
 
+@pytest.mark.parametrize("muon", [True, False])
+def test_a_step_whose_gradients_overflow_in_fp16_is_skipped(muon, monkeypatch):
+    scaler = partial(torch.amp.GradScaler, init_scale=2.0**60)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    model = tiny()
+    fit(model, Batches(RECORD, TOKENIZER, 8), 1, 1e-2, warmup=1, muon=muon, dtype=torch.float16)
+    assert not changes(model).any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradient_checkpointing_changes_no_gradient(dtype):
     [(input_ids, labels)] = Batches(RECORD, TOKENIZER, 4)[0][0]
