@@ -1,5 +1,5 @@
-"""Write the tables of README.md and NOTES.md from results.jsonl (see measure.py) into their places,
-which are marked by comments.
+"""Write the tables of README.md and NOTES.md from results.jsonl (see measure.py) and from
+ablations.jsonl (see ablations.py) into their places, which are marked by comments.
 
     python assets/tables.py
 """
@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 ASSETS = Path(__file__).parent
-sys.path.insert(0, str(ASSETS.parent))
+sys.path[:0] = [str(ASSETS.parent), str(ASSETS)]
 
+import ablations  # noqa: E402
 from search import PAPER_SEARCH  # noqa: E402
 
 README = ASSETS.parent / "README.md"
@@ -117,15 +118,19 @@ def percent(count: int, of_all: int) -> str:
     return f"{100 * count / of_all:.1f} %" if of_all else "none"
 
 
+def read_lines(name: str) -> list[dict]:
+    return [json.loads(line) for line in (ASSETS / name).read_text().splitlines()]
+
+
 def main() -> None:
-    text = (ASSETS / "results.jsonl").read_text()
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines = read_lines("results.jsonl")
     tables = {
         "main": accuracy(lines, MAIN, "decoder") + PAPERS,
         "others": accuracy(lines, OTHERS, "decoder"),
         "additions": accuracy(lines, ADDITIONS, ""),
         "judgement": judgement(lines),
         "mistakes": mistakes(lines),
+        "ablations": ablations.table(read_lines("ablations.jsonl")),
     }
     for path in (README, NOTES):
         text = path.read_text()
