@@ -107,7 +107,7 @@ def main() -> None:
         runs.append(json.loads(measured.read_text()))
         lines = "".join(json.dumps(run) + "\n" for run in runs)
         (ROOT / "assets" / "ablations.jsonl").write_text(lines)
-        print("\n".join(table(runs)), flush=True)
+    print("\n".join(table(runs)))
 
 
 if __name__ == "__main__":
