@@ -171,7 +171,7 @@ class Action(NamedTuple):
 
 
 class SolvedProblem(NamedTuple):
-    """One problem of a block, that is of those which the solver has solved together."""
+    """One problem of a block: of those which the solver has solved together."""
 
     nums: list[int]
     target: int
@@ -343,9 +343,9 @@ def rule_violation(rng: random.Random, position: Position) -> Mistake:
 
 def false_goal(rng: random.Random, position: Position) -> Mistake | None:
     """Ours: a whole path that loses its way, the kind of wrong answer that trained small models
-    still give: `25*10=250`, `4+2=6`, `250/6=60`. It begins at the prompt, not at
-    `position`. Its actions are legal up to the last, a division that claims the target: it is not
-    exact, and the true quotient is between half of the target and twice the target."""
+    still give: `25*10=250`, `4+2=6`, `250/6=60`. It begins at the prompt, not at `position`.
+    Its actions are legal up to the last, a division that claims the target: it is not exact, and
+    the true quotient is between half of the target and twice the target."""
     problem = position.problem
     target = problem.target
     # At the last step one pair is left, number 0. All these arrays have an entry for each way to
@@ -1027,7 +1027,7 @@ def load_rows(data: str, record: dict, num: int, offset: int = 0) -> list[dict]:
         source = record["source"]
         whole_file = is_one_file(record)
         rows = read_rows(Path(source), PROBLEM_COLUMNS) if whole_file else read_split(source, data)
-        begin = offset % len(rows) if data == "train" else offset  # no end
+        begin = offset % len(rows) if data == "train" else offset  # training rows have no end
         rows = rows[begin : begin + num]
     if not rows:
         raise UserError(f"{data} has no row number {offset}")

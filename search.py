@@ -736,9 +736,9 @@ def decode(
 
 
 def judge(tokenizer: Tokenizer, problem: dict, samples: list[Response], settings: Settings) -> dict:
-    """The answer selected, whether it is right, and why not. `verified`: is at least one
-    candidate right? `solutions`: those that are, the best first. `tokens`: drawn by the samples,
-    each counted by itself."""
+    """The answer selected, whether it is right, and why not. `verified`: is at least one candidate
+    right? `solutions`: those that are, the best first. `tokens`: drawn by the samples, each counted
+    by itself."""
     nums, target = problem["nums"], problem["target"]
     answer = select(samples, tokenizer, settings.last_line)
     text = ""

@@ -68,6 +68,8 @@ def fit(
     world = device_rank_world()[2]
     device = model.lm_head.weight.device
     model.model.compiled_layer = torch.compile(LlamaDecoderLayer.forward) if compiled else None
+    # In fp16 a step may have to be skipped (see Stepper). A fused optimizer would have to do that
+    # itself, and Muon's own part of the step does not know how.
     optimizer = make_optimizer(model, muon, lr, weight_decay, fused=dtype != torch.float16)
     first_step = state["step"] if state else 0
     if state:
@@ -123,9 +125,7 @@ class Stepper:
             self.parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
         self.autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
         # In fp16 small gradients would become 0, so the loss (and with it every gradient) is scaled
-        # up; a step whose gradients overflow is skipped. GradScaler leaves the skipping to a fused
-        # optimizer itself, and Muon's own part of the step does not know how: so in fp16 `fit` asks
-        # for one that is not fused.
+        # up. Where a scaled gradient overflows, GradScaler skips the step.
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     def take_step(self, parts: list[torch.Tensor]) -> torch.Tensor:

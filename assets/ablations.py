@@ -89,7 +89,7 @@ def both(run: dict, flags: dict, key: str) -> str:
 
 def main() -> None:
     args = Arguments("Train and measure small models, each without one part of the training.")
-    args.add_argument("--steps", type=number(int, 1), default=6000, help="of 64 rows, a model")
+    args.add_argument("--steps", type=number(int, 1), default=6000, help="of a model")
     args.add_argument("--hidden_size", type=number(int, 32), default=128)
     args.add_argument("--layers", type=number(int, 1), default=6)
     args.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0, 1])

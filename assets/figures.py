@@ -5,27 +5,17 @@ Needs matplotlib. What a file lacks is left out of its picture.
     python assets/figures.py
 """
 
-import json
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch
-from tables import PAPER_SEARCH
+from tables import KINDS, PAPER_SEARCH, SPLITS, read_lines
 
 ASSETS = Path(__file__).parent
 COLOURS = {0: "tab:blue", 1: "tab:orange", 3: "tab:green"}  # of b
-TITLES = {"val": "seen targets", "val_new": "new targets"}
 TOKENS = (100, 200, 500, 1000, 2000, 5000)  # where the axis of search.png has marks
 MONO = "monospace"
-KINDS = ("none", "exploratory", "computational", "rule violation")
-
-
-def read(file: str) -> list[dict]:
-    path = ASSETS / file
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def percent(line: dict, key: str) -> float:
@@ -66,7 +56,7 @@ def searches(ax, lines: list[dict], split: str) -> None:
     ax.set(xscale="log", xlabel="sampled tokens a problem", ylabel="% of problems")
     ax.set_xticks(TOKENS, [f"{tokens:,}" for tokens in TOKENS])
     ax.minorticks_off()
-    ax.set(ylim=(50, 102), title=TITLES[split])
+    ax.set(ylim=(50, 102), title=SPLITS[split])
     ax.margins(x=0.12)
     ax.grid(alpha=0.3)
 
@@ -109,7 +99,7 @@ def mistakes(ax, lines: list[dict]) -> None:
 
 
 def training(ax, log: list[dict]) -> None:
-    for split, title in TITLES.items():
+    for split, title in SPLITS.items():
         lines = [line for line in log if f"{split}_greedy" in line]
         rows = [line["rows"] / 1e6 for line in lines]
         heights = [100 * line[f"{split}_greedy"] for line in lines]
@@ -225,17 +215,17 @@ def main() -> None:
     method(ax)
     figure.savefig(ASSETS / "method.png", dpi=110)
 
-    lines = read("results.jsonl")
+    lines = read_lines("results.jsonl")
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
-    for ax, split in zip(axes, TITLES):
+    for ax, split in zip(axes, SPLITS):
         searches(ax, lines, split)
     legend(axes[0], fontsize=7, loc="lower right", ncols=2)
     figure.savefig(ASSETS / "search.png", dpi=110)
 
     figure, axes = plt.subplots(1, 3, figsize=(14, 3.6), layout="constrained")
     mistakes(axes[0], lines)
-    training(axes[1], read("checkpoint/log.jsonl"))
-    rounds(axes[2], read("rounds.jsonl"))
+    training(axes[1], read_lines("checkpoint/log.jsonl"))
+    rounds(axes[2], read_lines("rounds.jsonl"))
     figure.savefig(ASSETS / "training.png", dpi=110)
 
 

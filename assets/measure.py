@@ -33,8 +33,8 @@ from data import (  # noqa: E402
     BACKTRACK,
     GOAL,
     SPLITS,
-    SolvedProblem,
     Position,
+    SolvedProblem,
     Tokenizer,
     calculate,
     load_record,
@@ -245,18 +245,18 @@ def legal_actions(problems: list[dict], depth: int) -> dict[str, int]:
     for index, problem in enumerate(problems):
         nums, target = problem["nums"], problem["target"]
         text = prompt_text(nums, target)
-        state = Position(SolvedProblem(nums, target, index, steps, efforts))
+        position = Position(SolvedProblem(nums, target, index, steps, efforts))
         for _ in range(depth):
-            text += state.action(state.simplest()).text()
-            state = state.after(state.simplest())
-        canonical = state.simplest()
-        for choice in state.choices:
-            if not state.legal[choice]:
+            text += position.action(position.simplest()).text()
+            position = position.after(position.simplest())
+        canonical = position.simplest()
+        for choice in position.choices:
+            if not position.legal[choice]:
                 continue
-            kind = OTHER_RIGHT if np.isfinite(state.effort[choice]) else WRONG
+            kind = OTHER_RIGHT if np.isfinite(position.effort[choice]) else WRONG
             if choice == canonical:
                 kind = CANONICAL
-            way = text + state.action(choice).text()
+            way = text + position.action(choice).text()
             kinds[way] = max(kinds.get(way, WRONG), kind)
     return kinds
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ASSETS = Path(__file__).parent
-sys.path[:0] = [str(ASSETS.parent), str(ASSETS)]
+sys.path.insert(0, str(ASSETS.parent))
 
 import ablations  # noqa: E402
 from search import PAPER_SEARCH  # noqa: E402
