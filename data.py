@@ -21,13 +21,14 @@ the paper's mask. (--mask choice masks only `25*4=` of [25*4=100], see `no_loss_
             computational    4-2=2        [25*2=52]    <backtrack>
             rule_violation   4-2=2        [25*4=100]   <backtrack>
             false_goal       [25*10=250]  [4+2=6]      [250/6=60]   <backtrack>
+            near_miss        [25*2=50]    [10-4=6]     [50+6=56]    <backtrack>
 
-So the model learns to notice mistakes, but is not trained to make them. Detours and false goals are
-ours. A detour is right, but not the canonical way, the simplest one: unless the model sees some, it
-takes every unusual action for a mistake. It carries no loss, because the canonical way is the one
-to learn. A row of D_back may begin with one.
+So the model learns to notice mistakes, but is not trained to make them. Detours, false goals and
+near misses are ours. A detour is right, but not the canonical way, the simplest one: unless the
+model sees some, it takes every unusual action for a mistake. It carries no loss, because the
+canonical way is the one to learn. A row of D_back may begin with one.
 
-    python data.py --show 6
+    python data.py --show 7
     python data.py --num 500000 --out data/
 """
 
@@ -361,13 +362,36 @@ def false_goal(rng: random.Random, position: Position) -> Mistake | None:
     paths = np.argwhere(fitting)  # (paths, steps - 1): all (i, j) that fit
     if len(paths) == 0:
         return None
-    here = Position(problem)
-    actions = []
-    for choice in rng.choice(paths).tolist():
-        actions.append(here.action(choice))
-        here = here.after(choice)
+    actions, here = follow(problem, rng.choice(paths).tolist())
     b, a = sorted(here.numbers)
     return Mistake(0, [*actions, Action(a, "/", b, problem.target)])
+
+
+def near_miss(rng: random.Random, position: Position) -> Mistake | None:
+    """Ours, too: a whole path of legal actions that ends beside the target, off by 1 ... 9, or by
+    10, 20 ... 90: `25*2=50`, `10-4=6`, `50+6=56` for the target 60. Models that have seen a few
+    targets often, and others never, take such an end for the goal."""
+    problem = position.problem
+    last = problem.steps[-1]
+    # An entry for each path: of four numbers (24, 12, 4).
+    off = np.abs(last.result[problem.index] - problem.target)
+    near = (0 < off) & ((off < 10) | (off < 100) & (off % 10 == 0))
+    paths = np.argwhere(near & last.legal[problem.index])  # (paths, steps)
+    if len(paths) == 0:
+        return None
+    *before, chosen = rng.choice(paths).tolist()
+    actions, here = follow(problem, before)
+    return Mistake(0, [*actions, here.action(chosen)])
+
+
+def follow(problem: SolvedProblem, choices: list[int]) -> tuple[list[Action], Position]:
+    """The actions that these choices are, from the prompt on, and the position after them."""
+    position = Position(problem)
+    actions = []
+    for choice in choices:
+        actions.append(position.action(choice))
+        position = position.after(choice)
+    return actions, position
 
 
 MISTAKES = {  # with their shares, chosen by trial, which need not add up to 1
@@ -375,6 +399,7 @@ MISTAKES = {  # with their shares, chosen by trial, which need not add up to 1
     computational: 0.25,
     rule_violation: 0.1,
     false_goal: 0.2,
+    near_miss: 0.2,
 }
 KINDS = [mistake.__name__ for mistake in MISTAKES]
 
@@ -708,7 +733,9 @@ def solve(nums: list[int], target: int) -> tuple[int, int, list[Action]]:
 
 MAX_NUMBER = 99
 TARGETS = range(10, 101)
-ANY_TARGETS = range(1, 1000)  # see `draw_any_target`
+# Ours, for a share of the training problems (--any_target): from the 82 targets of TARGETS alone a
+# model that is trained for long learns each by heart, and fails on new ones.
+ANY_TARGETS = range(1, 300)
 HELD_OUT = (18, 21, 28, 42, 56, 81, 89, 96, 98)  # a tenth of the targets, never trained on: "new"
 SPLITS = ("train", "val", "val_new")  # val: validation problems of seen targets; val_new: of new
 
@@ -722,12 +749,15 @@ def in_validation(nums: np.ndarray, target: np.ndarray) -> np.ndarray:
     return (hash_key * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(60) == 0
 
 
-def draw_problems(rng, split: str, size: int, num: int, held_out: Sequence[int] = HELD_OUT):
-    """`num` solvable problems of a split: nums (num, k) in 1..99 and target (num,) in 10..100."""
+def draw_problems(
+    rng, split: str, size: int, num: int, held_out: Sequence[int] = HELD_OUT, targets=TARGETS
+):
+    """`num` solvable problems of a split: nums (num, size) in 1..99 and target (num,), in `targets`
+    for seen ones."""
     if split == "val_new":
         allowed_targets = held_out
     else:
-        allowed_targets = [target for target in TARGETS if target not in held_out]
+        allowed_targets = [target for target in targets if target not in held_out]
     found = np.empty((0, size + 1), int)
     while len(found) < num:
         candidates = rng.integers(1, MAX_NUMBER + 1, (1024, size))
@@ -736,27 +766,6 @@ def draw_problems(rng, split: str, size: int, num: int, held_out: Sequence[int] 
             validation = in_validation(candidates[:, :-1], candidates[:, -1])
             candidates = candidates[validation if split == "val" else ~validation]
         found = np.concatenate([found, candidates[solvable(candidates[:, :-1], candidates[:, -1])]])
-    return found[:num, :-1], found[:num, -1]
-
-
-def draw_any_target(rng, size: int, num: int, held_out: Sequence[int] = HELD_OUT):
-    """`num` more training problems, nums (num, size) and target (num,), whose target is what a
-    random program gives, if it is one of ANY_TARGETS. Ours: from the 82 targets of TARGETS alone a
-    model that is trained for long learns each by heart, and fails on new ones."""
-    found = np.empty((0, size + 1), int)
-    while len(found) < num:
-        nums = rng.integers(1, MAX_NUMBER + 1, (1024, size))
-        left = nums  # (1024, m): the numbers that are left
-        legal = np.ones(1024, bool)
-        while left.shape[1] > 1:
-            step = all_choices(left, legal)
-            choice = rng.integers(step.legal.shape[1], size=1024)
-            left = remaining(step)[np.arange(1024), choice]
-            legal = step.legal[np.arange(1024), choice]
-        target = left[:, 0]
-        fits = legal & np.isin(target, ANY_TARGETS) & ~np.isin(target, held_out)
-        fits &= ~in_validation(nums, target)
-        found = np.concatenate([found, np.column_stack([nums, target])[fits]])
     return found[:num, :-1], found[:num, -1]
 
 
@@ -773,7 +782,7 @@ def new_record(
         "sizes": sizes,
         "held_out": list(HELD_OUT),
         "mistakes": list(mistakes),
-        "any_target": any_target,  # the share of training problems that `draw_any_target` draws
+        "any_target": any_target,  # the share of training problems with ANY_TARGETS
     }
 
 
@@ -789,9 +798,9 @@ def make_block(record: dict, split: str, index: int) -> list[dict]:
     others = round(BLOCK * record.get("any_target", 0.0)) if split == "train" else 0
     nums, target = draw_problems(rng, split, size, BLOCK - others, record["held_out"])
     if others:
-        other_nums, other_target = draw_any_target(rng, size, others, record["held_out"])
-        nums = np.concatenate([nums, other_nums])
-        target = np.concatenate([target, other_target])
+        other = draw_problems(rng, split, size, others, record["held_out"], ANY_TARGETS)
+        nums = np.concatenate([nums, other[0]])
+        target = np.concatenate([target, other[1]])
     return make_rows(rng, nums, target, record.get("mistakes", KINDS))
 
 

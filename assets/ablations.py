@@ -22,10 +22,16 @@ ROOT = Path(__file__).parent.parent
 from data import KINDS, Tokenizer, load_record, load_rows  # noqa: E402  measure made it findable
 from model import Arguments, Llama, best_dtype, cli, device_rank_world, number  # noqa: E402
 
+
+def without(kind: str) -> list[str]:
+    return ["--mistakes", *(other for other in KINDS if other != kind)]
+
+
 VARIANTS = {
     "all of it": [],
     "without D_back": ["--mistakes"],
-    "without exploratory mistakes": ["--mistakes", *[kind for kind in KINDS[1:]]],
+    "without exploratory mistakes": without("exploratory"),
+    "without near misses": without("near_miss"),
     "the paper's mask": ["--mask", "action"],
     "no mask": ["--mask", "none"],
 }
