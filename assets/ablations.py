@@ -49,7 +49,7 @@ def train(folder: Path, flags: list[str], seed: int, args) -> None:
     if (folder / "resume.pt").exists():
         command += ["--resume"]
     else:
-        command += ["--sizes", "4", "--any_target", "0.6", "--num_eval", "100", *flags]
+        command += ["--sizes", "4", "--any_target", "1", "--num_eval", "100", *flags]
         command += ["--hidden_size", str(args.hidden_size), "--layers", str(args.layers)]
         command += ["--batch_size", str(BATCH_SIZE), "--compile"]
     steps = ["--steps", str(args.steps), "--eval_every", str(max(args.steps // 4, 1))]
