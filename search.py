@@ -11,24 +11,23 @@ The model says `<backtrack>` when its last action was a mistake, and the search 
 3. Of all rounds, the samples that reached the goal are candidates. The candidate with the best
    score is the answer. The verifier is not used.
 
-For instance, with the numbers 52, 11, 26, 78, the target 35 and n = 32 (a comma is a new line):
+For instance, with the numbers 52, 49, 38, 6, the target 21 and n = 32 (a comma is a new line):
 
-    round 0    78/26=3, <backtrack>                               6 samples
-               52/26=2, 78-11=67, <backtrack>                     5 samples
-               78/26=3, 52/3=18, <backtrack>                      4 samples (52/3 is not 18)
-               52*11=572, 572/26=22, <backtrack>                  1 sample
-               78*11=858, 858/26=33, <backtrack>                  1 sample; 15 add no other state
-    frontier   the prompt                                         from the first of these lines,
-               52/26=2,                                           from the second,
-               78/26=3,                                           and so on
-               52*11=572,
-               78*11=858,                                         int(sqrt(32)) = 5 states
-    round 1    78*11=858, 858+52=910, 910/26=35, Goal Reached!    4 samples of the fifth state
-               78*11=858, 52-26=26, 858/26=33, Goal Reached!      2 of them, wrong
-    answer     the first of these: it has the best score
+    round 0    52-49=3, 6/3=2, 38/2=19, <backtrack>           6 samples
+               49-38=11, <backtrack>                          3 samples
+               52-38=14, 14*6=84, <backtrack>                 2 samples
+               49-38=11, 6<backtrack>                         1 sample (of an unfinished action)
+               52-49=3, 6*3=18, <backtrack>                   1 sample; 19 others are not needed
+    frontier   52-49=3, 6/3=2,                                from the first of these lines,
+               the prompt                                     from the second,
+               52-38=14,                                      and so on
+               49-38=11,
+               52-49=3,                                       int(sqrt(32)) = 5 states
+    round 1    52-38=14, 49*6=294, 294/14=21, Goal Reached!   3 samples of the third state
+    answer     this one, for there is no other candidate
 
     python search.py
-    python search.py --numbers 52 11 26 78 --target 35 --b 0
+    python search.py --numbers 52 49 38 6 --target 21 --b 0
     python search.py --data val --decoder self_backtrack --b 1 --n 32 --num 500
 
 Shapes: R responses, M the largest number of samples that one of them stands for, V vocabulary.
@@ -193,8 +192,8 @@ class Settings:
     decoder: str = "self_backtrack"  # one of DECODERS
     b: int = 1  # how often to step back
     n: int = 32  # samples of each state, or beams
-    temperature: float = 1.5
-    min_p: float = 0.02  # never draw tokens less than this times as probable as the best
+    temperature: float = 2.0
+    min_p: float = 0.002  # never draw tokens less than this times as probable as the best
     top_k: int = 0  # never draw any but so many most probable tokens; 0: all
     top_p: float = 1.0  # nor any but the most probable ones that add up to this probability
     independent: bool = False  # does each sample draw for itself? Else they are spread evenly
@@ -1126,7 +1125,7 @@ class AnswerFile:
 # ---- The command ---------------------------------------------------------------------------------
 
 SHIPPED = pathlib.Path(__file__).parent / "assets" / "checkpoint"
-EXAMPLE = {"nums": [52, 11, 26, 78], "target": 35}  # the shipped model solves it by stepping back
+EXAMPLE = {"nums": [52, 49, 38, 6], "target": 21}  # the shipped model solves it by stepping back
 
 
 def arguments() -> argparse.Namespace:

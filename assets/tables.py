@@ -1,5 +1,5 @@
-"""Write the tables of README.md and NOTES.md from results.jsonl (see measure.py) and from
-ablations.jsonl (see ablations.py) into their places, which are marked by comments.
+"""Write the tables of README.md and NOTES.md from results.jsonl and smollm2.jsonl (see measure.py)
+and from ablations.jsonl (see ablations.py) into their places, which are marked by comments.
 
     python assets/tables.py
 """
@@ -61,6 +61,17 @@ ADDITIONS = [
     ("not ended, the mean alone as score", stepping_back(1, 32, stop_above=0.0, last_line=False)),
     ("all of the paper's", stepping_back(1, 32, **PAPER_SEARCH)),
 ]
+PRETRAINED = [
+    ("greedy", {"decoder": "greedy"}),
+    ("best of 8", best_of(8)),
+    ("best of 32", best_of(32)),
+    ("b = 1, n = 8", stepping_back(1, 8)),
+    ("b = 1, n = 32", stepping_back(1, 32)),
+    ("*the paper's rule:* best of 8", best_of(8, **PAPER_SEARCH)),
+    ("best of 32", best_of(32, **PAPER_SEARCH)),
+    ("b = 1, n = 8", stepping_back(1, 8, **PAPER_SEARCH)),
+    ("b = 1, n = 32", stepping_back(1, 32, **PAPER_SEARCH)),
+]
 SPLITS = {"val": "seen targets", "val_new": "new targets"}
 KINDS = ("none", "exploratory", "computational", "rule violation")
 
@@ -75,7 +86,7 @@ def accuracy(lines: list[dict], asked: list[tuple[str, dict]], first_column: str
                 if line["split"] == split and own_flags == flags:
                     found.append(line)
         if len(found) != 2:
-            raise SystemExit(f"results.jsonl has {len(found)} lines, not 2, of {name}")
+            raise SystemExit(f"there are {len(found)} lines, not 2, of {name}")
         shares = [f"{line[key][0]:.1f}" for key in ("selected", "verified") for line in found]
         tokens = round(sum(line["tokens"] for line in found) / 2)
         table.append(f"| {name} | {' | '.join(shares)} | {tokens:,} |")
@@ -130,6 +141,7 @@ def main() -> None:
         "additions": accuracy(lines, ADDITIONS, ""),
         "judgement": judgement(lines),
         "mistakes": mistakes(lines),
+        "smollm2": accuracy(read_lines("smollm2.jsonl"), PRETRAINED, "decoder"),
         "ablations": ablations.table(read_lines("ablations.jsonl")),
     }
     for path in (README, NOTES):

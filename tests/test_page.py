@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,8 @@ from data import Tokenizer, prompt_text
 from model import Llama
 from search import Settings
 
-PROBLEM = search.EXAMPLE  # numbers 52, 11, 26, 78, target 35
-SETTINGS = Settings(n=16, cache_gib=0.1)
+PROBLEM = search.EXAMPLE
+SETTINGS = Settings(cache_gib=0.1)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 
@@ -71,7 +70,7 @@ def test_the_page_tells_what_the_model_thinks_after_each_action(searched, page):
 ONE = ("1 program", "right")
 LOST = ("lost", "wrong")
 FALSE = ("false", "wrong")
-SAID = [
+SAID = [  # of the numbers 52, 11, 26, 78 and the target 35
     ((), ONE),
     (("78*11=858",), ONE),
     (("78*11=858", "858+52=910"), ONE),
@@ -88,7 +87,7 @@ SAID = [
 
 @pytest.mark.parametrize("actions,expected", SAID)
 def test_what_the_solver_says_of_where_actions_lead(actions, expected):
-    assert search.solver_says(PROBLEM["nums"], PROBLEM["target"], actions) == expected
+    assert search.solver_says([52, 11, 26, 78], 35, actions) == expected
 
 
 def test_the_solver_counts_programs_and_is_not_asked_for_too_many_numbers():
@@ -158,17 +157,12 @@ def test_the_browser_shows_actions_of_a_single_sample_if_asked(page_file, page, 
     assert len(rows_of(text)) == sum(any_at_all) + 2  # the head and the prompt
 
 
-def test_the_answers_way_is_marked(searched, tmp_path):
-    model, tokenizer, samples = searched
-    settings = replace(SETTINGS, n=32)
-    [(_, samples)] = search.decode(model, tokenizer, [PROBLEM], [0], settings)
-    path = tmp_path / "page.html"
-    search.write_page(model, tokenizer, PROBLEM, samples, settings, path)
-    rows = rows_of(dom(path, key("ArrowRight"), tmp_path))
+def test_the_answers_way_is_marked(searched, page_file, tmp_path):
+    _, tokenizer, samples = searched
+    rows = rows_of(dom(page_file, key("ArrowRight"), tmp_path))
     marked = [row for row in rows if 'class="node way"' in row]
-    answer = search.select(samples, tokenizer, settings.last_line)
-    actions = search.Tree(tokenizer, PROBLEM, samples, settings).node_of(
-        tokenizer.decode(answer.tokens)
-    )
+    answer = search.select(samples, tokenizer, SETTINGS.last_line)
+    tree = search.Tree(tokenizer, PROBLEM, samples, SETTINGS)
+    actions = tree.node_of(tokenizer.decode(answer.tokens))
     assert len(marked) == len(actions) + 1
     assert all(action in row for action, row in zip(["the prompt", *actions], marked))
