@@ -282,7 +282,7 @@ def draw_depth(rng: random.Random, depths: int) -> int:
 
 class Mistake(NamedTuple):
     depth: int  # how many actions of the solution are kept before it
-    actions: list[Action]  # the wrong action; of a false goal, all actions
+    actions: list[Action]  # the wrong action; of a false goal or near miss, all actions
 
 
 def exploratory(rng: random.Random, position: Position) -> Mistake | None:
@@ -368,9 +368,10 @@ def false_goal(rng: random.Random, position: Position) -> Mistake | None:
 
 
 def near_miss(rng: random.Random, position: Position) -> Mistake | None:
-    """Ours, too: a whole path of legal actions that ends beside the target, off by 1 ... 9, or by
-    10, 20 ... 90: `25*2=50`, `10-4=6`, `50+6=56` for the target 60. Models that have seen a few
-    targets often, and others never, take such an end for the goal."""
+    """Ours, too: a whole path, from the prompt on, of legal actions that end beside the target, off
+    by 1 ... 9, or by 10, 20 ... 90: `25*2=50`, `10-4=6`, `50+6=56` for the target 60. Without it a
+    model learns what its targets look like, but not to compare: and where it has never seen the
+    target it takes such an end for the goal."""
     problem = position.problem
     last = problem.steps[-1]
     # An entry for each path: of four numbers (24, 12, 4).
@@ -394,7 +395,7 @@ def follow(problem: SolvedProblem, choices: list[int]) -> tuple[list[Action], Po
     return actions, position
 
 
-MISTAKES = {  # with their shares, chosen by trial, which need not add up to 1
+MISTAKES = {  # with their shares, which need not add up to 1; all but the last chosen by trial
     exploratory: 0.45,
     computational: 0.25,
     rule_violation: 0.1,
@@ -733,8 +734,8 @@ def solve(nums: list[int], target: int) -> tuple[int, int, list[Action]]:
 
 MAX_NUMBER = 99
 TARGETS = range(10, 101)
-# Ours, for a share of the training problems (--any_target): from the 82 targets of TARGETS alone a
-# model that is trained for long learns each by heart, and fails on new ones.
+# Ours, for a share of the training problems (--any_target). From TARGETS alone, 82 without those
+# held out, a model that is trained for long learns each by heart, and fails on new ones.
 ANY_TARGETS = range(1, 300)
 HELD_OUT = (18, 21, 28, 42, 56, 81, 89, 96, 98)  # a tenth of the targets, never trained on: "new"
 SPLITS = ("train", "val", "val_new")  # val: validation problems of seen targets; val_new: of new
@@ -752,8 +753,8 @@ def in_validation(nums: np.ndarray, target: np.ndarray) -> np.ndarray:
 def draw_problems(
     rng, split: str, size: int, num: int, held_out: Sequence[int] = HELD_OUT, targets=TARGETS
 ):
-    """`num` solvable problems of a split: nums (num, size) in 1..99 and target (num,), in `targets`
-    for seen ones."""
+    """`num` solvable problems of a split: nums (num, size) in 1..99 and target (num,). The targets
+    of val_new are those held out; of the other splits, the rest of `targets`."""
     if split == "val_new":
         allowed_targets = held_out
     else:

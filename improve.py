@@ -8,7 +8,7 @@ to give the answer at once, by greedy decoding.
 A round searches training problems and keeps three kinds of rows:
 
 - D_op: of each problem that was solved, the best right answer. This is the paper's.
-- D_back: answers that were chosen but are wrong, cut after the action that fails.
+- D_back: answers that were chosen but are wrong, cut after the action that fails (if any does).
 - D_back: a few rows of the usual training data, so that stepping back is not forgotten.
 
 For example, `evaluate` (in search.py) says of two problems, both with the numbers 2, 4, 10, 25 and
@@ -87,15 +87,20 @@ def solved_rows(rows: list[dict], answers: list[dict]) -> list[dict]:
 
 
 def own_mistakes(rows: list[dict], answers: list[dict]) -> list[dict]:
-    """D_back from chosen answers in which an action fails, cut after that action. All actions up to
-    it are named in `no_loss`: an earlier one may have lost the target already. (A wrong answer
-    whose actions are all right, but which misses the target, is not used.)"""
+    """D_back from answers that were chosen but are wrong: cut after the action that fails, or whole
+    where only the end misses the target. All actions are named in `no_loss`: an earlier one may
+    have lost the target already. (An answer that stops while numbers are left is not used: it may
+    be right so far.)"""
     kept_rows = []
     for row, answer in zip(rows, answers):
+        actions = answer["response"].split("\n")[:-1]  # without `Goal Reached!`
+        uses_all = len(actions) == len(row["nums"]) - 1
         if answer["failed_step"]:
-            actions = answer["response"].split("\n")[: answer["failed_step"]]  # it counts from 1
-            response = "\n".join([*actions, BACKTRACK])
-            kept_rows.append(training_row(row, response, no_loss=list(range(len(actions)))))
+            actions = actions[: answer["failed_step"]]  # it counts from 1
+        elif answer["correct"] or not uses_all:
+            continue
+        response = "\n".join([*actions, BACKTRACK])
+        kept_rows.append(training_row(row, response, no_loss=list(range(len(actions)))))
     return kept_rows
 
 

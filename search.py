@@ -11,7 +11,8 @@ The model says `<backtrack>` when its last action was a mistake, and the search 
 3. Of all rounds, the samples that reached the goal are candidates. The candidate with the best
    score is the answer. The verifier is not used.
 
-For instance, with the numbers 52, 49, 38, 6, the target 21 and n = 32 (a comma is a new line):
+For instance, with the numbers 52, 49, 38, 6, the target 21 and n = 32, in bf16 (a comma is a new
+line):
 
     round 0    52-49=3, 6/3=2, 38/2=19, <backtrack>           6 samples
                49-38=11, <backtrack>                          3 samples
@@ -201,7 +202,7 @@ class Settings:
     last_line: bool = True  # is the last line's summed log-probability added to the score?
     stop_above: float = -0.2  # a candidate with a better score ends the search; 0: none does
     limit: int | None = None  # most states in a frontier; None: int(sqrt(n))
-    max_new_tokens: int = 64  # most tokens of a response
+    max_new_tokens: int = 64  # most tokens of a response, those of its state included
     seed: int = 0
     batch_size: int = 128  # most states expanded together, each with up to n responses
     cache_gib: float = 1.0  # memory for keys and values
@@ -275,7 +276,7 @@ def spread(logits: torch.Tensor, responses: list[Response], settings: Settings) 
 
     The n samples of a state are n points, 1 / n apart. The interval in which some of them lie is
     stretched to [0, 1), and these are their points for the next token. Random is only where the
-    first point lies, in [0, 1 / n); and a sample that is alone, see `Expansion.extend`.
+    first point lies, in [0, 1 / n); and a sample that is sure to be alone, see `Expansion.extend`.
 
     Four samples at 0.1, 0.35, 0.6, 0.85, and two tokens of probabilities 0.4 and 0.6: the first two
     samples take the first token. Its interval [0, 0.4) is stretched to [0, 1), and they are at 0.25

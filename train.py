@@ -518,7 +518,7 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
         metavar="P",
         type=number(float, 0),
         default=0.0,
-        help="share of rows with targets from 1 to 299",
+        help="share of problems with targets 1 to 299",
     )
     add("--mask", choices=MASKS, help="what of mistakes and detours carries no loss")
     add = options.add_argument_group("the loop").add_argument

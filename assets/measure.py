@@ -81,7 +81,6 @@ DECODERS = [
     {"decoder": "self_backtrack", "b": 1, "n": 8},
     {"decoder": "self_backtrack", "b": 1, "n": 32},
     {"decoder": "self_backtrack", "b": 1, "n": 128},
-    {"decoder": "self_backtrack", "b": 3, "n": 8},
     {"decoder": "self_backtrack", "b": 3, "n": 32},
     # without one of our additions to the paper's rule
     {"decoder": "self_backtrack", "b": 1, "n": 32, "independent": True},

@@ -46,7 +46,6 @@ OTHERS = [
     ("best of 128", best_of(128)),
     ("b = 1, n = 8", stepping_back(1, 8)),
     ("b = 1, n = 128", stepping_back(1, 128)),
-    ("b = 3, n = 8", stepping_back(3, 8)),
     ("b = 3, n = 32", stepping_back(3, 32)),
     ("*the paper's rule:* best of 8", best_of(8, **PAPER_SEARCH)),
     ("best of 16", best_of(16, **PAPER_SEARCH)),

@@ -42,9 +42,10 @@ def learned_tokens(row: dict) -> list[int]:
         (LIE, "45+39=84\n84-10=74\n74-2=62\n"),
         (f"45+39=85\n84-10=74\n74-2=62\n{GOAL}", "45+39=85\n"),
         (f"45-39=6\n39+6=45\n45+10=55\n{GOAL}", "45-39=6\n39+6=45\n"),
+        (f"45-39=6\n10*6=60\n60-2=58\n{GOAL}", "45-39=6\n10*6=60\n60-2=58\n"),
     ],
 )
-def test_own_mistakes_end_after_the_first_false_action(response, kept):
+def test_own_mistakes_end_after_the_action_that_fails_or_misses(response, kept):
     row = problem()
     [mistake] = improve.own_mistakes([row], [answer_to(row, response)])
     assert mistake["search_path"] == kept + BACKTRACK
@@ -52,7 +53,7 @@ def test_own_mistakes_end_after_the_first_false_action(response, kept):
 
 
 @pytest.mark.parametrize("responses", [(), (RIGHT,), (f"45-39=6\n10*6=60\n{GOAL}",), (RIGHT, LIE)])
-def test_an_answer_without_a_false_action_is_no_mistake(responses):
+def test_what_may_be_right_is_no_mistake(responses):
     """None was chosen, it is right, or it stops too early."""
     row = problem()
     assert improve.own_mistakes([row], [answer_to(row, *responses)]) == []
