@@ -1164,8 +1164,8 @@ def show_row(tokenizer: Tokenizer, row: dict, mask: str) -> str:
             text = text.replace(BACKTRACK, paint(BACKTRACK, "stopped"))
             shown += paint(text, "right")
         else:
-            line_end = "\n" * text.endswith("\n")
-            shown += paint(f"[{text.removesuffix(line_end)}]", "wrong") + line_end
+            lines = [paint(f"[{line}]", "wrong") if line else "" for line in text.split("\n")]
+            shown += "\n".join(lines)
     dataset = "D_back" if row["kind"] in KINDS else "D_op"
     return f"{dataset}, {row['kind']}\n\n{shown}\n"
 

@@ -871,7 +871,7 @@ def test_a_shown_row_has_brackets_around_what_is_not_learned(monkeypatch):
     monkeypatch.setattr(data.sys.stdout, "isatty", lambda: False, raising=False)
     end = "<backtrack><|end_of_text|>\n"
     shown = data.show_row(DIGITS, SHOWN, "action")
-    assert shown == f"D_back, computational\n\n{PROMPT}[25*4=100\n100/2=51]\n{end}"
+    assert shown == f"D_back, computational\n\n{PROMPT}[25*4=100]\n[100/2=51]\n{end}"
     shown = data.show_row(DIGITS, SHOWN, "choice")
     assert shown == f"D_back, computational\n\n{PROMPT}[25*4=]100\n[100/2=51]\n{end}"
     assert data.show_row(DIGITS, SHOWN, "none").endswith(f"{PROMPT}25*4=100\n100/2=51\n{end}")
