@@ -112,7 +112,7 @@ def training(ax, legs: list[list[dict]]) -> None:
             rows_before += log[-1]["rows"]
         ax.plot(rows, heights, "o-", markersize=4, label=title)
     ax.axvline(
-        legs[0][-1]["rows"] / 1e6, color="grey", linestyle=":", label="near misses, 1 to 299"
+        legs[0][-1]["rows"] / 1e6, color="grey", linestyle=":", label="with near misses from here"
     )
     ax.set(xlabel="million training rows", ylabel="greedy, % of 200 problems")
     ax.set(title="training the shipped model", ylim=(0, 100))

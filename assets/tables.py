@@ -35,18 +35,18 @@ MAIN = [
     ("**greedy**", {"decoder": "greedy"}),
     ("beam search, 32 beams", {"decoder": "beam", "n": 32}),
     ("best of 32", best_of(32)),
-    ("best of 64", best_of(64)),
+    ("best of 128", best_of(128)),
     ("**self-backtracking, b = 1, n = 32**", stepping_back(1, 32)),
+    ("b = 3, n = 32", stepping_back(3, 32)),
     ("*the paper's rule:* best of 32", best_of(32, **PAPER_SEARCH)),
     ("b = 1, n = 32", stepping_back(1, 32, **PAPER_SEARCH)),
 ]
 OTHERS = [
     ("best of 8", best_of(8)),
     ("best of 16", best_of(16)),
-    ("best of 128", best_of(128)),
+    ("best of 64", best_of(64)),
     ("b = 1, n = 8", stepping_back(1, 8)),
     ("b = 1, n = 128", stepping_back(1, 128)),
-    ("b = 3, n = 32", stepping_back(3, 32)),
     ("*the paper's rule:* best of 8", best_of(8, **PAPER_SEARCH)),
     ("best of 16", best_of(16, **PAPER_SEARCH)),
     ("b = 1, n = 8", stepping_back(1, 8, **PAPER_SEARCH)),
@@ -62,7 +62,6 @@ ADDITIONS = [
 ]
 PRETRAINED = [
     ("greedy", {"decoder": "greedy"}),
-    ("best of 8", best_of(8)),
     ("best of 32", best_of(32)),
     ("b = 1, n = 8", stepping_back(1, 8)),
     ("b = 1, n = 32", stepping_back(1, 32)),
