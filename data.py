@@ -376,8 +376,9 @@ def near_miss(rng: random.Random, position: Position) -> Mistake | None:
     last = problem.steps[-1]
     # An entry for each path: of four numbers (24, 12, 4).
     off = np.abs(last.result[problem.index] - problem.target)
-    near = (0 < off) & ((off < 10) | (off < 100) & (off % 10 == 0))
-    paths = np.argwhere(near & last.legal[problem.index])  # (paths, steps)
+    by_ones = (off > 0) & (off < 10)
+    by_tens = (off > 0) & (off < 100) & (off % 10 == 0)
+    paths = np.argwhere((by_ones | by_tens) & last.legal[problem.index])  # (paths, steps)
     if len(paths) == 0:
         return None
     *before, chosen = rng.choice(paths).tolist()
@@ -797,11 +798,12 @@ def make_block(record: dict, split: str, index: int) -> list[dict]:
     rng = np.random.default_rng([SPLITS.index(split), seed, index])
     size = record["sizes"][index % len(record["sizes"])]
     others = round(BLOCK * record.get("any_target", 0.0)) if split == "train" else 0
-    nums, target = draw_problems(rng, split, size, BLOCK - others, record["held_out"])
+    held_out = record["held_out"]
+    nums, target = draw_problems(rng, split, size, BLOCK - others, held_out)
     if others:
-        other = draw_problems(rng, split, size, others, record["held_out"], ANY_TARGETS)
-        nums = np.concatenate([nums, other[0]])
-        target = np.concatenate([target, other[1]])
+        other_nums, other_target = draw_problems(rng, split, size, others, held_out, ANY_TARGETS)
+        nums = np.concatenate([nums, other_nums])
+        target = np.concatenate([target, other_target])
     return make_rows(rng, nums, target, record.get("mistakes", KINDS))
 
 

@@ -11,8 +11,7 @@ The model says `<backtrack>` when its last action was a mistake, and the search 
 3. Of all rounds, the samples that reached the goal are candidates. The candidate with the best
    score is the answer. The verifier is not used.
 
-For instance, with the numbers 52, 49, 38, 6, the target 21 and n = 32, in bf16 (a comma is a new
-line):
+For instance, the numbers 52, 49, 38, 6, the target 21, n = 32, in bf16 (a comma is a new line):
 
     round 0    52-49=3, 6/3=2, 38/2=19, <backtrack>           6 samples
                49-38=11, <backtrack>                          3 samples

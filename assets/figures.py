@@ -98,22 +98,17 @@ def mistakes(ax, lines: list[dict]) -> None:
     legend(ax, fontsize=8)
 
 
-def training(ax, legs: list[list[dict]]) -> None:
-    """Accuracy against all rows so far. legs: the log of each command that the weights went through
-    (see NOTES.md), which counts its own rows."""
+def training(ax, first_leg: list[dict], second_leg: list[dict]) -> None:
+    """Accuracy against all rows so far. Each leg (see NOTES.md) counts its own."""
+    rows_before = first_leg[-1]["rows"]
+    log = first_leg + [{**line, "rows": rows_before + line["rows"]} for line in second_leg]
     for split, title in SPLITS.items():
-        rows_before = 0
-        rows, heights = [], []
-        for log in legs:
-            for line in log:
-                if f"{split}_greedy" in line:
-                    rows.append((rows_before + line["rows"]) / 1e6)
-                    heights.append(100 * line[f"{split}_greedy"])
-            rows_before += log[-1]["rows"]
+        lines = [line for line in log if f"{split}_greedy" in line]
+        rows = [line["rows"] / 1e6 for line in lines]
+        heights = [100 * line[f"{split}_greedy"] for line in lines]
         ax.plot(rows, heights, "o-", markersize=4, label=title)
-    ax.axvline(
-        legs[0][-1]["rows"] / 1e6, color="grey", linestyle=":", label="with near misses from here"
-    )
+    style = {"color": "grey", "linestyle": ":"}
+    ax.axvline(rows_before / 1e6, label="with near misses from here", **style)
     ax.set(xlabel="million training rows", ylabel="greedy, % of 200 problems")
     ax.set(title="training the shipped model", ylim=(0, 100))
     ax.grid(alpha=0.3)
@@ -234,7 +229,7 @@ def main() -> None:
 
     figure, axes = plt.subplots(1, 3, figsize=(14, 3.6), layout="constrained")
     mistakes(axes[0], lines)
-    training(axes[1], [read_lines("first_leg.jsonl"), read_lines("checkpoint/log.jsonl")])
+    training(axes[1], read_lines("first_leg.jsonl"), read_lines("checkpoint/log.jsonl"))
     rounds(axes[2], read_lines("rounds.jsonl"))
     figure.savefig(ASSETS / "training.png", dpi=110)
 
