@@ -61,6 +61,7 @@ GOAL = "Goal Reached!"
 BACKTRACK = "<backtrack>"
 EOS = "<|end_of_text|>"
 PAD = "<|pad|>"
+MAX_NUMBER = 99  # the largest that a problem gives
 
 
 def prompt_text(nums: list[int], target: int) -> str:
@@ -733,7 +734,6 @@ def solve(nums: list[int], target: int) -> tuple[int, int, list[Action]]:
 
 # ---- Problems ------------------------------------------------------------------------------------
 
-MAX_NUMBER = 99
 TARGETS = range(10, 101)
 # Ours, for a share of the training problems (--any_target). From TARGETS alone, 82 without those
 # held out, a model that is trained for long learns each by heart, and fails on new ones.

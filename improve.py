@@ -52,11 +52,11 @@ def expert_iteration(
     for done in range(rounds_done, options.rounds + 1):
         if len(log) == done:  # a run that was resumed may have measured it already
             log.append(measure(model, tokenizer, validation, settings, done))
-            keep(model, tokenizer, record, log, options, done)
+            save_round(model, tokenizer, record, log, options, done)
         if done < options.rounds:
             rows = load_rows("train", record, options.num, options.num * done)
             improve(model, tokenizer, rows, settings, record, options, done + 1)
-            keep(model, tokenizer, record, log, options, done + 1)
+            save_round(model, tokenizer, record, log, options, done + 1)
 
 
 def improve(model, tokenizer, rows, settings, record, options, round_number: int) -> None:
@@ -145,7 +145,7 @@ def measure(model, tokenizer, validation: dict, settings: Settings, rounds_done:
     return log_line
 
 
-def keep(model, tokenizer, record: dict, log: list[dict], options, rounds_done: int) -> None:
+def save_round(model, tokenizer, record: dict, log: list[dict], options, rounds_done: int) -> None:
     """Save, from where --resume goes on."""
     if is_main() and rounds_done:  # one of the ranks is enough
         settings = vars(options).copy()

@@ -803,7 +803,7 @@ class Interruptible:
 
     def __init__(self, steps):
         self.steps = steps
-        self.stopped_by = 0
+        self.stopped_by = 0  # the number of the signal, or 0
 
     def __iter__(self):
         before = {number: signal.getsignal(number) for number in SIGNALS}

@@ -83,7 +83,7 @@ class Response:
     round: int = 0  # in which round it was sampled
     inherited: int = 0  # how many of its tokens are its state's
     # what the engine needs, below
-    slots: tuple[Slot, ...] = ()
+    slots: tuple[Slot, ...] = ()  # of the prompt and the tokens; but of no token that ended it
     expansion: "Expansion | None" = None  # what it is part of; None when it has ended
     first_point: float = 0.0  # its samples are points in [0, 1), see `spread`: the first of them
     spacing: float = 1.0  # and the distance from each to the next
@@ -227,7 +227,7 @@ class Settings:
     def sampling_rule(self) -> Callable[..., list["Draw"]]:
         if self.decoder in ("greedy", "beam"):
             return beams
-        return independent if self.independent else spread
+        return independently if self.independent else spread
 
 
 DECODERS = ("greedy", "beam", "best_of_n", "self_backtrack")
@@ -258,7 +258,9 @@ class Draw(NamedTuple):
     spacing: float = 1.0
 
 
-def independent(logits: torch.Tensor, responses: list[Response], settings: Settings) -> list[Draw]:
+def independently(
+    logits: torch.Tensor, responses: list[Response], settings: Settings
+) -> list[Draw]:
     """The paper's rule: every sample draws a point for itself, anew for each token. (`look_up`
     wants them sorted; samples that are the same so far have no order of their own.)"""
     most = max(response.count for response in responses)
@@ -301,14 +303,14 @@ def look_up(logits, points, spacing, responses: list[Response], settings: Settin
     token, share, stretched, logp = [np.concatenate(parts) for parts in zip(*found)]  # all (R, M)
 
     # Points ascend, and so do tokens: the samples that take the same token stand side by side.
-    parent, first, count = runs_of_equals(token, [response.count for response in responses])
+    parent, column, count = runs_of_equals(token, [response.count for response in responses])
     draws = zip(
         parent.tolist(),
-        token[parent, first].tolist(),
+        token[parent, column].tolist(),
         count.tolist(),
-        logp[parent, first].tolist(),
-        stretched[parent, first].tolist(),
-        (spacing[parent] / share[parent, first]).tolist(),
+        logp[parent, column].tolist(),
+        stretched[parent, column].tolist(),
+        (spacing[parent] / share[parent, column]).tolist(),
     )
     return [Draw(*values) for values in draws]
 
@@ -388,6 +390,7 @@ def beams(logits: torch.Tensor, responses: list[Response], settings: Settings) -
 
 
 # ---- 3. One problem, slowly ----------------------------------------------------------------------
+# A Search has an Expansion for each state of its frontier, and an Expansion has Responses.
 
 
 @dataclass(eq=False)
@@ -892,14 +895,14 @@ class Tree:
         for sample in samples:
             text = tokenizer.decode(sample.tokens)
             node = self.node_of(text)
-            inherited = tokenizer.decode(sample.tokens[: sample.inherited]).count("\n")
-            for depth in range(inherited + 1, len(node) + 1):
+            inherited_actions = tokenizer.decode(sample.tokens[: sample.inherited]).count("\n")
+            for depth in range(inherited_actions + 1, len(node) + 1):
                 self.chosen[node[:depth]] += sample.count
             if sample.round:
                 branched = f"round {sample.round} from here", "branched"
-                self.outcomes[node[:inherited]][branched] += sample.count
+                self.outcomes[node[:inherited_actions]][branched] += sample.count
             words, colour = self.outcome_of(sample, problem["nums"], problem["target"], text)
-            if sample.round and inherited == len(node):  # it chose no action here
+            if sample.round and inherited_actions == len(node):  # it chose no action here
                 words += " at once"
             self.outcomes[node][words, colour] += sample.count
         for node in sorted(self.chosen, key=self.drawing_order):

@@ -62,8 +62,9 @@ def fit(
 ) -> None:
     """Train `model` in place, by `steps` steps of the optimizer.
 
-    dtype: what autocast computes in. After every `report_every` steps, and after the last,
-    report(loss, state, True) is called; if a signal stops it in between, the same with False.
+    dtype: what autocast computes in. report(loss, state, evaluates) is called after every
+    `report_every` steps, and after the last, with evaluates True; if a signal stops it in between,
+    with False.
     To resume, give this state, {"step", "optimizer"}, to another call."""
     world = device_rank_world()[2]
     device = model.lm_head.weight.device

@@ -92,7 +92,8 @@ def mistakes(ax, lines: list[dict]) -> None:
             ax.bar(kinds, made, color="lightgrey", label="samples")
             ax.bar(kinds, caught, color="tab:orange", label="<backtrack> right after it")
             named = {"none": "none (orange:\nfalse alarms)"}
-            ax.set_xticks(range(len(kinds)), [named.get(kind, kind) for kind in kinds])
+            labels = [named.get(kind, kind.replace(" ", "\n")) for kind in kinds]
+            ax.set_xticks(range(len(kinds)), labels)
     ax.tick_params(axis="x", labelsize=8)
     ax.set(ylabel="% of samples", title="the first mistake of a sample (best of 32)")
     legend(ax, fontsize=8)
