@@ -274,10 +274,12 @@ class Llama(nn.Module):
 
 
 def labelled_positions(targets: torch.Tensor) -> torch.Tensor:
-    """Where targets, int64 of one axis, are not -100; and some positions more, which cross_entropy
-    leaves out, so that their number is a multiple of 64, if there are enough. (On a CPU, PyTorch
-    builds and keeps a kernel for every new size of a matrix product.)"""
+    """Where targets, int64 of one axis, are not -100. On a CPU also some positions more, which
+    cross_entropy leaves out, so that their number is a multiple of 64, if there are enough: there
+    PyTorch builds and keeps a kernel for every new size of a matrix product."""
     labelled = (targets != -100).nonzero()[:, 0]
+    if not targets.is_cpu:
+        return labelled
     filler = (targets == -100).nonzero()[: -len(labelled) % 64, 0]
     return torch.cat([labelled, filler])
 
@@ -558,7 +560,8 @@ def read_weights(folder: Path, device, dtype: torch.dtype | None, new_rows: int)
             for key in keys:
                 with open_file() as file:
                     value = file.get_tensor(key).to(dtype)
-                if not torch.stack(value.aminmax()).isfinite().all():  # no copy of it is made
+                # (this makes no copy of it)
+                if value.numel() and not torch.stack(value.aminmax()).isfinite().all():
                     raise UserError(f"{path}: {key} holds NaN or infinite numbers")
                 if new_rows and key in ("model.embed_tokens.weight", "lm_head.weight"):
                     mean = value.mean(0, keepdim=True, dtype=torch.float32).to(value.dtype)
@@ -655,6 +658,8 @@ def replacing(folder: str | Path):
             yield staging
             for file in staging.iterdir():
                 file.chmod(0o644)  # safetensors writes for its owner alone
+                if (folder / file.name).is_dir():
+                    raise IsADirectoryError(f"{file.name} there is a folder")
             if list(staging.glob("model*.safetensors")):
                 for name in STALE:
                     (staging / name).touch()  # an empty file: the old one goes
@@ -833,6 +838,9 @@ def in_worker(*_) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+OUT_OF_MEMORY = re.compile("out of memory|allocate memory")  # as CUDA, MPS and the CPU say it
+
+
 def cli(main) -> None:
     """Run a program's `main()`. What the user can mend becomes one line on stderr and exit code 2;
     a signal one line and the exit code that shells know: 130 of Ctrl-C, 143 of SIGTERM."""
@@ -847,16 +855,17 @@ def cli(main) -> None:
     for number in before:
         if before[number] != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, terminate)
+    sys.stdout.reconfigure(errors="replace")  # where it cannot show a character, it shows a `?`
     try:
         main()
         sys.stdout.flush()  # while a broken pipe can still be caught
     except BrokenPipeError:  # nobody reads on: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (UserError, OSError, RuntimeError) as error:
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
         message = " ".join(str(error).split())  # an OSError names its file: a full disk, say
-        if isinstance(error, RuntimeError):
-            if "memory" not in message:
+        if isinstance(error, RuntimeError | MemoryError):
+            if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(message):
                 raise
             message = f"not enough memory, see README: {message[:100]}"
         print("error:", message, file=sys.stderr)

@@ -54,8 +54,8 @@ from tqdm import tqdm
 
 from data import ACTION, BACKTRACK, GOAL, Tokenizer, Verdict, load_record, load_rows
 from data import load_validation, paint, prompt_text, solve, verify, warn_of_unlike
-from model import DTYPES, Arguments, CachedRows, KVCache, Llama, Slot, UserError, best_dtype, cli
-from model import device_rank_world, is_main, no_bar, number
+from model import BOOL, COUNT, DTYPES, Arguments, CachedRows, KVCache, Llama, Slot, UserError
+from model import best_dtype, check_fields, cli, device_rank_world, is_main, no_bar, number
 
 # ---- 1. The algorithm, for one problem (paper, section 4.2) --------------------------------------
 
@@ -300,7 +300,8 @@ def look_up(logits, points, spacing, responses: list[Response], settings: Settin
     for begin in range(0, len(logits), rows_at_once):
         rows = slice(begin, begin + rows_at_once)
         found.append(find_tokens(logits[rows], points[rows], settings))
-    token, share, stretched, logp = [np.concatenate(parts) for parts in zip(*found)]  # all (R, M)
+    token, share, stretched, logp = torch.cat(found, 1).cpu().numpy()  # all (R, M)
+    token = token.astype(np.int64)
 
     # Points ascend, and so do tokens: the samples that take the same token stand side by side.
     parent, column, count = runs_of_equals(token, [response.count for response in responses])
@@ -315,10 +316,10 @@ def look_up(logits, points, spacing, responses: list[Response], settings: Settin
     return [Draw(*values) for values in draws]
 
 
-def find_tokens(logits: torch.Tensor, points: np.ndarray, settings: Settings) -> list[np.ndarray]:
-    """Of each of points (R, M), four arrays (R, M): the token in whose interval it lies, how long
-    the interval is, where the point is when the interval is stretched to [0, 1), and the token's
-    log-probability at temperature 1."""
+def find_tokens(logits: torch.Tensor, points: np.ndarray, settings: Settings) -> torch.Tensor:
+    """Of each of points (R, M), four numbers (4, R, M): the token in whose interval it lies, how
+    long the interval is, where the point is when the interval is stretched to [0, 1), and the
+    token's log-probability at temperature 1. (In one tensor, so that a GPU is waited for once.)"""
     precision = torch.float32 if logits.device.type == "mps" else torch.float64
     logps = logits.to(precision).log_softmax(-1)  # (R, V)
     shares = shares_of_tokens(logps, settings)
@@ -334,7 +335,7 @@ def find_tokens(logits: torch.Tensor, points: np.ndarray, settings: Settings) ->
     stretched = (points - (ends.gather(1, token) - share)) / share
     stretched = stretched.clamp(0, below_one)
     logp = logps.gather(1, token)
-    return [values.cpu().numpy() for values in (token, share, stretched, logp)]
+    return torch.stack([token.to(precision), share, stretched, logp])
 
 
 def shares_of_tokens(logps: torch.Tensor, settings: Settings) -> torch.Tensor:
@@ -374,18 +375,23 @@ def beams(logits: torch.Tensor, responses: list[Response], settings: Settings) -
     is kept, whatever its probability, and one beam fewer goes on, until n have ended. With n = 1
     this is greedy decoding. (The responses of a state are neighbours.)"""
     logps = logits.float().log_softmax(-1)  # (R, V)
-    draws = []
+    totals = [[sum(response.logps)] for response in responses]
+    totals = torch.tensor(totals, device=logits.device) + logps  # (R, V): of every continuation
+    vocab_size = logits.shape[1]
+    chosen = []
     begin = 0
     for expansion, group in groupby(responses, key=lambda response: response.expansion):
-        totals = [[sum(beam.logps)] for beam in group]
-        totals = torch.tensor(totals, device=logits.device)  # (beams, 1)
-        own_logps = logps[begin : begin + len(totals)]  # (beams, V)
-        wanted = min(settings.samples_per_state() - len(expansion.ended), own_logps.numel())
-        most_probable = (totals + own_logps).flatten().topk(wanted).indices
-        for index in most_probable.tolist():
-            beam_number, token = divmod(index, logits.shape[1])
-            draws.append(Draw(begin + beam_number, token, 1, float(own_logps[beam_number, token])))
-        begin += len(totals)
+        end = begin + len(list(group))
+        own_totals = totals[begin:end].flatten()
+        wanted = min(settings.samples_per_state() - len(expansion.ended), len(own_totals))
+        chosen.append(begin * vocab_size + own_totals.topk(wanted).indices)
+        begin = end
+    chosen = torch.cat(chosen)  # numbers of elements of the flattened totals
+    chosen_logps = logps.flatten()[chosen]
+    draws = []
+    for index, logp in zip(chosen.tolist(), chosen_logps.tolist()):  # one copy for all states
+        parent, token = divmod(index, vocab_size)
+        draws.append(Draw(parent, token, 1, logp))
     return draws
 
 
@@ -544,7 +550,8 @@ class Engine:
         no_slots = torch.zeros(0, width, dtype=torch.int64, device=head.device)
         self.slot_table = no_slots  # (R, width): the numbers of each response's slots
         self.logits = head.new_zeros(0, len(head))  # (R, V): what follows each response
-        self.no_tokens = tokenizer.ids_without_token(len(head))  # never drawn
+        no_tokens = tokenizer.ids_without_token(len(head))
+        self.no_tokens = torch.tensor(no_tokens, dtype=torch.int64, device=head.device)  # not drawn
 
     def submit(self, expansions: list[Expansion]) -> None:
         """Take expansions in. They begin when there is room."""
@@ -1092,8 +1099,10 @@ class AnswerFile:
 
     def read_lines(self) -> list[dict]:
         """Of FILE.part; the last line may be incomplete."""
-        text = self.part.read_text(encoding="utf-8") if self.part.exists() else ""
+        if not self.part.exists():
+            return []
         try:
+            text = self.part.read_text(encoding="utf-8")
             lines = [dict(json.loads(line)) for line in text.split("\n")[:-1]]
         except (ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{self.part} holds a line that is no answer: {error}") from None
@@ -1101,11 +1110,11 @@ class AnswerFile:
 
     def take(self, row, problems: dict) -> None:
         """Keep a row that was read, if it answers one of the problems."""
-        needed = {"number", "nums", "target", "correct", "verified", "tokens"}
-        if not needed <= row.keys():
-            raise UserError(f"{self.part} holds a line that is no answer: {json.dumps(row)[:60]}")
+        fields = {"number": COUNT, "correct": BOOL, "verified": BOOL, "tokens": COUNT}
+        check_fields(row, fields, f"{self.part} holds a line that is no answer: it", needed=fields)
         problem = problems.get(str(row["number"]))
-        if problem is None or (row["nums"], row["target"]) != (problem["nums"], problem["target"]):
+        asked = row.get("nums"), row.get("target")
+        if problem is None or asked != (problem["nums"], problem["target"]):
             raise UserError(f"{self.part} holds answers to other problems")
         self.rows[row["number"]] = row
 

@@ -65,7 +65,7 @@ def fit(
     dtype: what autocast computes in. report(loss, state, evaluates) is called after every
     `report_every` steps, and after the last, with evaluates True; if a signal stops it in between,
     with False.
-    To resume, give this state, {"step", "optimizer"}, to another call."""
+    To resume, give this state, {"step", "optimizer", "scaler"}, to another call."""
     world = device_rank_world()[2]
     device = model.lm_head.weight.device
     model.model.compiled_layer = torch.compile(LlamaDecoderLayer.forward) if compiled else None
@@ -73,9 +73,11 @@ def fit(
     # itself, and Muon's own part of the step does not know how.
     optimizer = make_optimizer(model, muon, lr, weight_decay, fused=dtype != torch.float16)
     first_step = state["step"] if state else 0
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
     stepper = Stepper(model, optimizer, dtype)
+    if state:
+        load_optimizer(optimizer, state["optimizer"])
+        if state.get("scaler"):  # of fp16 alone
+            stepper.scaler.load_state_dict(state["scaler"])
     stream = stream_batches(batches, first_step, steps, device)
     progress = tqdm(range(first_step, steps), "train", steps, initial=first_step, disable=no_bar())
     smooth_loss = None  # a moving average
@@ -99,6 +101,7 @@ def fit(
         stops = bool(sum_over_ranks(torch.tensor(interruptible.stopped_by, device=device)))
         if report and (reports or stops):
             new_state = {"step": step + 1, "optimizer": optimizer_state(optimizer)}
+            new_state["scaler"] = stepper.scaler.state_dict()
             report(float(smooth_loss), new_state, reports)
         if stops:
             raise KeyboardInterrupt(interruptible.stopped_by or signal.SIGTERM)
@@ -310,6 +313,14 @@ def optimizer_state(optimizer) -> dict:
     return optimizer.state_dict()
 
 
+def load_optimizer(optimizer, saved: dict) -> None:
+    """Go on from what `optimizer_state` gave, but with the weight decay that is asked for now."""
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, decay in zip(optimizer.param_groups, decays):
+        group["weight_decay"] = decay
+
+
 class Muon(torch.optim.AdamW):
     """Muon (Jordan et al., 2024) for the parameter groups that say "orthogonal"; AdamW for others.
 
@@ -413,7 +424,7 @@ def save(folder, model: Llama, tokenizer: Tokenizer, record: dict, log: list, st
 
 
 STATE_FIELDS = {"step": COUNT, "round": COUNT, "optimizer": OBJECT, "settings": OBJECT}
-STATE_FIELDS |= {"weights": OBJECT, "record": OBJECT, "log": OBJECTS}
+STATE_FIELDS |= {"scaler": OBJECT, "weights": OBJECT, "record": OBJECT, "log": OBJECTS}
 
 
 def load_state(folder: Path, needed=("step", "optimizer")) -> dict:
@@ -458,6 +469,14 @@ class Reporter:
     last_step: int
     last_time: float = field(default_factory=time.perf_counter)
 
+    def __post_init__(self):
+        """Encode the responses of the validation rows: now, because a text that the tokenizer does
+        not know would end the run. (Problems alone have none.)"""
+        self.encoded = {}
+        for split, rows in self.validation.items():
+            with_response = [row for row in rows if "search_path" in row]
+            self.encoded[split] = self.tokenizer.encode_rows(with_response)
+
     def __call__(self, loss: float, state: dict, evaluates: bool) -> None:
         device, rank, _ = device_rank_world()
         seconds = time.perf_counter() - self.last_time
@@ -469,8 +488,8 @@ class Reporter:
         if device.type == "cuda":  # of this rank
             log_line["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         if evaluates:
-            for split, rows in self.validation.items():
-                log_line |= self.measure(split, rows, device)
+            for split in self.validation:
+                log_line |= self.measure(split, device)
         if rank == 0:
             self.log.append(log_line)
             save(self.options.out, self.model, self.tokenizer, self.record, self.log, state)
@@ -484,16 +503,17 @@ class Reporter:
         self.last_step = state["step"]
         self.last_time = time.perf_counter()
 
-    def measure(self, split: str, rows: list[dict], device: torch.device) -> dict:
+    def measure(self, split: str, device: torch.device) -> dict:
         """The loss, by the paper's mask whichever is trained with, and greedy accuracy."""
-        encoded = self.tokenizer.encode_rows([row for row in rows if "search_path" in row])
+        rows = self.validation[split]
+        encoded = self.encoded[split]
         batches = []
         for begin in range(0, len(encoded), 64):
             batches.append(self.batches.pad_rows(encoded[begin : begin + 64]).to(device))
         judged = evaluate(self.model, self.tokenizer, rows, Settings(decoder="greedy"))
         correct = sum(row["correct"] for row in judged)
         found = {f"{split}_greedy": correct / len(rows)}
-        if batches:  # problems alone have no responses to measure it on
+        if batches:
             found[f"{split}_loss"] = mean_loss(self.model, batches)
         return found
 
@@ -552,6 +572,8 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     if not known.resume:
         if from_checkpoint and given & {"--hidden_size", "--layers"}:
             raise UserError("--hidden_size and --layers are of a model from scratch, not --ckpt's")
+        if "--num_train" in given and not given & {"--data", "--epochs"}:
+            raise UserError("--num_train is of --data, or says how many rows --epochs are of")
         return options.parse_args(), None
     state = load_state(known.out)
     options.set_defaults(epochs=None)

@@ -308,6 +308,8 @@ def arguments():
     args = args.parse_args()
     if args.out is None and args.lines is None:
         args.out = ROOT / "assets" / "results.jsonl"
+    if args.out and args.out.is_dir():
+        raise UserError(f"--out wants a file, and {args.out} is a folder")
     return args
 
 

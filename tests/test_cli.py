@@ -558,18 +558,17 @@ def stopped_evaluation(trained, tmp_path, monkeypatch, capsys) -> tuple:
         ('{"number": 2}', "is no answer"),
         ("3", "is no answer"),
         ("[", "is no answer"),
-        (
-            '{"number": 2, "nums": [1], "target": 1, "correct": 1, "verified": 1, "tokens": 1}',
-            "other problems",
-        ),
+        ('{ANSWERS, "correct": true, "verified": true, "tokens": 1}', "other problems"),
+        ('{ANSWERS, "correct": null, "verified": true, "tokens": 1}', "must be true or false"),
+        ("\udcff", "is no answer"),
     ],
 )
 def test_a_file_of_other_answers_is_not_gone_on_with(
     complaint, tmp_path, stopped_evaluation, line, expected
 ):
     args = stopped_evaluation
-    with open(tmp_path / "rows.jsonl.part", "a") as part:
-        part.write(line + "\n")
+    with open(tmp_path / "rows.jsonl.part", "a", errors="surrogateescape") as part:
+        part.write(line.replace("ANSWERS", '"number": 2, "nums": [1], "target": 1') + "\n")
     assert expected in complaint(search, *args, "--resume")
 
 
@@ -725,6 +724,7 @@ BAD_TRAININGS = [
     ("--data {tmp}/empty", "holds no JSON with 'train' in its name"),
     ("--data no/such", "no dataset at no/such"),
     ("--epochs 2", "--epochs of generated rows, which never end, wants --num_train"),
+    ("--num_train 9", "--num_train is of --data, or says how many rows --epochs are of"),
     ("--resume --out {tmp}/new", "cannot resume from"),
     ("--resume --out {tmp}/empty", "cannot resume from"),
 ]
@@ -951,6 +951,42 @@ def test_a_signal_during_the_last_save_is_not_forgotten(capsys, monkeypatch, no_
     assert (code, err.splitlines()[-1]) == (143, "stopped by SIGTERM")
     assert [line["step"] for line in log_of(tmp_path / "out")] == [3]
     assert "val_greedy" in log_of(tmp_path / "out")[0]
+
+
+def test_a_terminal_that_lacks_a_character_shows_another(trained):
+    """As a pipe on Windows does; a tree is drawn with characters that it lacks."""
+    command = [sys.executable, search.__file__, "--ckpt", str(trained), "--numbers", "3", "4"]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    command += ["--target", "7", "--n", "2"]
+    shown = subprocess.run(command, capture_output=True, env=environment)
+    assert shown.returncode == 0 and b"Traceback" not in shown.stderr
+    assert b"?" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_every_lack_of_memory_is_one_line(capsys, error):
+    def fail():
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        cli(fail)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: not enough memory")
+
+
+def test_a_fault_of_the_program_is_no_lack_of_memory():
+    def fail():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        cli(fail)
 
 
 def test_memory_that_is_not_there_is_one_line(complaint, trained):

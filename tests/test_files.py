@@ -16,6 +16,7 @@ import torch
 from byte_pairs import BOS, byte_pairs
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
 import model
@@ -289,6 +290,14 @@ def test_weights_that_are_not_finite_are_refused(checkpoint, number):
         Llama.from_pretrained(checkpoint)
 
 
+def test_a_tensor_of_nothing_is_refused(checkpoint):
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.norm.weight"] = torch.zeros(0)
+    save_file(weights, checkpoint / "model.safetensors")
+    with pytest.raises(UserError, match="do not fit its config.json"):
+        Llama.from_pretrained(checkpoint)
+
+
 @pytest.mark.parametrize(
     "field,value",
     [
@@ -419,9 +428,17 @@ def test_validation_rows_without_a_response_are_enough_to_measure(checkpoint):
     """Of problems alone there is no loss to report, but accuracy."""
     problem = {"nums": [3, 5, 8], "target": 48}
     options = None
-    reporter = train.Reporter(options, tiny(), TOK, Batches([ROW], TOK, 1), {}, {}, [], 0)
-    found = reporter.measure("val", [problem], torch.device("cpu"))
+    validation = {"val": [problem]}
+    reporter = train.Reporter(options, tiny(), TOK, Batches([ROW], TOK, 1), {}, validation, [], 0)
+    found = reporter.measure("val", torch.device("cpu"))
     assert found.keys() == {"val_greedy"}
+
+
+def test_validation_rows_are_read_before_the_first_step():
+    """Or a text that the tokenizer does not know would end a run that has saved nothing."""
+    validation = {"val": [{**ROW, "search_path": "3 + 5=8"}]}
+    with pytest.raises(UserError, match="does not know"):
+        train.Reporter(None, tiny(), TOK, Batches([ROW], TOK, 1), {}, validation, [], 0)
 
 
 DEFAULT_GROUP = """
@@ -521,6 +538,17 @@ def test_an_older_tokenizers_files_do_not_stay_beside_a_new_one(checkpoint):
     (checkpoint / "generation_config.json").write_text("{}")
     TOK.save_pretrained(checkpoint)
     assert not (checkpoint / "generation_config.json").exists()
+
+
+def test_a_folder_in_the_place_of_a_file_is_named_and_blocks_no_other_file(tmp_path):
+    (tmp_path / "rows.jsonl").mkdir()
+    with pytest.raises(UserError, match="rows.jsonl there is a folder"):
+        with model.replacing(tmp_path) as staging:
+            (staging / "rows.jsonl").write_text("{}")
+    with model.replacing(tmp_path) as staging:
+        (staging / "others.jsonl").write_text("{}")
+    assert (tmp_path / "others.jsonl").read_text() == "{}"
+    assert not list(tmp_path.glob(".sav*"))
 
 
 def test_a_broken_pipe_is_no_fault_of_the_folder(tmp_path):

@@ -474,6 +474,49 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path, tied, muon)
         assert not torch.equal(value, interrupted.get_parameter(name)), name
 
 
+def run_in_two_parts(model, batches, settings: dict, steps: int, later: dict) -> list[dict]:
+    """Stop after so many steps, and go on by settings that may differ; the states of both ends."""
+    states = []
+
+    def stop(loss, state, evaluates):
+        states.append(copy.deepcopy(state))
+        if len(states) == 1:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        fit(model, batches, **settings, report_every=steps, report=stop)
+    fit(model, batches, **settings | later, state=copy.deepcopy(states[0]), report=stop)
+    return states
+
+
+def test_a_run_in_fp16_goes_on_with_its_scale(monkeypatch):
+    """Which is doubled after every five steps, and halved where a gradient overflows."""
+    scaler = partial(torch.amp.GradScaler, init_scale=2.0**12, growth_interval=5)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    batches = Batches(RECORD, TOKENIZER, 4)
+    settings = {"steps": 30, "lr": 1e-2, "warmup": 5, "dtype": torch.float16}
+    whole = tiny()
+    interrupted = copy.deepcopy(whole)
+    ends = []
+    fit(whole, batches, **settings, report=lambda *given: ends.append(given[1]["scaler"]))
+    states = run_in_two_parts(interrupted, batches, settings, 17, {})
+    assert states[0]["scaler"]["scale"] != 2.0**12
+    assert states[1]["scaler"] == ends[0]
+    for name, value in whole.named_parameters():
+        assert torch.equal(value, interrupted.get_parameter(name)), name
+
+
+def test_a_run_goes_on_with_the_weight_decay_that_it_is_given():
+    batches = Batches(RECORD, TOKENIZER, 4)
+    settings = {"steps": 9, "lr": 1e-2, "warmup": 5, "weight_decay": 0.1}
+    states = run_in_two_parts(tiny(), batches, settings, 4, {"weight_decay": 0.3})
+    decays = []
+    for state in states:
+        groups = state["optimizer"]["param_groups"]
+        decays.append([group["weight_decay"] for group in groups])
+    assert decays == [[0.1, 0.1, 0.0], [0.3, 0.3, 0.0]]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_a_signal_stops_is_saved_and_resumes_to_the_last_bit(
     tmp_path, monkeypatch, number
