@@ -1,7 +1,7 @@
 """What is each part of the training worth? Small models on four numbers, with one part left out,
 equally many rows each, two seeds: a line a model in ablations.jsonl, and a table.
 
-    OMP_NUM_THREADS=1 python assets/ablations.py --seeds 0 &    a seed a core: three hours
+    OMP_NUM_THREADS=1 python assets/ablations.py --seeds 0 &    a seed a core: 2.5 hours
     OMP_NUM_THREADS=1 python assets/ablations.py --seeds 1
     python assets/ablations.py                                  both in one table
 
