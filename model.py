@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import gc
 import hashlib
+import io
 import json
 import math
 import os
@@ -838,7 +839,16 @@ def in_worker(*_) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-OUT_OF_MEMORY = re.compile("out of memory|allocate memory")  # as CUDA, MPS and the CPU say it
+def in_one_line(error: Exception) -> str:
+    """What the user can mend; a fault of the program is raised again."""
+    message = " ".join(str(error).split())  # an OSError names its file: a full disk, say
+    # as PyTorch says it on CUDA, MPS and the CPU
+    lacks_memory = re.search("out of memory|allocate memory", message)
+    if lacks_memory or isinstance(error, MemoryError):
+        return f"not enough memory, see README: {message[:100]}"
+    if isinstance(error, RuntimeError):
+        raise error
+    return message
 
 
 def cli(main) -> None:
@@ -855,7 +865,8 @@ def cli(main) -> None:
     for number in before:
         if before[number] != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, terminate)
-    sys.stdout.reconfigure(errors="replace")  # where it cannot show a character, it shows a `?`
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook has another, which shows all
+        sys.stdout.reconfigure(errors="replace")  # a character that it cannot show is a `?`
     try:
         main()
         sys.stdout.flush()  # while a broken pipe can still be caught
@@ -863,12 +874,7 @@ def cli(main) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (UserError, OSError, RuntimeError, MemoryError) as error:
-        message = " ".join(str(error).split())  # an OSError names its file: a full disk, say
-        if isinstance(error, RuntimeError | MemoryError):
-            if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(message):
-                raise
-            message = f"not enough memory, see README: {message[:100]}"
-        print("error:", message, file=sys.stderr)
+        print("error:", in_one_line(error), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         number = stop.args[0] if stop.args else signal.SIGINT

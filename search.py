@@ -375,8 +375,8 @@ def beams(logits: torch.Tensor, responses: list[Response], settings: Settings) -
     is kept, whatever its probability, and one beam fewer goes on, until n have ended. With n = 1
     this is greedy decoding. (The responses of a state are neighbours.)"""
     logps = logits.float().log_softmax(-1)  # (R, V)
-    totals = [[sum(response.logps)] for response in responses]
-    totals = torch.tensor(totals, device=logits.device) + logps  # (R, V): of every continuation
+    so_far = [[sum(response.logps)] for response in responses]
+    totals = torch.tensor(so_far, device=logits.device) + logps  # (R, V): of every continuation
     vocab_size = logits.shape[1]
     chosen = []
     begin = 0
@@ -1111,7 +1111,7 @@ class AnswerFile:
     def take(self, row, problems: dict) -> None:
         """Keep a row that was read, if it answers one of the problems."""
         fields = {"number": COUNT, "correct": BOOL, "verified": BOOL, "tokens": COUNT}
-        check_fields(row, fields, f"{self.part} holds a line that is no answer: it", needed=fields)
+        check_fields(row, fields, f"an answer in {self.part}", needed=fields)
         problem = problems.get(str(row["number"]))
         asked = row.get("nums"), row.get("target")
         if problem is None or asked != (problem["nums"], problem["target"]):

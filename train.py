@@ -513,7 +513,7 @@ class Reporter:
         judged = evaluate(self.model, self.tokenizer, rows, Settings(decoder="greedy"))
         correct = sum(row["correct"] for row in judged)
         found = {f"{split}_greedy": correct / len(rows)}
-        if batches:
+        if batches:  # of problems alone there are none
             found[f"{split}_loss"] = mean_loss(self.model, batches)
         return found
 
