@@ -1030,7 +1030,7 @@ def load_rows(data: str, record: dict, num: int, offset: int = 0) -> list[dict]:
         wanted = "val, val_new, DATASET:val or a file of JSON Lines"
         raise UserError(f"--data wants {wanted}, and {data} is none of them")
     elif dataset:
-        rows = load_rows(split, load_record(dataset, "dataset"), num, offset)
+        return load_rows(split, {"source": dataset}, num, offset)
     elif record["source"] == "generated":
         rows = list(generate(record, data, num, offset))
     elif is_one_file(record) and data != "train":

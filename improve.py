@@ -29,6 +29,7 @@ The validation problems that accuracy is reported on are never trained on.
 """
 
 import argparse
+import copy
 import sys
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def expert_iteration(
 def improve(model, tokenizer, rows, settings, record, options, round_number: int) -> None:
     """One round: search the problems of `rows`, keep three kinds of rows, fine-tune on them. Raises
     UserError if the search solved none."""
-    answers = evaluate(model, tokenizer, rows, settings)
+    answers = evaluate(copy_to_search(model), tokenizer, rows, settings)
     solved = solved_rows(rows, answers)
     mistakes = own_mistakes(rows, answers)
     if not solved:
@@ -74,6 +75,16 @@ def improve(model, tokenizer, rows, settings, record, options, round_number: int
     if is_main():
         found = f"solved {len(solved)} of {len(rows)}, trained on {len(kept_rows)} rows"
         print(f"round {round_number}: {found}", flush=True)
+
+
+def copy_to_search(model: Llama) -> Llama:
+    """The weights as search.py will open them, in the device's best dtype. (Training goes on with
+    those in fp32.)"""
+    copied = copy.deepcopy(model)
+    dtype = best_dtype(device_rank_world()[0])
+    for parameter in copied.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return copied
 
 
 def solved_rows(rows: list[dict], answers: list[dict]) -> list[dict]:
@@ -138,7 +149,8 @@ def search_settings(options: argparse.Namespace) -> Settings:
 def measure(model, tokenizer, validation: dict, settings: Settings, rounds_done: int) -> dict:
     """Print the table of greedy decoding and search; the line of log.jsonl."""
     title = f"after round {rounds_done}" if rounds_done else "before"
-    results = compare(model, tokenizer, validation, ["greedy", "self_backtrack"], settings, title)
+    decoders = ["greedy", "self_backtrack"]
+    results = compare(copy_to_search(model), tokenizer, validation, decoders, settings, title)
     log_line = {"round": rounds_done}
     for (split, decoder), rows in results.items():
         log_line[f"{split}_{decoder}"] = sum(row["correct"] for row in rows) / len(rows)
@@ -206,7 +218,7 @@ def main() -> None:
         model = Llama.from_pretrained(options.ckpt, device, torch.float32)
         record = load_record(options.ckpt)
         if options.data:
-            record = {**record, **load_record(options.data, "dataset")}
+            record["source"] = options.data
         # Of generated data: another seed than training had, so that its problems are unseen. It is
         # saved with the model, so that improving that one again takes still another.
         record["seed"] = record.get("seed", 0) + 1_000_000 * (options.seed + 1)

@@ -462,6 +462,15 @@ def test_improvement_of_a_checkpoint_of_a_dataset(program, no_table, searched, d
     assert searched == [data.read_rows(dataset / "train.jsonl")[:12]]
 
 
+def test_improvement_on_a_folder_of_data(program, no_table, searched, dataset, ckpt, tmp_path):
+    """It searches the rows that the folder holds, and reports on those that it holds."""
+    rows = turn_around(dataset / "train.jsonl")
+    out = tmp_path / "better"
+    program(improve, *IMPROVE, "--ckpt", ckpt, "--data", dataset, "--out", out, "--rounds", 2)
+    assert searched == [rows[:12], rows[12:24]]
+    assert record_of(out)["source"] == str(dataset)
+
+
 @pytest.mark.parametrize("optimizer,lr", [("muon", 2e-4), ("adamw", 1e-5)])
 def test_improvement_trains_as_its_checkpoint_was_trained(
     program, fitted, searched, ckpt, tmp_path, optimizer, lr
@@ -594,14 +603,21 @@ def test_answers_of_other_settings_are_not_gone_on_with(
     program(search, *args, "--batch_size", 1, "--resume")  # which changes no answer
 
 
+def turn_around(file: Path) -> list[dict]:
+    """Its rows, the last one first: then they are not those that the folder's record gives."""
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(reversed(lines)))
+    return data.read_rows(file)
+
+
 def test_search_takes_problems_of_a_file_and_of_a_dataset(program, trained, dataset, tmp_path):
+    rows = turn_around(dataset / "val.jsonl")
     file = tmp_path / "problems.jsonl"
     file.write_text('{"nums": [3, 4], "target": 7}\n{"nums": [5, 4], "target": 20}\n')
-    for source, expected in ((file, [[3, 4], [5, 4]]), (f"{dataset}:val", None)):
+    nums = [row["nums"] for row in rows]
+    for source, expected in ((file, [[3, 4], [5, 4]]), (f"{dataset}:val", nums)):
         out = tmp_path / "rows.jsonl"
         program(search, "--ckpt", trained, "--data", source, "--n", 2, "--num", 8, "--out", out)
-        if expected is None:
-            expected = [row["nums"] for row in data.read_rows(dataset / "val.jsonl")]
         assert [json.loads(line)["nums"] for line in out.read_text().splitlines()] == expected
 
 

@@ -1,11 +1,13 @@
 """What a round of self-improvement learns from."""
 
 from argparse import Namespace
+
 import pytest
+import torch
 
 import improve
 from data import BACKTRACK, GOAL, Tokenizer
-from model import UserError
+from model import Llama, LlamaConfig, UserError
 from search import Response, Settings, judge
 
 TOKENIZER = Tokenizer.digits()
@@ -106,7 +108,7 @@ def one_round(monkeypatch, rows: list[dict], answers: list[dict]) -> list[str]:
     monkeypatch.setattr(
         improve, "fine_tune", lambda model, tokenizer, kept, *rest: learned.extend(kept)
     )
-    improve.improve(None, TOKENIZER, rows, Settings(), {}, OPTIONS, 1)
+    improve.improve(torch.nn.Module(), TOKENIZER, rows, Settings(), {}, OPTIONS, 1)
     return [row["search_path"] for row in learned]
 
 
@@ -147,8 +149,40 @@ def test_a_round_searches_the_problems_by_the_settings(monkeypatch):
     settings = Settings(n=3, seed=7)
     monkeypatch.setattr(improve, "evaluate", evaluate)
     monkeypatch.setattr(improve, "fine_tune", lambda *given: None)
+    monkeypatch.setattr(improve, "copy_to_search", lambda model: f"a copy of {model}")
     improve.improve("the model", TOKENIZER, rows, settings, {}, OPTIONS, 1)
-    assert seen == [("the model", TOKENIZER, rows, settings)]
+    assert seen == [("a copy of the model", TOKENIZER, rows, settings)]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_round_searches_with_the_weights_that_search_would_open(
+    monkeypatch, tmp_path, dtype, tied
+):
+    """And leaves those that are trained as they are."""
+    config = LlamaConfig(
+        vocab_size=20,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        tie_word_embeddings=tied,
+    )
+    model = Llama(config)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setattr(improve, "best_dtype", lambda device: dtype)
+    copied = improve.copy_to_search(model)
+    model.save_pretrained(tmp_path, torch.float32)
+    opened = Llama.from_pretrained(tmp_path, dtype=dtype)
+    input_ids = torch.arange(20)[None]
+    assert copied(input_ids).dtype == dtype
+    assert torch.equal(copied(input_ids), opened(input_ids))
+    assert len(list(copied.parameters())) == len(list(model.parameters()))
+    for name, value in model.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, before[name])
 
 
 def test_a_round_that_solves_nothing_says_so_and_learns_nothing(monkeypatch):
