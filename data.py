@@ -1,9 +1,9 @@
 """Countdown: the task, its training rows, its tokens. Read after model.py, before search.py.
 
 The task is to combine all the numbers, each exactly once, so that the last result is the target.
-A row is a prompt and a response. Section 4.1 of arXiv 2502.04404 has rows of two kinds: in those of
-D_op the response solves the problem; in those of D_back it begins to, takes a wrong action and says
-`<backtrack>`.
+A row is a prompt and a response. Section 4.1 of arXiv 2502.04404 has rows of two kinds. In those of
+D_op the response solves the problem. In those of D_back it begins a solution, takes a wrong action
+and says `<backtrack>`.
 
     ###Question: numbers [2, 4, 10, 25]->target 60
     ###Response:
@@ -24,9 +24,10 @@ the paper's mask. (--mask choice masks only `25*4=` of [25*4=100], see `no_loss_
             near_miss        [25*2=50]    [10-4=6]     [50+6=56]    <backtrack>
 
 So the model learns to notice mistakes, but is not trained to make them. Detours, false goals and
-near misses are ours. A detour is right, but not the canonical way, the simplest one: unless the
-model sees some, it takes every unusual action for a mistake. It carries no loss, because the
-canonical way is the one to learn. A row of D_back may begin with one.
+near misses are ours. A problem has many solutions, and the one to learn is the simplest, which has
+few * and / and small results: it is called canonical. A detour is an action that is right, but not
+canonical. Unless the model sees some, it takes every unusual action for a mistake. A row of D_back
+may begin with one.
 
     python data.py --show 7
     python data.py --num 500000 --out data/
@@ -71,8 +72,8 @@ def prompt_text(nums: list[int], target: int) -> str:
 
 # The rules of each operator: (a operator b, is it allowed?), for whole numbers or, elementwise, for
 # arrays of them. A response may write the two numbers in either order, but the solver tries only
-# one, with the larger as a. So the other order must give the same, or be forbidden (0/5=0 is
-# harmless, because 0*5=0).
+# the larger one first. So the other order must give the same (3+5), or be forbidden (3-5, 3/5), or
+# give what another operator gives (0/5=0, as 5*0=0).
 
 
 def add(a, b):
@@ -114,7 +115,7 @@ ACTION = re.compile(
 class Verdict(NamedTuple):
     correct: bool
     reason: str = ""  # why not
-    failed_step: int | None = None  # the number of the action that is wrong, from 1; else None
+    failed_action: int | None = None  # the number of the wrong action, from 1; None: no action is
 
 
 def verify(nums: list[int], target: int, response: str) -> Verdict:
@@ -127,20 +128,20 @@ def verify(nums: list[int], target: int, response: str) -> Verdict:
     """
     *actions, end = response.split("\n")
     numbers_left = Counter(nums)
-    for step_number, action in enumerate(actions, 1):
+    for action_number, action in enumerate(actions, 1):
         match = ACTION.fullmatch(action)
         if not match:
-            return Verdict(False, f"{action!r} is no action", step_number)
+            return Verdict(False, f"{action!r} is no action", action_number)
         a, operator, b, claimed = match.groups()
         for operand in (int(a), int(b)):
             if numbers_left[operand] == 0:
-                return Verdict(False, f"{action}: there is no {operand} (left)", step_number)
+                return Verdict(False, f"{action}: there is no {operand} (left)", action_number)
             numbers_left[operand] -= 1
         result, legal = calculate(int(a), operator, int(b))
         if not legal:
-            return Verdict(False, f"{action}: the rules allow no such step", step_number)
+            return Verdict(False, f"{action}: the rules do not allow it", action_number)
         if result != int(claimed):
-            return Verdict(False, f"{action}: false, it is {result}", step_number)
+            return Verdict(False, f"{action}: false, it is {result}", action_number)
         numbers_left[result] += 1
     if end != GOAL:
         return Verdict(False, f"it ends in {end!r}, not in {GOAL!r}")
@@ -157,7 +158,7 @@ def verify(nums: list[int], target: int, response: str) -> Verdict:
 # trust for now.
 
 BACK = 0.5  # the share of D_back in all rows
-DETOUR = 0.5  # how often a solution leaves the canonical way, where there is another
+DETOUR = 0.5  # how often a solution tries a detour, at a random depth: half of these have one there
 
 
 class Action(NamedTuple):
@@ -194,7 +195,8 @@ class Position:
         self.problem = problem
         self.path = path  # the number of each choice so far
         self.used_up = used_up  # the numbers that these have used up
-        place = (problem.index, *path)  # in the solver's arrays
+        # in the solver's arrays, whose axes are the problems, and the choices of each step so far
+        place = (problem.index, *path)
         step = problem.steps[len(path)]
         self.numbers = step.numbers[place].tolist()  # the numbers that are left
         self.a = step.a[place].tolist()  # the larger number of each pair
@@ -505,8 +507,8 @@ class Tokenizer:
 
         A token's label is its id if all of its characters carry loss, and else -100; -100, too, if
         it has no characters, like begin-of-text. End-of-text is added, and always learned: after
-        `<backtrack>` as after `Goal Reached!`. (As in the reference; a search stops at
-        `<backtrack>`, and never asks for it.)"""
+        `<backtrack>` as after `Goal Reached!`. (As in the reference, which is the authors' code;
+        a search stops at `<backtrack>`, and never asks for it.)"""
         texts = [prompt_text(row["nums"], row["target"]) + row["search_path"] for row in rows]
         encoded = []
         for row, text, encoding in zip(rows, texts, self.encode(texts)):
@@ -1154,7 +1156,7 @@ def paint(text: str, colour: str) -> str:
 
 
 def show_row(tokenizer: Tokenizer, row: dict, mask: str) -> str:
-    """A row as text: the prompt dim, what is learned green, and in brackets, red, what is not."""
+    """A row as text: the prompt dim, what is learned green, and in brackets, cyan, what is not."""
     [(input_ids, labels)] = tokenizer.encode_rows([row], mask)
     [prompt] = tokenizer.prompts([row])
     shown = paint(prompt_text(row["nums"], row["target"]), "dim")
@@ -1166,7 +1168,7 @@ def show_row(tokenizer: Tokenizer, row: dict, mask: str) -> str:
             text = text.replace(BACKTRACK, paint(BACKTRACK, "stopped"))
             shown += paint(text, "right")
         else:
-            lines = [paint(f"[{line}]", "wrong") if line else "" for line in text.split("\n")]
+            lines = [paint(f"[{line}]", "branched") if line else "" for line in text.split("\n")]
             shown += "\n".join(lines)
     dataset = "D_back" if row["kind"] in KINDS else "D_op"
     return f"{dataset}, {row['kind']}\n\n{shown}\n"
@@ -1180,7 +1182,7 @@ def show_rows(record: dict, num: int, mask: str) -> None:
         by_kind.setdefault(row["kind"], []).append(row)
     kinds = sorted(by_kind.values(), key=len, reverse=True)
     in_turns = itertools.chain.from_iterable(zip(*kinds))
-    no_loss = f"{paint('the prompt', 'dim')} and {paint('[what is in brackets]', 'wrong')}"
+    no_loss = f"{paint('the prompt', 'dim')} and {paint('[what is in brackets]', 'branched')}"
     print(f"--mask {mask}: no loss on {no_loss}\n")
     for row in itertools.islice(in_turns, num):
         print(show_row(tokenizer, row, mask))

@@ -17,7 +17,7 @@ the target 60, among other things:
     response      4-2=2 25*2=50 50+10=60 Goal Reached!      4-2=2 25*2=52 52+8=60 Goal Reached!
     correct       True                                      False
     solutions     ["4-2=2 25*2=50 50+10=60 Goal Reached!"]  []
-    failed_step   None                                      2
+    failed_action   None                                      2
 
 The first becomes the row of D_op `4-2=2 25*2=50 50+10=60 Goal Reached!`, the second the row of
 D_back `4-2=2 25*2=52 <backtrack>`, whose two actions are named in `no_loss`. (Blanks stand for
@@ -45,13 +45,16 @@ from train import Batches, as_flags, fit, load_state, rebuild, save
 def expert_iteration(
     model: Llama, tokenizer: Tokenizer, record: dict, validation: dict, options, rounds_done, log
 ) -> None:
-    """Every round goes on from the model of the round before, with the next problems and a new
-    optimizer. record: where problems come from (generated ones are new: `main` gives the record a
-    seed that training did not have); validation: {split: problems} to measure on; log: a
-    line of every round. Raises UserError."""
+    """Measure; then, round after round, improve, save, measure and save. Every round goes on from
+    the model of the round before, with the next problems and a new optimizer.
+
+    record: where problems come from (generated ones are new: `main` gives the record a seed that
+    training did not have); validation: {split: problems} to measure on; log: a line of every
+    round. Raises UserError."""
     settings = search_settings(options)
-    for done in range(rounds_done, options.rounds + 1):
-        if len(log) == done:  # a run that was resumed may have measured it already
+    for done in range(rounds_done, options.rounds + 1):  # how many rounds are done, at first none
+        is_measured = len(log) > done  # by the run that is resumed
+        if not is_measured:
             log.append(measure(model, tokenizer, validation, settings, done))
             save_round(model, tokenizer, record, log, options, done)
         if done < options.rounds:
@@ -106,8 +109,8 @@ def own_mistakes(rows: list[dict], answers: list[dict]) -> list[dict]:
     for row, answer in zip(rows, answers):
         actions = answer["response"].split("\n")[:-1]  # without `Goal Reached!`
         uses_all = len(actions) == len(row["nums"]) - 1
-        if answer["failed_step"]:
-            actions = actions[: answer["failed_step"]]  # it counts from 1
+        if answer["failed_action"]:
+            actions = actions[: answer["failed_action"]]  # up to and with it: it counts from 1
         elif answer["correct"] or not uses_all:
             continue
         response = "\n".join([*actions, BACKTRACK])
@@ -123,8 +126,8 @@ def training_row(problem: dict, response: str, no_loss: list[int]) -> dict:
 def fine_tune(model, tokenizer, kept_rows, record, options, seed: int) -> None:
     """A few epochs over what a round has kept, with the optimizer and mask of the checkpoint's own
     training, if its record tells them; else with the paper's. No weight decay, as in the
-    reference. The steps are small, for a model that is trained well; one that has seen few
-    solutions gains more by larger ones (assets/NOTES.md)."""
+    reference. The default learning rate is for a model that is trained well; one that has seen few
+    solutions gains more by a larger one (assets/NOTES.md)."""
     device, rank, world = device_rank_world()
     training = record.get("settings", {})
     uses_muon = training.get("optimizer") == "muon"
@@ -205,7 +208,7 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
 def main() -> None:
     options, state = arguments()
     device = device_rank_world()[0]
-    if not state and options.ckpt == "checkpoint":  # were it there, it would be a whole path
+    if not state and options.ckpt == "checkpoint":  # were it there, --ckpt would be its whole path
         raise UserError("no folder checkpoint: run train.py first, or give --ckpt")
     tokenizer = Tokenizer.from_pretrained(options.out if state else options.ckpt)
     with replacing(options.out):

@@ -249,7 +249,7 @@ class Llama(nn.Module):
         hidden = self.model(input_ids, cached_rows)  # (B, T, C)
         if labels is not None:
             targets = labels[:, 1:].flatten()  # position t predicts the token at t + 1
-            chosen = labelled_positions(targets)
+            chosen = loss_positions(targets)
             logits = self.lm_head(hidden[:, :-1].flatten(0, 1)[chosen])  # (chosen, V)
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             return F.cross_entropy(wide, targets[chosen], reduction="sum")
@@ -274,10 +274,12 @@ class Llama(nn.Module):
         save_llama(self, Path(folder), dtype, record)
 
 
-def labelled_positions(targets: torch.Tensor) -> torch.Tensor:
-    """Where targets, int64 of one axis, are not -100. On a CPU also some positions more, which
-    cross_entropy leaves out, so that their number is a multiple of 64, if there are enough: there
-    PyTorch builds and keeps a kernel for every new size of a matrix product."""
+def loss_positions(targets: torch.Tensor) -> torch.Tensor:
+    """The positions whose logits the loss needs: where targets, int64 of one axis, are not -100.
+
+    On a CPU some others are added, so that there are a multiple of 64, if there are enough: there
+    PyTorch builds and keeps a kernel for every new size of a matrix product. Their target is -100,
+    so that cross_entropy leaves them out."""
     labelled = (targets != -100).nonzero()[:, 0]
     if not targets.is_cpu:
         return labelled
@@ -354,8 +356,8 @@ class CachedRows:
 
     slots (B, S) int64: the numbers of the slots of each row's tokens, in order, the new ones
         included; 0 where there is no token.
-    positions (B, T) int64: of the new tokens within their rows. What a row with fewer new tokens
-        has more is padding: its positions come after the row's end, where slots are 0.
+    positions (B, T) int64: of the new tokens within their rows. Rows with fewer than T new tokens
+        are padded: the positions of padding lie beyond the row's end, where slots are 0.
 
     Two rows, of which one gets two tokens, and the other one token and padding:
 
@@ -790,9 +792,11 @@ def number(whole_or_real: type, low: float, strict: bool = False):
 
     def parse(text: str):
         value = whole_or_real(text)  # argparse turns a ValueError into a line of its own
-        if not low <= value < high or (strict and value == low):
+        if value >= high:
+            raise argparse.ArgumentTypeError(f"{text} is too large")
+        if not value >= low or (strict and value == low):  # nan is no number at least `low`, either
             bound = "above" if strict else "at least"
-            raise argparse.ArgumentTypeError(f"{text} is not {bound} {low}, or too large")
+            raise argparse.ArgumentTypeError(f"{text} is not {bound} {low}")
         return value
 
     parse.__name__ = "whole number" if whole_or_real is int else "number"

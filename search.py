@@ -11,19 +11,20 @@ The model says `<backtrack>` when its last action was a mistake, and the search 
 3. Of all rounds, the samples that reached the goal are candidates. The candidate with the best
    score is the answer. The verifier is not used.
 
-For instance, the numbers 52, 49, 38, 6, the target 21, n = 32, in bf16 (a comma is a new line):
+For instance, the numbers 52, 49, 38, 6, the target 21, n = 32, in fp32. (Blanks stand for
+newlines. Of round 0 the 18 other samples are left out, for they add no state.)
 
-    round 0    52-49=3, 6/3=2, 38/2=19, <backtrack>           6 samples
-               49-38=11, <backtrack>                          3 samples
-               52-38=14, 14*6=84, <backtrack>                 2 samples
-               49-38=11, 6<backtrack>                         1 sample (of an unfinished action)
-               52-49=3, 6*3=18, <backtrack>                   1 sample; 19 others are not needed
-    frontier   52-49=3, 6/3=2,                                from the first of these lines,
-               the prompt                                     from the second,
-               52-38=14,                                      and so on
-               49-38=11,
-               52-49=3,                                       int(sqrt(32)) = 5 states
-    round 1    52-38=14, 49*6=294, 294/14=21, Goal Reached!   3 samples of the third state
+    round 0    52-49=3 6/3=2 38/2=19 <backtrack>            6 samples
+               49-38=11 <backtrack>                         3 samples
+               52-38=14 14*6=84 <backtrack>                 2 samples
+               52+38=90 90+49=139 <backtrack>               2 samples
+               52-49=3 6*3=18 <backtrack>                   1 sample
+    frontier   52-49=3 6/3=2                                from the first of these lines,
+               the prompt                                   from the second,
+               52-38=14                                     and so on
+               52+38=90
+               52-49=3                                      int(sqrt(32)) = 5 states
+    round 1    52-38=14 49*6=294 294/14=21 Goal Reached!    3 samples of the third state
     answer     this one, for there is no other candidate
 
     python search.py
@@ -73,8 +74,8 @@ class State:
 
 @dataclass(eq=False)
 class Response:
-    """What some samples have in common: those that are the same so far are one Response, with a
-    count. (So a list of samples is a list of Responses.)"""
+    """A group of samples that are the same so far, with their count. Where a list of samples is
+    meant, it is a list of such groups."""
 
     # what the algorithm asks for
     tokens: tuple[int, ...] = ()  # as of a State, whose tokens come first
@@ -84,7 +85,7 @@ class Response:
     inherited: int = 0  # how many of its tokens are its state's
     # what the engine needs, below
     slots: tuple[Slot, ...] = ()  # of the prompt and the tokens; but of no token that ended it
-    expansion: "Expansion | None" = None  # what it is part of; None when it has ended
+    expansion: "Expansion | None" = None  # what it is part of; the engine drops it at the end
     first_point: float = 0.0  # its samples are points in [0, 1), see `spread`: the first of them
     spacing: float = 1.0  # and the distance from each to the next
 
@@ -98,16 +99,23 @@ def self_backtrack(
     last_line: bool = False,
     stop_above: float = 0.0,
 ) -> Generator[list[State], list[Response], None]:
-    """Search one problem. A generator: it yields a frontier, is sent the samples of its states, and
-    yields the next frontier. The caller keeps the samples: `select` chooses among all of them.
+    """Search one problem. A generator, so that whoever draws the samples can do it for many
+    problems at once: it yields a frontier, is sent the samples of its states, and goes on.
 
-    A frontier holds at most `limit` states. Where there is no new state the search ends; at the
-    latest after round b. The defaults are the paper's; two rules are ours. With prompt_again the
-    prompt, to which stepping back from a first action leads, may be sampled once more. And a search
-    ends when a round's best candidate has a score (`rate`) above stop_above; none is above 0.
+        search = self_backtrack(tokenizer, b, n, limit)
+        frontier = next(search)            # up to the first `yield`: the prompt alone
+        frontier = search.send(samples)    # `samples = yield frontier` takes them, and the search
+                                           # runs up to the next `yield`; or ends: StopIteration
+
+    The caller keeps the samples: `select` chooses among all of them. A frontier holds at most
+    `limit` states. A search ends where there is no new state; at the latest after round b.
+
+    The defaults are the paper's; two rules are ours. Stepping back from a first action leads to the
+    prompt: with prompt_again it may be sampled once more. And a search ends when a round's best
+    candidate has a score (`rate`) above stop_above. (No score is above 0.)
     """
     visited = set() if prompt_again else {()}
-    samples = yield [State(count=n)]  # round 0: n samples of the prompt, which has no tokens yet
+    samples = yield [State(count=n)]  # round 0: n samples of the prompt, with no tokens after it
     for round_number in range(1, b + 1):
         best = select(samples, tokenizer, last_line)
         if best and rate(best, tokenizer, last_line) > stop_above:
@@ -193,9 +201,9 @@ class Settings:
     b: int = 1  # how often to step back
     n: int = 32  # samples of each state, or beams
     temperature: float = 2.0
-    min_p: float = 0.002  # never draw tokens less than this times as probable as the best
-    top_k: int = 0  # never draw any but so many most probable tokens; 0: all
-    top_p: float = 1.0  # nor any but the most probable ones that add up to this probability
+    min_p: float = 0.002  # drop tokens that are less probable than min_p times the best
+    top_k: int = 0  # keep only the k most probable tokens; 0: all
+    top_p: float = 1.0  # keep only the most probable tokens that add up to this probability
     independent: bool = False  # does each sample draw for itself? Else they are spread evenly
     prompt_again: bool = True  # may the prompt be sampled once more?
     last_line: bool = True  # is the last line's summed log-probability added to the score?
@@ -276,8 +284,9 @@ def spread(logits: torch.Tensor, responses: list[Response], settings: Settings) 
     """Samples spread evenly (arithmetic sampling, Vilnis et al., 2023).
 
     The n samples of a state are n points, 1 / n apart. The interval in which some of them lie is
-    stretched to [0, 1), and these are their points for the next token. Random is only where the
-    first point lies, in [0, 1 / n); and a sample that is sure to be alone, see `Expansion.extend`.
+    stretched to [0, 1), and these are their points for the next token. Only two things are random:
+    where the first point lies, in [0, 1 / n), and the point of a sample that has become alone (see
+    `Expansion.extend`).
 
     Four samples at 0.1, 0.35, 0.6, 0.85, and two tokens of probabilities 0.4 and 0.6: the first two
     samples take the first token. Its interval [0, 0.4) is stretched to [0, 1), and they are at 0.25
@@ -325,8 +334,8 @@ def find_tokens(logits: torch.Tensor, points: np.ndarray, settings: Settings) ->
     shares = shares_of_tokens(logps, settings)
     ends = shares.cumsum(-1)  # token t covers [ends[t] - shares[t], ends[t])
 
-    # Every point must lie below the last end, so that searchsorted finds a token. But for rounding
-    # this end would be 1, and the next lines would change nothing.
+    # Every point must lie below the last end, so that searchsorted finds a token. This end is 1, up
+    # to rounding: without rounding the next lines would change nothing.
     below_one = 1 - torch.finfo(precision).eps
     points = torch.from_numpy(points).to(logits.device, precision).clamp(max=below_one)
     points = points * ends[:, -1:]
@@ -412,8 +421,7 @@ class Search:
 
     def advance(self) -> None:
         """Give the algorithm the samples that it waits for. It yields the next frontier, or ends;
-        then there are no more expansions. (`send` hands them to the generator, as the value of the
-        `yield` at which it stands, and returns what it yields next.)"""
+        then there are no more expansions."""
         samples = []
         for expansion in self.expansions:
             samples += expansion.ended
@@ -745,17 +753,17 @@ def decode(
 
 
 def judge(tokenizer: Tokenizer, problem: dict, samples: list[Response], settings: Settings) -> dict:
-    """The answer selected, whether it is right, and why not. `verified`: is at least one candidate
-    right? `solutions`: those that are, the best first. `tokens`: drawn by the samples, each counted
-    by itself."""
+    """The answer to a problem, whether it is right, and why not. `verified`: is at least one
+    candidate right? `solutions`: those that are, the best first. `tokens`: drawn by the samples,
+    each counted by itself."""
     nums, target = problem["nums"], problem["target"]
-    answer = select(samples, tokenizer, settings.last_line)
+    best = select(samples, tokenizer, settings.last_line)
     text = ""
     score = None
     verdict = Verdict(False, "no sample reached the goal")
-    if answer:
-        text = tokenizer.decode(answer.tokens)
-        score = rate(answer, tokenizer, settings.last_line)
+    if best:
+        text = tokenizer.decode(best.tokens)
+        score = rate(best, tokenizer, settings.last_line)
         verdict = verify(nums, target, text)
     solutions = []
     for candidate in candidates(samples, tokenizer, settings.last_line):
@@ -769,7 +777,7 @@ def judge(tokenizer: Tokenizer, problem: dict, samples: list[Response], settings
         "score": score,
         "correct": verdict.correct,
         "reason": verdict.reason,
-        "failed_step": verdict.failed_step,
+        "failed_action": verdict.failed_action,
         "verified": bool(solutions),
         "solutions": list(dict.fromkeys(solutions)),
         "tokens": sum(sample.count * (len(sample.tokens) - sample.inherited) for sample in samples),
@@ -782,36 +790,36 @@ def evaluate(
     problems: list[dict],
     settings: Settings,
     offset: int = 0,
-    answers: "AnswerFile | None" = None,
+    answer_file: "AnswerFile | None" = None,
 ) -> list[dict]:
-    """`judge`'s row for every problem, and its number, offset + i. Samples depend on this number,
-    so that neither batches nor ranks change them (but in bf16 and fp16, by rounding). answers: a
-    file that gets the rows as they come, and may hold some already."""
+    """`judge`'s answer to every problem, and its number, offset + i. Samples depend on this number,
+    so that neither batches nor ranks change them (but in bf16 and fp16, by rounding). answer_file
+    gets the answers as they come, and may hold some already."""
     _, rank, world = device_rank_world()
-    rows = dict(answers.rows) if answers else {}
+    answers = dict(answer_file.answers) if answer_file else {}
     numbers = range(offset, offset + len(problems))
-    own_numbers = [one for one in numbers if one not in rows][rank::world]
+    own_numbers = [one for one in numbers if one not in answers][rank::world]
     own = [problems[one - offset] for one in own_numbers]
     searches = decode(model, tokenizer, own, own_numbers, settings)
     progress = tqdm(
         searches, settings.decoder, len(own), leave=False, unit=" problems", disable=no_bar()
     )
     for i, samples in progress:
-        row = {"number": own_numbers[i], **judge(tokenizer, own[i], samples, settings)}
-        rows[own_numbers[i]] = row
-        if answers:
-            answers.add(row)
-    for rows_of_rank in gather(rows):
-        rows |= rows_of_rank
-    return [rows[one] for one in numbers]
+        answer = {"number": own_numbers[i], **judge(tokenizer, own[i], samples, settings)}
+        answers[own_numbers[i]] = answer
+        if answer_file:
+            answer_file.add(answer)
+    for answers_of_rank in gather(answers):
+        answers |= answers_of_rank
+    return [answers[one] for one in numbers]
 
 
-def gather(rows) -> list:
-    """Every rank's rows, on every rank."""
+def gather(own) -> list:
+    """What each rank has, on every rank."""
     if not dist.is_initialized():
-        return [rows]
+        return [own]
     by_rank = [None] * dist.get_world_size()
-    dist.all_gather_object(by_rank, rows)
+    dist.all_gather_object(by_rank, own)
     return by_rank
 
 
@@ -823,10 +831,10 @@ def compare(
     settings: Settings,
     title: str = "",
     offset: int = 0,
-    answers: "AnswerFile | None" = None,
+    answer_file: "AnswerFile | None" = None,
 ) -> dict:
     """Evaluate every decoder on the problems of every split and print a table, one line for each;
-    {(split, decoder): rows}."""
+    {(split, decoder): answers}."""
     results = {}
     prints = is_main()
     if prints:
@@ -839,13 +847,13 @@ def compare(
         problems = problems_by_split[split]
         own_settings = replace(settings, decoder=decoder)
         begin = time.perf_counter()
-        rows = evaluate(model, tokenizer, problems, own_settings, offset, answers)
+        answers = evaluate(model, tokenizer, problems, own_settings, offset, answer_file)
         seconds = time.perf_counter() - begin
-        results[split, decoder] = rows
+        results[split, decoder] = answers
         if prints:
-            known = answers.rows if answers else {}  # they took no time
-            new_rows = [row for row in rows if row["number"] not in known]
-            print(f"{f'{decoder}, {split}':24}{table_line(rows, new_rows, seconds)}", flush=True)
+            known = answer_file.answers if answer_file else {}  # they took no time
+            new = [answer for answer in answers if answer["number"] not in known]
+            print(f"{f'{decoder}, {split}':24}{table_line(answers, new, seconds)}", flush=True)
     return results
 
 
@@ -854,14 +862,15 @@ def compare(
 # ---- Figures in the table ------------------------------------------------------------------------
 
 
-def table_line(rows: list[dict], new_rows: list[dict], seconds: float) -> str:
-    """Accuracy and tokens a problem of all rows; problems and tokens a second of the new ones."""
-    selected = sum(row["correct"] for row in rows) / len(rows)
-    verified = sum(row["verified"] for row in rows) / len(rows)
-    tokens = sum(row["tokens"] for row in rows) / len(rows)
-    new_tokens = sum(row["tokens"] for row in new_rows)
-    shares = percent(selected, len(rows)) + percent(verified, len(rows))
-    return f"{shares}{tokens:15.1f}{len(new_rows) / seconds:11.1f}{new_tokens / seconds:10.0f}"
+def table_line(answers: list[dict], new: list[dict], seconds: float) -> str:
+    """Accuracy and tokens a problem of all answers; problems and tokens a second of the new."""
+    count = len(answers)
+    selected = sum(answer["correct"] for answer in answers) / count
+    verified = sum(answer["verified"] for answer in answers) / count
+    tokens = sum(answer["tokens"] for answer in answers) / count
+    new_tokens = sum(answer["tokens"] for answer in new)
+    shares = percent(selected, count) + percent(verified, count)
+    return f"{shares}{tokens:15.1f}{len(new) / seconds:11.1f}{new_tokens / seconds:10.0f}"
 
 
 def wilson_interval(share: float, problems: int, deviations: float = 1.96) -> tuple[float, float]:
@@ -1052,7 +1061,7 @@ def backtrack_chances(model: Llama, tokenizer: Tokenizer, texts: list[str]) -> l
 
 def solver_says(nums: list[int], target: int, actions: tuple[str, ...]) -> tuple[str, str]:
     """What the exact solver says of where some actions lead: (words, a key of COLOURS)."""
-    if verify(nums, target, "\n".join([*actions, GOAL])).failed_step:
+    if verify(nums, target, "\n".join([*actions, GOAL])).failed_action:
         return "false", "wrong"
     left = Counter(nums)
     for action in actions:
@@ -1072,16 +1081,16 @@ def solver_says(nums: list[int], target: int, actions: tuple[str, ...]) -> tuple
 
 
 class AnswerFile:
-    """What --out names. Rows are appended to FILE.part as they come, so that a run that is stopped
-    loses none; when all are there, they replace FILE, in order. The first line of FILE.part says
-    what they were made by: a run of other settings does not go on with it. Raises UserError, and
-    OSError."""
+    """What --out names. Answers are appended to FILE.part as they come, so that a run that is
+    stopped loses none; when all are there, they replace FILE, in order. The first line of FILE.part
+    says what they were made by: a run of other settings does not go on with it. Raises UserError,
+    and OSError."""
 
     def __init__(self, path: pathlib.Path, resumes: bool, made_by: dict, problems: dict):
         """made_by: settings, as JSON has them; problems: {number: problem}."""
         self.path = path
         self.part = path.with_name(path.name + ".part")
-        self.rows = {}  # {number: row}, of those that were there already
+        self.answers = {}  # {number: answer}, of those that were there already
         lines = self.read_lines()
         if lines and not resumes:
             raise UserError(f"{self.part} is of a run that was stopped: --resume, or remove it")
@@ -1090,11 +1099,11 @@ class AnswerFile:
         if lines and lines[0] != made_by:
             differ = [name for name in made_by if lines[0].get(name) != made_by[name]]
             raise UserError(f"{self.part} was made by other settings: {', '.join(differ)}")
-        for row in lines[1:]:
-            self.take(row, problems)
+        for answer in lines[1:]:
+            self.take(answer, problems)
         gather(None)  # nobody writes before all have read
         if is_main():
-            self.write(self.part, [made_by, *self.rows.values()])
+            self.write(self.part, [made_by, *self.answers.values()])
         gather(None)
 
     def read_lines(self) -> list[dict]:
@@ -1108,19 +1117,19 @@ class AnswerFile:
             raise UserError(f"{self.part} holds a line that is no answer: {error}") from None
         return lines
 
-    def take(self, row, problems: dict) -> None:
-        """Keep a row that was read, if it answers one of the problems."""
+    def take(self, answer, problems: dict) -> None:
+        """Keep an answer that was read, if it is to one of the problems."""
         fields = {"number": COUNT, "correct": BOOL, "verified": BOOL, "tokens": COUNT}
-        check_fields(row, fields, f"an answer in {self.part}", needed=fields)
-        problem = problems.get(str(row["number"]))
-        asked = row.get("nums"), row.get("target")
+        check_fields(answer, fields, f"an answer in {self.part}", needed=fields)
+        problem = problems.get(str(answer["number"]))
+        asked = answer.get("nums"), answer.get("target")
         if problem is None or asked != (problem["nums"], problem["target"]):
             raise UserError(f"{self.part} holds answers to other problems")
-        self.rows[row["number"]] = row
+        self.answers[answer["number"]] = answer
 
-    def add(self, row: dict) -> None:
+    def add(self, answer: dict) -> None:
         with open(self.part, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(answer) + "\n")
 
     def write(self, path: pathlib.Path, lines: list[dict]) -> None:
         """A whole file, in one go: whoever is killed leaves the old one."""
@@ -1129,8 +1138,8 @@ class AnswerFile:
         new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         os.replace(new, path)
 
-    def finish(self, rows: list[dict]) -> None:
-        self.write(self.path, rows)
+    def finish(self, answers: list[dict]) -> None:
+        self.write(self.path, answers)
         self.part.unlink(missing_ok=True)
 
 
@@ -1169,16 +1178,16 @@ def flags() -> Arguments:
     )
     add = options.add_argument_group("what to search").add_argument
     add("--ckpt", metavar="C", default=str(SHIPPED), help="a folder or Hub id")
-    add("--numbers", metavar="A", type=number(int, 1), nargs="+", help="of one problem")
-    add("--target", metavar="T", type=number(int, 0), help="of that problem")
+    add("--numbers", metavar="A", type=number(int, 1), nargs="+", help="one problem's numbers")
+    add("--target", metavar="T", type=number(int, 0), help="its target")
     add("--data", help="val (seen targets), val_new (new ones), or a file")
     add("--num", metavar="N", type=number(int, 1), default=200, help="how many problems")
     add("--offset", metavar="N", type=number(int, 0), default=0, help="problems to pass over")
     add = options.add_argument_group("the search (paper, section 4.2)").add_argument
     add("--decoder", choices=DECODERS, help="only the last one steps back")
     add("--b", metavar="B", type=number(int, 0), help="how often to step back")
-    add("--n", metavar="N", type=number(int, 1), help="samples a state; beams")
-    add("--limit", metavar="N", type=number(int, 1), help="states in a frontier; int(sqrt(n))")
+    add("--n", metavar="N", type=number(int, 1), help="samples of each state; beams")
+    add("--limit", metavar="N", type=number(int, 1), help="most states in a frontier; int(sqrt(n))")
     add(
         "--stop_above",
         metavar="X",
@@ -1197,17 +1206,17 @@ def flags() -> Arguments:
         "--min_p",
         metavar="P",
         type=number(float, 0),
-        help="drop what is so much rarer than the best",
+        help="drop tokens rarer than P times the best",
     )
-    add("--top_k", metavar="N", type=number(int, 0), help="keep so many best tokens; 0: all")
+    add("--top_k", metavar="N", type=number(int, 0), help="keep the N most probable tokens; 0: all")
     add(
         "--top_p",
         metavar="P",
         type=number(float, 0, True),
-        help="keep best tokens that add up to it",
+        help="keep the most probable tokens that add up to P",
     )
-    add("--max_new_tokens", metavar="N", type=number(int, 1), help="of a whole response")
-    add("--seed", metavar="N", type=number(int, 0), help="of the samples")
+    add("--max_new_tokens", metavar="N", type=number(int, 1), help="most of a whole response")
+    add("--seed", metavar="N", type=number(int, 0), help="other samples")
     add = options.add_argument_group("what is written").add_argument
     add("--html", metavar="FILE", type=pathlib.Path, help="the tree as a page, to this file")
     add("--out", metavar="FILE", type=pathlib.Path, help="a JSON line a problem, to this file")
@@ -1248,16 +1257,16 @@ def main() -> None:
         decoders = list(dict.fromkeys(["greedy", options.decoder]))
     if not splits:
         return
-    answers = None
+    answer_file = None
     if options.out:
         settings_alone = replace(settings, batch_size=1, cache_gib=1.0)  # these change no sample
         given = {"ckpt": options.ckpt, "data": options.data, "dtype": str(dtype)}
         made_by = given | asdict(settings_alone)
         problems = {str(options.offset + place): row for place, row in enumerate(rows)}
-        answers = AnswerFile(options.out, options.resume, made_by, problems)
-    results = compare(model, tokenizer, splits, decoders, settings, "", options.offset, answers)
-    if answers and rank == 0:
-        answers.finish(results[options.data, options.decoder])
+        answer_file = AnswerFile(options.out, options.resume, made_by, problems)
+    results = compare(model, tokenizer, splits, decoders, settings, "", options.offset, answer_file)
+    if answer_file and rank == 0:
+        answer_file.finish(results[options.data, options.decoder])
 
 
 if __name__ == "__main__":

@@ -62,10 +62,10 @@ def fit(
 ) -> None:
     """Train `model` in place, by `steps` steps of the optimizer.
 
-    dtype: what autocast computes in. report(loss, state, evaluates) is called after every
-    `report_every` steps, and after the last, with evaluates True; if a signal stops it in between,
-    with False.
-    To resume, give this state, {"step", "optimizer", "scaler"}, to another call."""
+    dtype: what autocast computes in.
+    report: called as report(loss, state, evaluates) after every `report_every` steps and after the
+        last, with evaluates True; and with False where a signal stops the run in between.
+    state: what report was given, {"step", "optimizer", "scaler"}, if a run is to be resumed."""
     world = device_rank_world()[2]
     device = model.lm_head.weight.device
     model.model.compiled_layer = torch.compile(LlamaDecoderLayer.forward) if compiled else None
@@ -90,7 +90,7 @@ def fit(
 
         # Look at the loss: seldom, because that waits for the device.
         reports = (step + 1) % report_every == 0 or step + 1 == steps
-        stopped_alone = world == 1 and interruptible.stopped_by
+        stopped_alone = world == 1 and interruptible.stopped_by  # no need to ask other ranks
         if not (reports or stopped_alone or step % 20 == 0):
             continue
         if not math.isfinite(smooth_loss):
@@ -543,19 +543,25 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     )
     add("--mask", choices=MASKS, help="what of mistakes and detours carries no loss")
     add = options.add_argument_group("the loop").add_argument
-    add("--steps", metavar="N", type=number(int, 1), help="how many")
-    add("--epochs", metavar="N", type=number(int, 1), help="in place of --steps")
+    add("--steps", metavar="N", type=number(int, 1), help="of the optimizer")
+    add("--epochs", metavar="N", type=number(int, 1), help="so often all rows, in place of --steps")
     add("--batch_size", metavar="N", type=number(int, 1), help="rows of a part, on a device")
     add("--grad_accum", metavar="N", type=number(int, 1), default=1, help="parts of a step")
     add("--lr", metavar="X", type=number(float, 0, strict=True), help="at its peak")
-    add("--warmup", metavar="N", type=number(int, 1), help="steps until then")
+    add("--warmup", metavar="N", type=number(int, 1), help="steps until --lr is reached")
     add("--optimizer", choices=("muon", "adamw"), help="muon: for matrices")
     add("--weight_decay", metavar="X", type=number(float, 0), help="of all but the norms")
-    add("--seed", metavar="N", type=number(int, 0), default=0, help="of rows and weights")
+    add("--seed", metavar="N", type=number(int, 0), default=0, help="other rows and first weights")
     add = options.add_argument_group("what is written").add_argument
     add("--out", metavar="DIR", type=Path, default="checkpoint", help="the folder to save to")
     add("--resume", action="store_true", help="go on from --out, by its settings")
-    add("--eval_every", metavar="N", type=number(int, 1), default=1200, help="steps; saves, too")
+    add(
+        "--eval_every",
+        metavar="N",
+        type=number(int, 1),
+        default=1200,
+        help="every so many steps, and save",
+    )
     add("--num_eval", metavar="N", type=number(int, 1), default=200, help="problems a split")
     add("--wandb", action="store_true", help="log to Weights & Biases, too")
     add = options.add_argument_group("the machine").add_argument

@@ -51,10 +51,10 @@ VERDICTS = [  # numbers, target, response, part of the reason, the step that fai
     ),
     ([2, 39, 45, 10], 62, "45-39=6\n39+6=45\n<backtrack>", "39+6=45: there is no 39", 2),
     ([6, 5], 12, "6+6=12\nGoal Reached!", "there is no 6", 1),
-    ([7, 2], 3, "7/2=3\nGoal Reached!", "the rules allow no such step", 1),
-    ([7, 0], 0, "7/0=0\nGoal Reached!", "the rules allow no such step", 1),
-    ([7, 0], 7, "7/0=7\nGoal Reached!", "the rules allow no such step", 1),
-    ([3, 5], 2, "3-5=2\nGoal Reached!", "the rules allow no such step", 1),
+    ([7, 2], 3, "7/2=3\nGoal Reached!", "the rules do not allow it", 1),
+    ([7, 0], 0, "7/0=0\nGoal Reached!", "the rules do not allow it", 1),
+    ([7, 0], 7, "7/0=7\nGoal Reached!", "the rules do not allow it", 1),
+    ([3, 5], 2, "3-5=2\nGoal Reached!", "the rules do not allow it", 1),
     ([3, 5], 2, "3-5=-2\nGoal Reached!", "is no action", 1),
     ([2, 39, 45, 10], 62, "45-39=6\n10*6=60\n2+60=62\nGoal Reached!\n", "is no action", 4),
     ([3, 5], 8, "3+5=8 \nGoal Reached!", "is no action", 1),
@@ -64,13 +64,15 @@ VERDICTS = [  # numbers, target, response, part of the reason, the step that fai
 ]
 
 
-@pytest.mark.parametrize("nums,target,response,complaint,failed_step", VERDICTS)
-def test_the_verifier_says_which_step_fails_and_why(nums, target, response, complaint, failed_step):
+@pytest.mark.parametrize("nums,target,response,complaint,failed_action", VERDICTS)
+def test_the_verifier_says_which_step_fails_and_why(
+    nums, target, response, complaint, failed_action
+):
     verdict = data.verify(nums, target, response)
     assert verdict.correct == (complaint is None)
     assert (complaint or "") in verdict.reason
     assert bool(verdict.reason) != verdict.correct
-    assert verdict.failed_step == failed_step
+    assert verdict.failed_action == failed_action
 
 
 ALPHABET = "0123456789+-*/=\n" * 3 + "G !<"
@@ -132,7 +134,7 @@ def test_the_step_that_fails_is_the_first_one_that_was_damaged():
         choice, _, result = actions[step].partition("=")
         actions[step] = f"{choice}={int(result) + 1}"
         verdict = data.verify(row["nums"], row["target"], "\n".join(actions))
-        assert verdict.failed_step == step + 1, actions
+        assert verdict.failed_action == step + 1, actions
 
 
 # ---- The solver ----------------------------------------------------------------------------------
@@ -368,6 +370,7 @@ def test_every_row_is_proved_to_be_of_its_kind(sizes, num):
         assert 10 <= row["target"] <= 100
         assert row["target"] not in HELD_OUT
         prove(row)
+    assert "exploratory" in {row["kind"] for row in rows}
 
 
 def text_of_the_simplest(row: dict) -> str:
@@ -881,7 +884,7 @@ def test_a_terminal_shows_rows_in_colour(monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(data.sys.stdout, "isatty", lambda: True, raising=False)
     shown = data.show_row(DIGITS, SHOWN, "choice")
-    assert f"\033[2m{PROMPT}\033[0m\033[31m[25*4=]\033[0m\033[32m100\n\033[0m" in shown
+    assert f"\033[2m{PROMPT}\033[0m\033[36m[25*4=]\033[0m\033[32m100\n\033[0m" in shown
     assert "\033[33m<backtrack>\033[0m" in shown
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\033" not in data.show_row(DIGITS, SHOWN, "choice")

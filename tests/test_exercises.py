@@ -1,5 +1,6 @@
 """The README's closed exercises: a function's body is deleted, and tests grade what is written in
-its place. Here each grader fails without a body, and passes with a solution that is not ours."""
+its place. Here each grader fails with nothing in its place, and passes with a solution that is not
+ours."""
 
 import ast
 import os
@@ -25,7 +26,7 @@ VERIFY = """
             left.remove(operand)
         true_result, allowed = calculate(int(parts[1]), parts[2], int(parts[3]))
         if not allowed:
-            return Verdict(False, f"{line}: the rules allow no such step", place)
+            return Verdict(False, f"{line}: the rules do not allow it", place)
         if int(parts[4]) != true_result:
             return Verdict(False, f"{line}: false, it is {true_result}", place)
         left.append(true_result)
@@ -125,7 +126,7 @@ def checkout(tmp_path_factory) -> Path:
 def test_the_grader_passes_a_solution_and_nothing_less(checkout, file, function, grader, solution):
     ours = (checkout / file).read_text()
     try:
-        (checkout / file).write_text(with_body(ours, function, "    raise NotImplementedError"))
+        (checkout / file).write_text(with_body(ours, function, "    pass"))
         assert grade(checkout, grader).returncode in (1, 2)  # 2: the tests' own rows need it
         (checkout / file).write_text(with_body(ours, function, solution))
         graded = grade(checkout, grader)

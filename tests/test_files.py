@@ -167,7 +167,7 @@ def test_it_is_said_how_many_rows_there_were(tmp_path, capsys):
 
 @pytest.mark.parametrize("line", ["03+3=6", "3+3=06", "3+03=6"])
 def test_numbers_with_leading_zeros_are_no_actions(line):
-    assert verify([3, 3], 6, f"{line}\n{GOAL}").failed_step == 1
+    assert verify([3, 3], 6, f"{line}\n{GOAL}").failed_action == 1
 
 
 def test_large_results_are_right_if_they_are():
