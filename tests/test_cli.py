@@ -17,7 +17,7 @@ import data
 import improve
 import search
 import train
-from model import Interruptible, cli
+from model import Interruptible, best_dtype, cli, device_rank_world
 
 ROOT = Path(__file__).parent.parent
 TINY = "--batch_size 4 --hidden_size 32 --layers 1 --num_eval 2 --eval_every 3".split()
@@ -480,11 +480,20 @@ def test_improvement_trains_as_its_checkpoint_was_trained(
     (ckpt / "record.json").write_text(json.dumps(record))
     program(improve, *IMPROVE, "--ckpt", ckpt, "--out", tmp_path / "better", "--rounds", 1)
     [call] = fitted.calls
-    expected = {"lr": lr, "muon": optimizer == "muon", "weight_decay": 0.0}
+    expected = {"lr": lr, "muon": optimizer == "muon", "weight_decay": 0.0, "warmup": 10}
+    expected["dtype"] = best_dtype(device_rank_world()[0])
     assert call.items() >= expected.items()
     assert call["batches"].mask == "none"
     kept = len(call["batches"].rows)
     assert call["steps"] == -(-kept * 3 // 4)  # three epochs of batches of four
+
+
+def test_rows_of_each_round_come_in_an_order_of_their_own(
+    program, fitted, searched, ckpt, tmp_path
+):
+    args = ("--ckpt", ckpt, "--out", tmp_path / "better", "--rounds", 2, "--seed", 3)
+    program(improve, *IMPROVE, *args)
+    assert [call["batches"].seed for call in fitted.calls] == [4, 5]
 
 
 def test_improvement_that_solves_nothing_says_so(complaint, ckpt, tmp_path):
@@ -599,8 +608,17 @@ def test_answers_of_other_settings_are_not_gone_on_with(
     complaint, program, tmp_path, stopped_evaluation, flags
 ):
     args = stopped_evaluation
-    assert "other settings" in complaint(search, *args, *flags, "--resume")
+    name = flags[0].removeprefix("--")
+    assert f"other settings: {name}" in complaint(search, *args, *flags, "--resume")
     program(search, *args, "--batch_size", 1, "--resume")  # which changes no answer
+
+
+def test_answers_of_another_checkpoint_are_not_gone_on_with(
+    complaint, tmp_path, trained, stopped_evaluation
+):
+    other = shutil.copytree(trained, tmp_path / "other")
+    args = [*stopped_evaluation, "--ckpt", other, "--resume"]
+    assert "other settings: ckpt" in complaint(search, *args)
 
 
 def turn_around(file: Path) -> list[dict]:

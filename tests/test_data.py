@@ -580,6 +580,13 @@ def test_the_order_of_the_numbers_does_not_decide_on_the_split():
     assert data.in_validation(backwards, np.array([row["target"] for row in rows])).all()
 
 
+def test_one_problem_in_16_is_of_validation():
+    rng = np.random.default_rng(0)
+    nums = rng.integers(1, 100, (50_000, 4))
+    share = data.in_validation(nums, rng.integers(10, 101, 50_000)).mean()
+    assert abs(share - 1 / 16) < 0.004  # almost four standard deviations
+
+
 def test_rows_depend_on_the_seed_alone():
     rows = rows_of(1500, [3, 4])
     assert Counter(len(row["nums"]) for row in rows).keys() == {3, 4}

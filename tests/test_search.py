@@ -905,6 +905,15 @@ def test_the_tree_is_drawn_with_the_most_chosen_first(monkeypatch):
     ]
 
 
+def test_the_tree_is_drawn_with_the_way_to_the_answer_first():
+    samples = [
+        sampled("1*2=2\n<backtrack>", count=9),
+        finished("1+2=3\n3*4=12\nGoal Reached!", -0.25, count=1),
+    ]
+    lines = search.draw_tree(TOK, PRODUCT, samples, Settings()).splitlines()
+    assert [line.split()[1] for line in lines[3:]] == ["1+2=3", "└─", "1*2=2"]
+
+
 def test_the_tree_says_where_nobody_reached_the_goal():
     drawn = search.draw_tree(TOK, PRODUCT, TREE[:2], Settings())
     assert drawn.splitlines()[0] == "numbers [1, 2, 4]  target 12  (no sample reached the goal)"
