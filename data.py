@@ -493,12 +493,8 @@ class Tokenizer:
 
     def prompts(self, problems: list[dict]) -> list[list[int]]:
         """The token ids of each problem's prompt. problems: {nums, target}."""
-        prompts = []
-        for begin in range(0, len(problems), 1024):  # an Encoding is large: not all at once
-            some = problems[begin : begin + 1024]
-            texts = [prompt_text(problem["nums"], problem["target"]) for problem in some]
-            prompts += [encoding.ids for encoding in self.encode(texts)]
-        return prompts
+        texts = [prompt_text(problem["nums"], problem["target"]) for problem in problems]
+        return [encoding.ids for encoding in self.encode(texts)]
 
     def encode_rows(
         self, rows: list[dict], mask: str = "action"
@@ -522,12 +518,15 @@ class Tokenizer:
             encoded.append((encoding.ids + [self.eos], labels + [self.eos]))
         return encoded
 
-    def encode(self, texts: list[str]) -> list[tokenizers.Encoding]:
+    def encode(self, texts: list[str]) -> Iterator[tokenizers.Encoding]:
         """Raises UserError for text that the tokenizer does not know."""
-        try:
-            return self.backend.encode_batch(texts)
-        except Exception:  # the library raises bare Exceptions
-            raise UserError(unknown_text(self.backend, texts)) from None
+        for begin in range(0, len(texts), 1024):  # an Encoding is large: not all at once
+            some = texts[begin : begin + 1024]
+            try:
+                encodings = self.backend.encode_batch(some)
+            except Exception:  # the library raises bare Exceptions
+                raise UserError(unknown_text(self.backend, some)) from None
+            yield from encodings
 
     def ids_without_token(self, size: int) -> list[int]:
         """Which of the ids 0 ... size - 1 stand for no token: vocabularies of models are padded."""
@@ -1028,7 +1027,7 @@ def load_rows(data: str, record: dict, num: int, offset: int = 0) -> list[dict]:
     dataset, _, split = data.rpartition(":")
     if data not in SPLITS and Path(data).is_file():
         rows = read_rows(Path(data), PROBLEM_COLUMNS)[offset : offset + num]
-    elif split not in SPLITS:
+    elif split not in SPLITS or data == f":{split}":
         wanted = "val, val_new, DATASET:val or a file of JSON Lines"
         raise UserError(f"--data wants {wanted}, and {data} is none of them")
     elif dataset:

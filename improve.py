@@ -36,8 +36,8 @@ from pathlib import Path
 import torch
 
 from data import BACKTRACK, Tokenizer, load_record, load_rows, load_validation, whole_path
-from model import Arguments, Llama, UserError, best_dtype, cli, device_rank_world, is_main, note
-from model import number, replacing
+from model import RESUME, Arguments, Llama, UserError, best_dtype, cli, device_rank_world, is_main
+from model import note, number, replacing
 from search import PAPER_SEARCH, Settings, compare, evaluate
 from train import Batches, as_flags, fit, load_state, rebuild, save
 
@@ -48,17 +48,18 @@ def expert_iteration(
     """Measure; then, round after round, improve, save, measure and save. Every round goes on from
     the model of the round before, with the next problems and a new optimizer.
 
-    record: where problems come from (generated ones are new: `main` gives the record a seed that
-    training did not have); validation: {split: problems} to measure on; log: a line of every
-    round. Raises UserError."""
+    record: where problems come from, if not from --data (generated ones are new: `main` gives the
+    record a seed that training did not have); validation: {split: problems} to measure on; log: a
+    line of every round. Raises UserError."""
     settings = search_settings(options)
+    source = {"source": options.data} if options.data else record
     for done in range(rounds_done, options.rounds + 1):  # how many rounds are done, at first none
         is_measured = len(log) > done  # by the run that is resumed
         if not is_measured:
             log.append(measure(model, tokenizer, validation, settings, done))
             save_round(model, tokenizer, record, log, options, done)
         if done < options.rounds:
-            rows = load_rows("train", record, options.num, options.num * done)
+            rows = load_rows("train", source, options.num, options.num * done)
             improve(model, tokenizer, rows, settings, record, options, done + 1)
             save_round(model, tokenizer, record, log, options, done + 1)
 
@@ -81,8 +82,8 @@ def improve(model, tokenizer, rows, settings, record, options, round_number: int
 
 
 def copy_to_search(model: Llama) -> Llama:
-    """The weights as search.py will open them, in the device's best dtype. (Training goes on with
-    those in fp32.)"""
+    """A copy in the device's best dtype, in which search.py searches, too. (Training goes on with
+    the weights in fp32.)"""
     copied = copy.deepcopy(model)
     dtype = best_dtype(device_rank_world()[0])
     for parameter in copied.parameters():
@@ -192,10 +193,17 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     add("--epochs", metavar="N", type=number(int, 1), default=3, help="over what it kept")
     add("--lr", metavar="X", type=number(float, 0, True), help="else 2e-4; 1e-5 of AdamW")
     add("--batch_size", metavar="N", type=number(int, 1), default=64, help="rows")
-    add("--gradient_checkpointing", action="store_true", help="saves memory")
+    switch = argparse.BooleanOptionalAction
+    add("--gradient_checkpointing", action=switch, help="saves memory")
     known = options.parse_known_args()[0]
     if not known.resume:
+        if (known.out / RESUME).exists():
+            note(
+                f"the first round will replace the run in {known.out}: --resume would go on with it"
+            )
         return options.parse_args(), None
+    if known.ckpt != "checkpoint":
+        note(f"--resume goes on from {known.out}: --ckpt has no effect")
     state = load_state(known.out, ("round", "settings"))
     options = options.parse_args(as_flags(state["settings"]) + sys.argv[1:])
     if state["round"] >= options.rounds:
@@ -220,8 +228,6 @@ def main() -> None:
         state = {"round": 0, "log": []}
         model = Llama.from_pretrained(options.ckpt, device, torch.float32)
         record = load_record(options.ckpt)
-        if options.data:
-            record["source"] = options.data
         # Of generated data: another seed than training had, so that its problems are unseen. It is
         # saved with the model, so that improving that one again takes still another.
         record["seed"] = record.get("seed", 0) + 1_000_000 * (options.seed + 1)

@@ -634,7 +634,9 @@ def checkpoint_folder(
 def read_json(path: Path) -> dict:
     """A file's JSON object. Raises UserError."""
     try:
-        values = dict(json.loads(path.read_text(encoding="utf-8-sig")))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(values, dict):
+            raise TypeError("it holds no JSON object")
         json.dumps(values, ensure_ascii=False).encode()  # of half a surrogate pair, a ValueError
         return values
     except (OSError, ValueError, TypeError, RecursionError) as error:

@@ -56,7 +56,8 @@ from tqdm import tqdm
 from data import ACTION, BACKTRACK, GOAL, Tokenizer, Verdict, load_record, load_rows
 from data import load_validation, paint, prompt_text, solve, verify, warn_of_unlike
 from model import BOOL, COUNT, DTYPES, Arguments, CachedRows, KVCache, Llama, Slot, UserError
-from model import best_dtype, check_fields, cli, device_rank_world, is_main, no_bar, number
+from model import best_dtype, check_fields, cli, device_rank_world, fingerprint, is_main, no_bar
+from model import number
 
 # ---- 1. The algorithm, for one problem (paper, section 4.2) --------------------------------------
 
@@ -112,7 +113,8 @@ def self_backtrack(
 
     The defaults are the paper's; two rules are ours. Stepping back from a first action leads to the
     prompt: with prompt_again it may be sampled once more. And a search ends when a round's best
-    candidate has a score (`rate`) above stop_above. (No score is above 0.)
+    candidate has a score (`rate`) above stop_above. (No score is above 0.) Ours is also the order
+    in which states are taken, by `branching_order`.
     """
     visited = set() if prompt_again else {()}
     samples = yield [State(count=n)]  # round 0: n samples of the prompt, with no tokens after it
@@ -1165,7 +1167,8 @@ def arguments() -> argparse.Namespace:
     for name in ("min_p", "top_p"):
         if getattr(options, name) > 1:
             raise UserError(f"--{name} is a share, so at most 1, not {getattr(options, name)}")
-    if options.out and (options.data is None or options.out.is_dir()):
+    is_no_file = options.out and options.out.exists() and not options.out.is_file()
+    if options.out and (options.data is None or is_no_file):
         raise UserError("--out wants a file, and --data beside it")
     if options.resume and options.out is None:
         raise UserError("--resume goes with --out")
@@ -1261,6 +1264,7 @@ def main() -> None:
     if options.out:
         settings_alone = replace(settings, batch_size=1, cache_gib=1.0)  # these change no sample
         given = {"ckpt": options.ckpt, "data": options.data, "dtype": str(dtype)}
+        given["weights"] = fingerprint(str(model.model.norm.weight.tolist()))
         made_by = given | asdict(settings_alone)
         problems = {str(options.offset + place): row for place, row in enumerate(rows)}
         answer_file = AnswerFile(options.out, options.resume, made_by, problems)

@@ -180,7 +180,7 @@ def mean_loss(model: Llama, batches: list[torch.Tensor]) -> float:
     for input_ids, labels in batches:
         total_loss += float(model(input_ids, labels=labels))
         labelled += int((labels[:, 1:] != -100).sum())
-    return round(total_loss / labelled, 4)
+    return round(total_loss / max(labelled, 1), 4)  # of rows that are cut in their prompt none is
 
 
 # ---- 2. Batches ----------------------------------------------------------------------------------
@@ -565,8 +565,9 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     add("--num_eval", metavar="N", type=number(int, 1), default=200, help="problems a split")
     add("--wandb", action="store_true", help="log to Weights & Biases, too")
     add = options.add_argument_group("the machine").add_argument
-    add("--gradient_checkpointing", action="store_true", help="saves memory")
-    add("--compile", action="store_true", help="faster, after half a minute")
+    switch = argparse.BooleanOptionalAction  # a run that is resumed may do without: --no-compile
+    add("--gradient_checkpointing", action=switch, help="saves memory")
+    add("--compile", action=switch, help="faster, after half a minute")
     add("--dtype", choices=DTYPES, help="of autocast; default: the device's best")
     given = {argument.split("=")[0] for argument in sys.argv}
     from_checkpoint = "--ckpt" in given
@@ -575,16 +576,30 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
         defaults |= {"steps": None, "epochs": None}
     options.set_defaults(**defaults)
     known = options.parse_known_args()[0]
-    if not known.resume:
-        if from_checkpoint and given & {"--hidden_size", "--layers"}:
-            raise UserError("--hidden_size and --layers are of a model from scratch, not --ckpt's")
-        if "--num_train" in given and not given & {"--data", "--epochs"}:
-            raise UserError("--num_train is of --data, or says how many rows --epochs are of")
-        return options.parse_args(), None
-    state = load_state(known.out)
-    options.set_defaults(epochs=None)
-    settings = state["record"].get("settings", {})
-    return options.parse_args(as_flags(settings) + sys.argv[1:]), state
+    state = None
+    if known.resume:
+        state = load_state(known.out)
+        options.set_defaults(epochs=None)
+        settings = as_flags(state["record"].get("settings", {}))
+        options = options.parse_args(settings + sys.argv[1:])
+    else:
+        options = options.parse_args()
+    check_flags(given, options)
+    return options, state
+
+
+def check_flags(given: set[str], options) -> None:
+    """Refuse, or say so, what would have no effect. Raises UserError."""
+    if options.resume and "--ckpt" in given:
+        note(f"--resume goes on from {options.out}: --ckpt has no effect")
+    if "--ckpt" in given and given & {"--hidden_size", "--layers"}:
+        raise UserError("--hidden_size and --layers are of a model from scratch, not --ckpt's")
+    if options.data and given & {"--sizes", "--mistakes", "--any_target"}:
+        raise UserError("--sizes, --mistakes and --any_target are of generated rows, not --data's")
+    if {"--steps", "--epochs"} <= given:
+        raise UserError("--steps and --epochs both say how long to train: give one of them")
+    if not options.resume and "--num_train" in given and not given & {"--data", "--epochs"}:
+        raise UserError("--num_train is of --data, or says how many rows --epochs are of")
 
 
 def as_flags(settings: dict) -> list[str]:
@@ -622,13 +637,16 @@ def build_model(options, state: dict | None, tokenizer: Tokenizer) -> Llama:
     return Llama(config)
 
 
-def check_run(options, state: dict, config: LlamaConfig) -> None:
+def check_run(options, state: dict, config: LlamaConfig, rows_per_step: int) -> None:
     """Raises UserError where a run cannot go on."""
     size = config.hidden_size, config.num_hidden_layers
     if size != (options.hidden_size, options.layers):
         raise UserError(f"{options.out} has other --hidden_size and --layers: {size}")
     if state["step"] >= options.steps:
         note(f"{options.out} is at step {state['step']} of {options.steps}: give --steps more")
+    last = state["log"][-1] if state["log"] else {}
+    if last.get("rows") != last.get("step", 0) * rows_per_step:
+        note(f"{rows_per_step} rows a step, not as many as before: some come again, or never")
     of_parameters = state["optimizer"].get("state", {}).values()
     saved_by = "muon" if any("average" in entries for entries in of_parameters) else "adamw"
     if saved_by != options.optimizer:
@@ -650,12 +668,12 @@ def training_rows(options, tokenizer: Tokenizer) -> tuple[list[dict] | dict, dic
         rows = read_split(options.data, "train")
     for line in doubtful_rows(rows):
         note(line)
+    if options.num_train and options.num_train < len(rows):
+        rows = random.Random(options.seed).sample(rows, options.num_train)
     encoded = tokenizer.encode_rows(rows)  # complains of text that it does not know
     too_long = sum(len(input_ids) > Batches.CONTEXT for input_ids, _ in encoded)
     if too_long:
         note(f"{too_long} of {len(rows)} rows are cut at {Batches.CONTEXT} tokens")
-    if options.num_train and options.num_train < len(rows):
-        rows = random.Random(options.seed).sample(rows, options.num_train)
     return rows, load_record(options.data, "dataset")
 
 
@@ -691,7 +709,7 @@ def main() -> None:
     batches = Batches(rows, tokenizer, *size, options.seed, rank, world, options.mask)
     options.steps = number_of_steps(options, rows, batches.rows_per_step)
     if state:
-        check_run(options, state, model.config)
+        check_run(options, state, model.config, batches.rows_per_step)
     elif (options.out / RESUME).exists():
         note(f"the first save will replace the run in {options.out}: --resume would go on with it")
     model.to(device)
@@ -709,7 +727,8 @@ def main() -> None:
     record = {**record, "settings": settings}  # --resume and improve.py go on with these
     with replacing(options.out):
         pass  # if it cannot be written to, say so now
-    validation = load_validation(record, options.num_eval)
+    source = {"source": options.data} if options.data else record
+    validation = load_validation(source, options.num_eval)
     first_step = state["step"] if state else 0
     log = state["log"] if state else []
     reporter = Reporter(options, model, tokenizer, batches, record, validation, log, first_step)

@@ -17,7 +17,7 @@ import data
 import improve
 import search
 import train
-from model import Interruptible, best_dtype, cli, device_rank_world
+from model import Interruptible, Llama, best_dtype, cli, device_rank_world
 
 ROOT = Path(__file__).parent.parent
 TINY = "--batch_size 4 --hidden_size 32 --layers 1 --num_eval 2 --eval_every 3".split()
@@ -338,6 +338,45 @@ def test_improvement_on_problems_of_a_file(program, monkeypatch, dataset, ckpt, 
     assert searched == [problems]
 
 
+def test_training_on_a_folder_measures_on_what_it_holds(
+    program, monkeypatch, fitted, dataset, tmp_path
+):
+    rows = turn_around(dataset / "val.jsonl")
+    measured = []
+    monkeypatch.setattr(train, "compare", lambda *given: measured.append(given[2]))
+    args = ("--data", dataset, "--num_eval", 5, "--out", tmp_path / "out")
+    program(train, *TINY, *args)
+    assert [validation["val"] for validation in measured] == [rows[:5]]
+
+
+def test_a_run_that_goes_on_with_other_batches_says_so(
+    capsys, monkeypatch, no_table, program, ckpt
+):
+    args = ("--resume", "--out", ckpt, "--no-gradient_checkpointing", "--steps")
+    assert run(capsys, monkeypatch, train, *args, 8)[2] == ""
+    code, _, err = run(capsys, monkeypatch, train, *args, 9, "--batch_size", 2)
+    assert code == 0 and "note: 2 rows a step, not as many as before" in err
+
+
+def test_a_run_that_goes_on_with_another_model_is_told(
+    capsys, monkeypatch, no_table, searched, ckpt, tmp_path
+):
+    out = tmp_path / "better"
+    run(capsys, monkeypatch, improve, *IMPROVE, "--ckpt", ckpt, "--out", out, "--rounds", 1)
+    for module, args in ((improve, ("--out", out, "--rounds", 2)), (train, ("--out", ckpt))):
+        code, _, err = run(capsys, monkeypatch, module, "--resume", *args, "--ckpt", ckpt)
+        assert code == 0 and "--ckpt has no effect" in err
+
+
+def test_an_improvement_that_begins_anew_says_what_it_replaces(
+    capsys, monkeypatch, searched, ckpt, tmp_path
+):
+    args = (*IMPROVE, "--ckpt", ckpt, "--out", tmp_path / "better", "--rounds", 1)
+    for expected in (False, True):
+        code, _, err = run(capsys, monkeypatch, improve, *args)
+        assert code == 0 and ("will replace the run in" in err) == expected
+
+
 @pytest.mark.parametrize("flags", [["--num_train", 30], ["--num_train", 1000], []])
 def test_epochs_are_counted_in_rows_and_rows_are_drawn(program, fitted, dataset, tmp_path, flags):
     """100 rows, 4 a step."""
@@ -463,12 +502,14 @@ def test_improvement_of_a_checkpoint_of_a_dataset(program, no_table, searched, d
 
 
 def test_improvement_on_a_folder_of_data(program, no_table, searched, dataset, ckpt, tmp_path):
-    """It searches the rows that the folder holds, and reports on those that it holds."""
+    """It searches the rows that the folder holds."""
     rows = turn_around(dataset / "train.jsonl")
     out = tmp_path / "better"
     program(improve, *IMPROVE, "--ckpt", ckpt, "--data", dataset, "--out", out, "--rounds", 2)
     assert searched == [rows[:12], rows[12:24]]
-    assert record_of(out)["source"] == str(dataset)
+    assert record_of(out)["source"] == "generated"  # where the model is measured, as before
+    program(improve, "--out", out, "--resume", "--rounds", 3)
+    assert searched[2] == rows[24:36]
 
 
 @pytest.mark.parametrize("optimizer,lr", [("muon", 2e-4), ("adamw", 1e-5)])
@@ -614,11 +655,17 @@ def test_answers_of_other_settings_are_not_gone_on_with(
 
 
 def test_answers_of_another_checkpoint_are_not_gone_on_with(
-    complaint, tmp_path, trained, stopped_evaluation
+    complaint, program, tmp_path, trained, stopped_evaluation
 ):
+    """Nor those of weights that have been replaced."""
     other = shutil.copytree(trained, tmp_path / "other")
     args = [*stopped_evaluation, "--ckpt", other, "--resume"]
-    assert "other settings: ckpt" in complaint(search, *args)
+    message = complaint(search, *args)
+    assert message.endswith("other settings: ckpt")
+    model = Llama.from_pretrained(other)
+    model.model.norm.weight.data += 1
+    model.save_pretrained(other)
+    assert "other settings: ckpt, weights" in complaint(search, *args)
 
 
 def turn_around(file: Path) -> list[dict]:
@@ -698,6 +745,9 @@ BAD_SEARCHES = [
     ("--ckpt {tmp}/empty", "cannot be read"),
     ("--data val --out /proc/no/rows.jsonl --num 1 --n 1", "/proc/no"),
     ("--data val --out {tmp}", "--out wants a file"),
+    ("--data val --out {tmp}/pipe", "--out wants a file"),
+    ("--data :val", ":val is none of them"),
+    ("--data :train", ":train is none of them"),
     ("--out {tmp}/x", "--out wants a file"),
     ("--html {tmp}", "--html wants a file"),
     ("--html {tmp}/x --data val", "--html wants a file, and goes without --data"),
@@ -724,6 +774,7 @@ FILES = {
 @pytest.fixture
 def bad_files(tmp_path) -> Path:
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     for name, text in FILES.items():
         (tmp_path / f"{name}.jsonl").write_text(text)
     return tmp_path
@@ -759,6 +810,9 @@ BAD_TRAININGS = [
     ("--data no/such", "no dataset at no/such"),
     ("--epochs 2", "--epochs of generated rows, which never end, wants --num_train"),
     ("--num_train 9", "--num_train is of --data, or says how many rows --epochs are of"),
+    ("--steps 2 --epochs 1 --num_train 80", "--steps and --epochs both"),
+    ("--data {tmp}/good.jsonl --sizes 3", "of generated rows, not --data's"),
+    ("--data {tmp}/good.jsonl --any_target 7", "of generated rows, not --data's"),
     ("--resume --out {tmp}/new", "cannot resume from"),
     ("--resume --out {tmp}/empty", "cannot resume from"),
 ]

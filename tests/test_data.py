@@ -411,6 +411,38 @@ def test_rows_that_step_back_may_begin_with_a_detour():
     assert {row["kind"] for row in begin_with_one} == PROOFS.keys()
 
 
+def features(row: dict) -> list[str]:
+    """What is special about the mistake of a row that steps back."""
+    *_, wrong, _ = row["search_path"].split("\n")
+    a, operator, b, claimed = data.ACTION.fullmatch(wrong).groups()
+    a, b, claimed = int(a), int(b), int(claimed)
+    found = []
+    if row["kind"] == "computational":
+        result, legal = data.calculate(a, operator, b)
+        is_last = row["search_path"].count("\n") == len(row["nums"]) - 1
+        if not legal:
+            found.append("inexact")
+        elif claimed == row["target"] and is_last:
+            found.append("claims the target")
+        else:
+            found.append("too small" if claimed < result else "too large")
+    elif row["kind"] == "rule_violation":
+        left = follow(row["nums"], row["search_path"].split("\n")[:-2])
+        [missing] = [number for number in {a, b} if number not in left][:1]
+        found.append("used up" if missing in row["nums"] else "never there")
+    elif row["kind"] == "near_miss":
+        off = abs(claimed - row["target"])
+        found.append("by tens" if off >= 10 else "by ones")
+    return found
+
+
+def test_every_form_of_a_mistake_is_there():
+    rows = rows_of(5000, [4])
+    found = Counter(one for row in rows if row["kind"] in KINDS for one in features(row))
+    forms = ["inexact", "claims the target", "too small", "too large", "used up", "by tens"]
+    assert all(found[form] > 20 for form in forms), found
+
+
 def test_kinds_come_in_the_shares_of_mistakes():
     """Within four standard deviations of a sample of this size."""
     rows = rows_of(5000, [4])
@@ -578,6 +610,18 @@ def test_the_order_of_the_numbers_does_not_decide_on_the_split():
     rows = rows_of(500, [3], split="val")
     backwards = np.array([row["nums"][::-1] for row in rows])
     assert data.in_validation(backwards, np.array([row["target"] for row in rows])).all()
+
+
+def test_the_problems_of_each_split_are_always_the_same():
+    """Else the shipped model might be measured on problems that it was trained on."""
+    known = {
+        "train": [(28, 81, 67, 1, 14), (89, 20, 76, 94, 51), (5, 37, 64, 11, 46)],
+        "val": [(87, 17, 78, 3, 51), (56, 1, 73, 47, 29), (74, 34, 8, 4, 38)],
+        "val_new": [(83, 26, 11, 30, 18), (95, 20, 45, 88, 28), (59, 64, 45, 41, 42)],
+    }
+    for split, problems in known.items():
+        rows = rows_of(3, [4], split=split)
+        assert [(*row["nums"], row["target"]) for row in rows] == problems
 
 
 def test_one_problem_in_16_is_of_validation():

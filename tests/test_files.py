@@ -212,6 +212,14 @@ def test_half_a_surrogate_pair_is_refused_on_reading(checkpoint, name):
         model.read_json(checkpoint / name)
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json", "record.json"])
+@pytest.mark.parametrize("text", ["[]", '""', '[["eos_token", "x"]]', "3"])
+def test_json_that_is_no_object_is_refused_on_reading(checkpoint, name, text):
+    (checkpoint / name).write_text(text)
+    with pytest.raises(UserError, match=f"{name} cannot be read: it holds no JSON object"):
+        model.read_json(checkpoint / name)
+
+
 def test_a_character_that_the_tokenizer_does_not_know_is_named():
     with pytest.raises(UserError, match="does not know 'G' in .*Goal reached!"):
         TOK.encode_rows([{**ROW, "search_path": "8*6=48\nGoal reached!"}])

@@ -156,10 +156,8 @@ def test_a_round_searches_the_problems_by_the_settings(monkeypatch):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_round_searches_with_the_weights_that_search_would_open(
-    monkeypatch, tmp_path, dtype, tied
-):
-    """And leaves those that are trained as they are."""
+def test_a_round_searches_with_a_copy_in_the_best_dtype(monkeypatch, tmp_path, dtype, tied):
+    """As search.py opens them; what is trained stays as it is."""
     config = LlamaConfig(
         vocab_size=20,
         hidden_size=32,
