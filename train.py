@@ -6,7 +6,7 @@ tokens of a step, whatever kind their rows are. Which tokens carry a label: `no_
 data.py. (Rows of a step are of like length, so that some steps have far more of D_back than others:
 see `Batches`.)
 
-    python train.py                                         a small model, 10 minutes on 2 cores
+    python train.py                                         a small model, 10-20 minutes on 2 cores
     python train.py --ckpt unsloth/Llama-3.2-1B --data yangxw/countdown-backtracking --grad_accum 2
     torchrun --nproc_per_node=2 -- train.py                 on two devices, twice the rows a step
 """
