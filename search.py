@@ -1151,6 +1151,14 @@ SHIPPED = pathlib.Path(__file__).parent / "assets" / "checkpoint"
 EXAMPLE = {"nums": [52, 49, 38, 6], "target": 21}  # the shipped model solves it by stepping back
 
 
+def example(record: dict) -> dict:
+    """The problem to show; if a checkpoint knows no four numbers, its first with a new target."""
+    if record["source"] == "generated" and len(EXAMPLE["nums"]) not in record["sizes"]:
+        [row] = load_rows("val_new", record, 1)
+        return row
+    return EXAMPLE
+
+
 def arguments() -> argparse.Namespace:
     """The command line. Raises UserError."""
     options = flags()
@@ -1240,7 +1248,7 @@ def main() -> None:
     model = Llama.from_pretrained(options.ckpt, device, dtype).eval()
     settings = Settings(**{name: getattr(options, name) for name in asdict(Settings())})
     if options.data is None and rank == 0:
-        problem = EXAMPLE
+        problem = example(record)
         if options.numbers:
             problem = {"nums": options.numbers, "target": options.target}
             warn_of_unlike(record, [problem])

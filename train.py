@@ -644,9 +644,9 @@ def check_run(options, state: dict, config: LlamaConfig, rows_per_step: int) -> 
         raise UserError(f"{options.out} has other --hidden_size and --layers: {size}")
     if state["step"] >= options.steps:
         note(f"{options.out} is at step {state['step']} of {options.steps}: give --steps more")
-    last = state["log"][-1] if state["log"] else {}
-    if last.get("rows") != last.get("step", 0) * rows_per_step:
-        note(f"{rows_per_step} rows a step, not as many as before: some come again, or never")
+    for last in state["log"][-1:]:
+        if last.get("rows") != last.get("step", 0) * rows_per_step:
+            note(f"{rows_per_step} rows a step, not as many as before: some come again, or never")
     of_parameters = state["optimizer"].get("state", {}).values()
     saved_by = "muon" if any("average" in entries for entries in of_parameters) else "adamw"
     if saved_by != options.optimizer:

@@ -693,6 +693,13 @@ def test_search_draws_the_tree_of_a_problem(program, trained):
     assert "\033" not in printed  # no colours where no terminal is
 
 
+def test_search_shows_a_problem_of_a_size_that_the_model_knows(program, trained):
+    """It has been trained on three numbers."""
+    printed = program(search, "--ckpt", trained, "--num", 1, "--n", 2)
+    [first] = data.generate(data.new_record(0, [3]), "val_new", 1)
+    assert printed.startswith(f"numbers {first['nums']}  target {first['target']}")
+
+
 def test_search_without_arguments_shows_a_tree_and_a_table_in_100_columns():
     """The shipped checkpoint, from another folder."""
     done = script("search.py", "--num", 4)
