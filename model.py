@@ -662,7 +662,8 @@ def replacing(folder: str | Path):
             staging.mkdir()
             yield staging
             for file in staging.iterdir():
-                file.chmod(0o644)  # safetensors writes for its owner alone
+                # safetensors writes for its owner alone; the umask may want that, or not
+                file.chmod(staging.stat().st_mode & 0o666)
                 if (folder / file.name).is_dir():
                     raise IsADirectoryError(f"{file.name} there is a folder")
             if list(staging.glob("model*.safetensors")):

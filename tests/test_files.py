@@ -238,6 +238,16 @@ def test_ids_without_a_token_are_never_drawn(decoder):
         assert max(drawn) < TOK.vocab_size
 
 
+@pytest.mark.parametrize("umask,mode", [(0o022, 0o644), (0o077, 0o600)])
+def test_what_is_saved_may_be_read_by_whom_the_umask_lets(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        tiny().save_pretrained(tmp_path / "saved")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "saved").iterdir()} == {mode}
+
+
 def test_a_model_with_fewer_embeddings_than_tokens_is_refused():
     with pytest.raises(UserError, match="5 embeddings"):
         next(search.decode(tiny(vocab_size=5), TOK, [ROW], [0], Settings(cache_gib=0.01)))
