@@ -26,8 +26,8 @@ the paper's mask. (--mask choice masks only `25*4=` of [25*4=100], see `no_loss_
 So the model learns to notice mistakes, but is not trained to make them. Detours, false goals and
 near misses are ours. A problem has many solutions, and the one to learn is the simplest, which has
 few * and / and small results: it is called canonical. A detour is an action that is right, but not
-canonical. Unless the model sees some, it takes every unusual action for a mistake. A row of D_back
-may begin with one.
+canonical. Unless the model sees some, it takes every unusual action for a mistake. But they carry
+no loss, so that the canonical one stays the answer. A row of D_back may begin with a detour.
 
     python data.py --show 7
     python data.py --num 500000 --out data/
@@ -115,7 +115,7 @@ ACTION = re.compile(
 class Verdict(NamedTuple):
     correct: bool
     reason: str = ""  # why not
-    failed_action: int | None = None  # the number of the wrong action, from 1; None: no action is
+    failed_action: int | None = None  # the wrong action's number, from 1; None if all are right
 
 
 def verify(nums: list[int], target: int, response: str) -> Verdict:
@@ -158,7 +158,7 @@ def verify(nums: list[int], target: int, response: str) -> Verdict:
 # trust for now.
 
 BACK = 0.5  # the share of D_back in all rows
-DETOUR = 0.5  # how often a solution tries a detour, at a random depth: half of these have one there
+DETOUR = 0.5  # how often a solution tries a detour, at a random depth; about half find one there
 
 
 class Action(NamedTuple):
@@ -1027,7 +1027,7 @@ def load_rows(data: str, record: dict, num: int, offset: int = 0) -> list[dict]:
     dataset, _, split = data.rpartition(":")
     if data not in SPLITS and Path(data).is_file():
         rows = read_rows(Path(data), PROBLEM_COLUMNS)[offset : offset + num]
-    elif split not in SPLITS or data == f":{split}":
+    elif split not in SPLITS or data.startswith(":"):
         wanted = "val, val_new, DATASET:val or a file of JSON Lines"
         raise UserError(f"--data wants {wanted}, and {data} is none of them")
     elif dataset:

@@ -17,7 +17,7 @@ the target 60, among other things:
     response      4-2=2 25*2=50 50+10=60 Goal Reached!      4-2=2 25*2=52 52+8=60 Goal Reached!
     correct       True                                      False
     solutions     ["4-2=2 25*2=50 50+10=60 Goal Reached!"]  []
-    failed_action   None                                      2
+    failed_action None                                      2
 
 The first becomes the row of D_op `4-2=2 25*2=50 50+10=60 Goal Reached!`, the second the row of
 D_back `4-2=2 25*2=52 <backtrack>`, whose two actions are named in `no_loss`. (Blanks stand for
@@ -39,7 +39,7 @@ from data import BACKTRACK, Tokenizer, load_record, load_rows, load_validation, 
 from model import RESUME, Arguments, Llama, UserError, best_dtype, cli, device_rank_world, is_main
 from model import note, number, replacing
 from search import PAPER_SEARCH, Settings, compare, evaluate
-from train import Batches, as_flags, fit, load_state, rebuild, save
+from train import Batches, as_flags, fit, load_state, rebuild, save, typed_flags
 
 
 def expert_iteration(
@@ -202,7 +202,7 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
                 f"the first round will replace the run in {known.out}: --resume would go on with it"
             )
         return options.parse_args(), None
-    if known.ckpt != "checkpoint":
+    if "--ckpt" in typed_flags():
         note(f"--resume goes on from {known.out}: --ckpt has no effect")
     state = load_state(known.out, ("round", "settings"))
     options = options.parse_args(as_flags(state["settings"]) + sys.argv[1:])

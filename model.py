@@ -662,7 +662,7 @@ def replacing(folder: str | Path):
             staging.mkdir()
             yield staging
             for file in staging.iterdir():
-                # safetensors writes for its owner alone; the umask may want that, or not
+                # safetensors writes for the owner alone; a new folder's mode follows the umask
                 file.chmod(staging.stat().st_mode & 0o666)
                 if (folder / file.name).is_dir():
                     raise IsADirectoryError(f"{file.name} there is a folder")
@@ -797,7 +797,8 @@ def number(whole_or_real: type, low: float, strict: bool = False):
         value = whole_or_real(text)  # argparse turns a ValueError into a line of its own
         if value >= high:
             raise argparse.ArgumentTypeError(f"{text} is too large")
-        if not value >= low or (strict and value == low):  # nan is no number at least `low`, either
+        is_enough = value > low if strict else value >= low  # nan is not, either way
+        if not is_enough:
             bound = "above" if strict else "at least"
             raise argparse.ArgumentTypeError(f"{text} is not {bound} {low}")
         return value

@@ -111,10 +111,10 @@ def self_backtrack(
     The caller keeps the samples: `select` chooses among all of them. A frontier holds at most
     `limit` states. A search ends where there is no new state; at the latest after round b.
 
-    The defaults are the paper's; two rules are ours. Stepping back from a first action leads to the
-    prompt: with prompt_again it may be sampled once more. And a search ends when a round's best
-    candidate has a score (`rate`) above stop_above. (No score is above 0.) Ours is also the order
-    in which states are taken, by `branching_order`.
+    The defaults are the paper's. Ours are two rules: stepping back from a first action leads to the
+    prompt, and with prompt_again it may be sampled once more; and a search ends when a round's best
+    candidate has a score (`rate`) above stop_above. (No score is above 0.) Ours is, by default too,
+    the order in which states are taken: `branching_order`.
     """
     visited = set() if prompt_again else {()}
     samples = yield [State(count=n)]  # round 0: n samples of the prompt, with no tokens after it
@@ -1152,7 +1152,8 @@ EXAMPLE = {"nums": [52, 49, 38, 6], "target": 21}  # the shipped model solves it
 
 
 def example(record: dict) -> dict:
-    """The problem to show; if a checkpoint knows no four numbers, its first with a new target."""
+    """The problem to show: EXAMPLE, or, if the checkpoint was not trained on four numbers, its
+    first validation problem with a new target."""
     if record["source"] == "generated" and len(EXAMPLE["nums"]) not in record["sizes"]:
         [row] = load_rows("val_new", record, 1)
         return row
@@ -1248,10 +1249,11 @@ def main() -> None:
     model = Llama.from_pretrained(options.ckpt, device, dtype).eval()
     settings = Settings(**{name: getattr(options, name) for name in asdict(Settings())})
     if options.data is None and rank == 0:
-        problem = example(record)
         if options.numbers:
             problem = {"nums": options.numbers, "target": options.target}
             warn_of_unlike(record, [problem])
+        else:
+            problem = example(record)
         [(_, samples)] = decode(model, tokenizer, [problem], [0], settings)
         print(draw_tree(tokenizer, problem, samples, settings), end="\n\n")
         if options.html:
@@ -1272,6 +1274,7 @@ def main() -> None:
     if options.out:
         settings_alone = replace(settings, batch_size=1, cache_gib=1.0)  # these change no sample
         given = {"ckpt": options.ckpt, "data": options.data, "dtype": str(dtype)}
+        # of weights that are replaced under the same name; training changes these, too
         given["weights"] = fingerprint(str(model.model.norm.weight.tolist()))
         made_by = given | asdict(settings_alone)
         problems = {str(options.offset + place): row for place, row in enumerate(rows)}

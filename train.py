@@ -173,14 +173,15 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def mean_loss(model: Llama, batches: list[torch.Tensor]) -> float:
-    """Mean cross-entropy over all labelled tokens of batches (2, B, T)."""
+def mean_loss(model: Llama, batches: list[torch.Tensor]) -> float | None:
+    """Mean cross-entropy over all labelled tokens of batches (2, B, T). None if there are none, as
+    in rows that are cut in their prompt."""
     total_loss = 0.0
     labelled = 0
     for input_ids, labels in batches:
         total_loss += float(model(input_ids, labels=labels))
         labelled += int((labels[:, 1:] != -100).sum())
-    return round(total_loss / max(labelled, 1), 4)  # of rows that are cut in their prompt none is
+    return round(total_loss / labelled, 4) if labelled else None
 
 
 # ---- 2. Batches ----------------------------------------------------------------------------------
@@ -555,13 +556,7 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     add = options.add_argument_group("what is written").add_argument
     add("--out", metavar="DIR", type=Path, default="checkpoint", help="the folder to save to")
     add("--resume", action="store_true", help="go on from --out, by its settings")
-    add(
-        "--eval_every",
-        metavar="N",
-        type=number(int, 1),
-        default=1200,
-        help="every so many steps, and save",
-    )
+    add("--eval_every", metavar="N", type=number(int, 1), default=1200, help="in steps; saves, too")
     add("--num_eval", metavar="N", type=number(int, 1), default=200, help="problems a split")
     add("--wandb", action="store_true", help="log to Weights & Biases, too")
     add = options.add_argument_group("the machine").add_argument
@@ -569,7 +564,7 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     add("--gradient_checkpointing", action=switch, help="saves memory")
     add("--compile", action=switch, help="faster, after half a minute")
     add("--dtype", choices=DTYPES, help="of autocast; default: the device's best")
-    given = {argument.split("=")[0] for argument in sys.argv}
+    given = typed_flags()
     from_checkpoint = "--ckpt" in given
     defaults = dict(PAPER_TRAINING if from_checkpoint else SCRATCH)
     if given & {"--steps", "--epochs"}:  # either decides on the length
@@ -586,6 +581,11 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
         options = options.parse_args()
     check_flags(given, options)
     return options, state
+
+
+def typed_flags() -> set[str]:
+    """The names of the flags on the command line: `--lr` of --lr=1e-3."""
+    return {argument.split("=")[0] for argument in sys.argv}
 
 
 def check_flags(given: set[str], options) -> None:
@@ -638,13 +638,14 @@ def build_model(options, state: dict | None, tokenizer: Tokenizer) -> Llama:
 
 
 def check_run(options, state: dict, config: LlamaConfig, rows_per_step: int) -> None:
-    """Raises UserError where a run cannot go on."""
+    """Say so where a run goes on in another way. Raises UserError where it cannot."""
     size = config.hidden_size, config.num_hidden_layers
     if size != (options.hidden_size, options.layers):
         raise UserError(f"{options.out} has other --hidden_size and --layers: {size}")
     if state["step"] >= options.steps:
         note(f"{options.out} is at step {state['step']} of {options.steps}: give --steps more")
-    for last in state["log"][-1:]:
+    if state["log"]:
+        last = state["log"][-1]
         if last.get("rows") != last.get("step", 0) * rows_per_step:
             note(f"{rows_per_step} rows a step, not as many as before: some come again, or never")
     of_parameters = state["optimizer"].get("state", {}).values()

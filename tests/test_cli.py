@@ -349,9 +349,7 @@ def test_training_on_a_folder_measures_on_what_it_holds(
     assert [validation["val"] for validation in measured] == [rows[:5]]
 
 
-def test_a_run_that_goes_on_with_other_batches_says_so(
-    capsys, monkeypatch, no_table, program, ckpt
-):
+def test_a_run_that_goes_on_with_other_batches_says_so(capsys, monkeypatch, no_table, ckpt):
     args = ("--resume", "--out", ckpt, "--no-gradient_checkpointing", "--steps")
     assert run(capsys, monkeypatch, train, *args, 8)[2] == ""
     code, _, err = run(capsys, monkeypatch, train, *args, 9, "--batch_size", 2)
@@ -366,6 +364,16 @@ def test_a_run_that_goes_on_with_another_model_is_told(
     for module, args in ((improve, ("--out", out, "--rounds", 2)), (train, ("--out", ckpt))):
         code, _, err = run(capsys, monkeypatch, module, "--resume", *args, "--ckpt", ckpt)
         assert code == 0 and "--ckpt has no effect" in err
+
+
+def test_an_improvement_that_goes_on_is_told_nothing_where_there_is_a_checkpoint(
+    capsys, monkeypatch, searched, ckpt, tmp_path
+):
+    """A folder of the name that --ckpt has by default."""
+    shutil.copytree(ckpt, tmp_path / "here" / "checkpoint")
+    monkeypatch.chdir(tmp_path / "here")
+    run(capsys, monkeypatch, improve, *IMPROVE, "--rounds", 1)
+    assert run(capsys, monkeypatch, improve, "--resume", "--rounds", 2)[2] == ""
 
 
 def test_an_improvement_that_begins_anew_says_what_it_replaces(
@@ -655,7 +663,7 @@ def test_answers_of_other_settings_are_not_gone_on_with(
 
 
 def test_answers_of_another_checkpoint_are_not_gone_on_with(
-    complaint, program, tmp_path, trained, stopped_evaluation
+    complaint, tmp_path, trained, stopped_evaluation
 ):
     """Nor those of weights that have been replaced."""
     other = shutil.copytree(trained, tmp_path / "other")

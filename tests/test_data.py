@@ -411,34 +411,30 @@ def test_rows_that_step_back_may_begin_with_a_detour():
     assert {row["kind"] for row in begin_with_one} == PROOFS.keys()
 
 
-def features(row: dict) -> list[str]:
+def form_of(row: dict) -> str:
     """What is special about the mistake of a row that steps back."""
-    *_, wrong, _ = row["search_path"].split("\n")
+    *before, wrong, _ = row["search_path"].split("\n")
     a, operator, b, claimed = data.ACTION.fullmatch(wrong).groups()
     a, b, claimed = int(a), int(b), int(claimed)
-    found = []
     if row["kind"] == "computational":
         result, legal = data.calculate(a, operator, b)
-        is_last = row["search_path"].count("\n") == len(row["nums"]) - 1
+        is_last = len(before) == len(row["nums"]) - 2
         if not legal:
-            found.append("inexact")
-        elif claimed == row["target"] and is_last:
-            found.append("claims the target")
-        else:
-            found.append("too small" if claimed < result else "too large")
-    elif row["kind"] == "rule_violation":
-        left = follow(row["nums"], row["search_path"].split("\n")[:-2])
-        [missing] = [number for number in {a, b} if number not in left][:1]
-        found.append("used up" if missing in row["nums"] else "never there")
-    elif row["kind"] == "near_miss":
-        off = abs(claimed - row["target"])
-        found.append("by tens" if off >= 10 else "by ones")
-    return found
+            return "inexact"
+        if is_last and claimed == row["target"]:
+            return "claims the target"
+        return "too small" if claimed < result else "too large"
+    if row["kind"] == "rule_violation":
+        left = follow(row["nums"], before)
+        missing = next(number for number in (a, b) if number not in left)
+        return "used up" if missing in row["nums"] else "never there"
+    if row["kind"] == "near_miss":
+        return "by ones" if abs(claimed - row["target"]) < 10 else "by tens"
+    return row["kind"]
 
 
 def test_every_form_of_a_mistake_is_there():
-    rows = rows_of(5000, [4])
-    found = Counter(one for row in rows if row["kind"] in KINDS for one in features(row))
+    found = Counter(form_of(row) for row in rows_of(5000, [4]) if row["kind"] in KINDS)
     forms = ["inexact", "claims the target", "too small", "too large", "used up", "by tens"]
     assert all(found[form] > 20 for form in forms), found
 
