@@ -1,9 +1,9 @@
 """Countdown: the task, its training rows, its tokens. Read after model.py, before search.py.
 
 The task is to combine all the numbers, each exactly once, so that the last result is the target.
-A row is a prompt and a response. Section 4.1 of arXiv 2502.04404 has rows of two kinds. In those of
-D_op the response solves the problem. In those of D_back it begins a solution, takes a wrong action
-and says `<backtrack>`.
+A row is a prompt and a response. Section 4.1 of arXiv 2502.04404 has two datasets of rows. In D_op
+(optimal paths) the response solves the problem. In D_back it begins a solution, then takes a wrong
+action and says `<backtrack>`.
 
     ###Question: numbers [2, 4, 10, 25]->target 60
     ###Response:
@@ -12,8 +12,8 @@ and says `<backtrack>`.
     50+10=60
     Goal Reached!
 
-A response of each kind to this prompt, its lines side by side. Lines in brackets carry no loss, by
-the paper's mask. (--mask choice masks only `25*4=` of [25*4=100], see `no_loss_spans`.)
+A response of each kind to this prompt, its lines side by side. Lines in brackets carry no loss
+under the paper's mask. (--mask choice masks only `25*4=` of [25*4=100], see `no_loss_spans`.)
 
     D_op    solution         4-2=2        25*2=50      50+10=60     Goal Reached!
             detour           [25*4=100]   100/2=50     50+10=60     Goal Reached!
@@ -24,10 +24,13 @@ the paper's mask. (--mask choice masks only `25*4=` of [25*4=100], see `no_loss_
             near_miss        [25*2=50]    [10-4=6]     [50+6=56]    <backtrack>
 
 So the model learns to notice mistakes, but is not trained to make them. Detours, false goals and
-near misses are ours. A problem has many solutions, and the one to learn is the simplest, which has
-few * and / and small results: it is called canonical. A detour is an action that is right, but not
-canonical. Unless the model sees some, it takes every unusual action for a mistake. But they carry
-no loss, so that the canonical one stays the answer. A row of D_back may begin with a detour.
+near misses are ours.
+
+A problem has many solutions. The model learns the simplest one, with few * and / and small results.
+It is called the canonical solution. A detour is an action that is right, but not the canonical one.
+Without detours in its training rows, the model comes to treat every unusual action as a mistake.
+Detours carry no loss themselves, so that the model still answers with the canonical solution. A row
+of D_back may begin with a detour.
 
     python data.py --show 7
     python data.py --num 500000 --out data/
@@ -62,18 +65,18 @@ GOAL = "Goal Reached!"
 BACKTRACK = "<backtrack>"
 EOS = "<|end_of_text|>"
 PAD = "<|pad|>"
-MAX_NUMBER = 99  # the largest that a problem gives
+MAX_NUMBER = 99  # the largest number in a problem
 
 
 def prompt_text(nums: list[int], target: int) -> str:
-    """The prompt of a problem, up to where the response begins."""
+    """The prompt of a problem. The response follows it directly."""
     return f"###Question: numbers {list(nums)}->target {target}\n###Response:\n"
 
 
-# The rules of each operator: (a operator b, is it allowed?), for whole numbers or, elementwise, for
-# arrays of them. A response may write the two numbers in either order, but the solver tries only
-# the larger one first. So the other order must give the same (3+5), or be forbidden (3-5, 3/5), or
-# give what another operator gives (0/5=0, as 5*0=0).
+# The rule of each operator: (the result of a operator b, is it allowed?), for whole numbers or,
+# elementwise, for arrays of them. A response may write the two numbers in either order, but the
+# solver always puts the larger one first. So the other order must give the same result (3+5), or be
+# forbidden (3-5, 3/5), or give a result that another operator gives, too (0/5=0, as 5*0=0).
 
 
 def add(a, b):
@@ -81,7 +84,7 @@ def add(a, b):
 
 
 def subtract(a, b):
-    return a - b, a >= b  # no negative number ever appears
+    return a - b, a >= b  # so no result is ever negative
 
 
 def multiply(a, b):
@@ -90,10 +93,10 @@ def multiply(a, b):
 
 def divide(a, b):
     quotient, rest = divmod(a, b + (b == 0))
-    return quotient, (b != 0) & (rest == 0)  # it must be exact
+    return quotient, (b != 0) & (rest == 0)  # the division must be exact
 
 
-OPERATORS = {  # its rule, and the effort that it costs (chosen by trial, see `plan_efforts`)
+OPERATORS = {  # (rule, effort); the efforts were found by trial, see `plan_efforts`
     "+": (add, 0.0),
     "-": (subtract, 0.0),
     "*": (multiply, 4.0),
@@ -106,25 +109,26 @@ def calculate(a, operator: str, b):
     return rule(a, b)
 
 
-ACTION = re.compile(
-    "(NUMBER)([%s])(NUMBER)=(NUMBER)".replace("NUMBER", "0|[1-9][0-9]{0,4000}")
-    % re.escape("".join(OPERATORS))
-)
+NUMBER = "(0|[1-9][0-9]{0,4000})"
+SIGN = f"([{re.escape(''.join(OPERATORS))}])"
+ACTION = re.compile(f"{NUMBER}{SIGN}{NUMBER}={NUMBER}")  # 45-39=6
 
 
 class Verdict(NamedTuple):
     correct: bool
-    reason: str = ""  # why not
-    failed_action: int | None = None  # the wrong action's number, from 1; None if all are right
+    reason: str = ""  # what is wrong
+    failed_action: int | None = None  # which action is wrong, from 1; None if all are right
 
 
 def verify(nums: list[int], target: int, response: str) -> Verdict:
     """Does the response solve the problem? Exact, on integers, and never part of the search.
 
-    The last line must be `Goal Reached!`, and each line before it an action: `a-b=c` (or + * /) on
-    numbers that are left, each copy used once, with the right result. At the end the target alone
-    must be left. The reason names what is wrong: "... is no action", "there is no 39 (left)", "the
-    rules allow no such step", "false, it is 60", "it ends in ...", "[6, 2] left, not 62 alone".
+    The last line must be `Goal Reached!`, and each line before it an action: `a-b=c` (or + * /)
+    with the right result, where a and b are numbers that are left. (A number that occurs twice can
+    be used twice.) At the end only the target must be left. The reason says what is wrong, in these
+    words: "'5+' is no action", "2-39=1: there is no 39 (left)", "2-5=1: the rules do not allow it",
+    "4*5=10: false, it is 20", "it ends in '...', not in 'Goal Reached!'", "[6, 2] left, not 62
+    alone". It is checked in this order, action by action.
     """
     *actions, end = response.split("\n")
     numbers_left = Counter(nums)
@@ -152,13 +156,14 @@ def verify(nums: list[int], target: int, response: str) -> Verdict:
 
 # ---- Rows (paper, section 4.1) -------------------------------------------------------------------
 # Everything here is about one response to one problem. The exact solver, which comes later, has
-# worked out how each position can go on: of every choice, of an operator and of a pair of the
-# numbers that are left, it says whether the choice is `legal`, and what `effort` the simplest
-# solution takes that goes on with it: inf if the target cannot be reached any more. Take it on
+# already tried every choice at every position. A choice is an operator and two of the numbers that
+# are left. Of each choice the solver knows whether it is `legal`, and the `effort` of the simplest
+# solution that continues with it, which is inf if the target can no longer be reached. Take this on
 # trust for now.
 
 BACK = 0.5  # the share of D_back in all rows
-DETOUR = 0.5  # how often a solution tries a detour, at a random depth; about half find one there
+DETOUR = 0.5  # the probability of looking for a detour, at a random depth: half of the time it
+# finds one there
 
 
 class Action(NamedTuple):
@@ -167,36 +172,35 @@ class Action(NamedTuple):
     a: int
     operator: str
     b: int
-    result: int  # as it is written: a mistake may claim a false one
+    result: int  # as it is written; in a mistake it may be false
 
     def text(self) -> str:
         return f"{self.a}{self.operator}{self.b}={self.result}\n"
 
 
 class SolvedProblem(NamedTuple):
-    """One problem of a block: of those which the solver has solved together."""
+    """One problem out of a block of problems that were solved together."""
 
     nums: list[int]
     target: int
     index: int  # its place in the block
-    steps: list["Step"]  # of the whole block: [index, ...] is this problem's
-    efforts: list[np.ndarray]  # likewise
+    steps: list["Step"]  # of the whole block: this problem's are [index, ...] of its arrays
+    efforts: list[np.ndarray]  # of the whole block, too
 
 
 class Position:
-    """Where a response stands after some legal actions, and how it can go on: choice number i has
+    """Where a response stands after some legal actions, and how it can go on: choice i has
     `action(i)`, `legal[i]` and `effort[i]`.
 
-    With numbers 5, 3, 2 and the target 13 there are 12 choices at first. Number 6 is 5*3=15, legal,
-    of effort 8.1 (then 15-2=13). Number 0 is 5+3=8, legal, but its effort is inf: 13 is lost.
-    Number 9 is 5/3, and not legal."""
+    With the numbers 5, 3, 2 and the target 13 there are 12 choices at first. Choice 6 is 5*3=15,
+    legal, of effort 8.1 (15-2=13 follows). Choice 0 is 5+3=8, legal, but its effort is inf: now 13
+    cannot be reached. Choice 9 is 5/3, and not legal."""
 
     def __init__(self, problem: SolvedProblem, path=(), used_up=()):
         self.problem = problem
-        self.path = path  # the number of each choice so far
-        self.used_up = used_up  # the numbers that these have used up
-        # in the solver's arrays, whose axes are the problems, and the choices of each step so far
-        place = (problem.index, *path)
+        self.path = path  # the choices so far
+        self.used_up = used_up  # the numbers that they have used up
+        place = (problem.index, *path)  # of this position in the solver's arrays
         step = problem.steps[len(path)]
         self.numbers = step.numbers[place].tolist()  # the numbers that are left
         self.a = step.a[place].tolist()  # the larger number of each pair
@@ -212,7 +216,7 @@ class Position:
         return Action(self.a[pair], operator, self.b[pair], self.result[choice])
 
     def simplest(self) -> int:
-        """The choice with which the canonical solution goes on."""
+        """The choice of least effort: the canonical solution continues with it."""
         return self.effort.index(min(self.effort))
 
     def after(self, choice: int) -> "Position":
@@ -223,37 +227,40 @@ class Position:
 
 def make_row(rng: random.Random, problem: SolvedProblem, kinds: Sequence[str]) -> dict:
     """A row of D_op or, with probability BACK, of D_back: {nums, target, search_path, kind,
-    no_loss}. search_path is the response (as the paper's dataset calls it); no_loss are the
-    numbers, from 0, of its actions that carry no loss."""
+    no_loss}. search_path is the response (the paper's dataset calls it so). no_loss says which
+    actions carry no loss, counted from 0."""
     positions, actions, detour = draw_solution(rng, problem)
-    row = {"nums": problem.nums, "target": problem.target}
-    row["search_path"] = "".join(action.text() for action in actions) + GOAL
-    row["kind"] = "solution" if detour is None else "detour"
-    row["no_loss"] = [] if detour is None else [detour]
+    kind = "solution" if detour is None else "detour"
+    no_loss = [] if detour is None else [detour]
+    end = GOAL
 
     # So far it is a row of D_op. Now let it go wrong.
-    if rng.random() >= BACK:
-        return row
-    position = positions[draw_depth(rng, len(actions))]
-    kind, mistake = draw_mistake(rng, position, kinds)
-    if mistake is None:
-        return row
-    spoilt = [*actions[: mistake.depth], *mistake.actions]
-    row["search_path"] = "".join(action.text() for action in spoilt) + BACKTRACK
-    row["kind"] = kind
-    row["no_loss"] = [depth for depth in row["no_loss"] if depth < mistake.depth]
-    row["no_loss"] += range(mistake.depth, len(spoilt))
-    return row
+    if rng.random() < BACK:
+        position = positions[draw_depth(rng, len(actions))]
+        mistake_kind, mistake = draw_mistake(rng, position, kinds)
+        if mistake:
+            kind = mistake_kind
+            actions = [*actions[: mistake.depth], *mistake.actions]
+            no_loss = [depth for depth in no_loss if depth < mistake.depth]
+            no_loss += range(mistake.depth, len(actions))
+            end = BACKTRACK
+    return {
+        "nums": problem.nums,
+        "target": problem.target,
+        "search_path": "".join(action.text() for action in actions) + end,
+        "kind": kind,
+        "no_loss": no_loss,
+    }
 
 
 def draw_solution(
     rng: random.Random, problem: SolvedProblem
 ) -> tuple[list[Position], list[Action], int | None]:
-    """The canonical solution, of least effort. Or, with probability DETOUR, one with a detour: at
-    one depth it takes another action that still reaches the target, with more effort, if there is
-    any, and goes on from there by the simplest way.
+    """The canonical solution, of least effort. Or, with probability DETOUR, a solution with a
+    detour: at a random depth it takes another action that still reaches the target, with more
+    effort, if there is one. Then it continues with the least effort.
 
-    Returns the positions before each action, the actions, and the number of the detour, or None."""
+    Returns the positions before each action, the actions, and the depth of the detour or None."""
     leave_at = draw_depth(rng, len(problem.steps)) if rng.random() < DETOUR else None
     positions = [Position(problem)]
     actions = []
@@ -276,7 +283,7 @@ def draw_solution(
 
 
 def draw_depth(rng: random.Random, depths: int) -> int:
-    """A random depth, early ones more often: the first action is the hardest to judge."""
+    """A random depth. Early ones are more probable: the first action is the hardest to judge."""
     return rng.choices(range(depths), range(depths, 0, -1))[0]
 
 
@@ -284,12 +291,13 @@ def draw_depth(rng: random.Random, depths: int) -> int:
 
 
 class Mistake(NamedTuple):
-    depth: int  # how many actions of the solution are kept before it
-    actions: list[Action]  # the wrong action; of a false goal or near miss, all actions
+    depth: int  # how many actions of the solution come before it
+    actions: list[Action]  # the wrong action; for a false goal or a near miss, the whole path
 
 
 def exploratory(rng: random.Random, position: Position) -> Mistake | None:
-    """A legal action after which the target cannot be reached any more."""
+    """The paper's exploratory error: a legal action after which the target can no longer be
+    reached."""
     wrong = []
     for choice in position.choices:
         if position.legal[choice] and position.effort[choice] == math.inf:
@@ -300,11 +308,12 @@ def exploratory(rng: random.Random, position: Position) -> Mistake | None:
 
 
 def computational(rng: random.Random, position: Position) -> Mistake:
-    """A false result: of a legal action; or, half of the time (where there is one), of a division
-    that is not exact, the most common false line of small models.
+    """An action with a false result. Half of the time, if possible, it is a division that is not
+    exact, because that is the most common false line of small models. Else it is a legal action.
 
-    A last action claims the target, three times in four. Otherwise an inexact quotient is rounded
-    down, half of the time. All other results are off by 1 ... 9, or by 10, 20 ... 90."""
+    If it is the last action, its result is the target with probability 3/4. Otherwise the quotient
+    of an inexact division is rounded down with probability 1/2. All other results are off by
+    1 ... 9, or by 10, 20 ... 90."""
     target = position.problem.target
     legal = []
     inexact = []
@@ -329,7 +338,7 @@ def computational(rng: random.Random, position: Position) -> Mistake:
 
 
 def rule_violation(rng: random.Random, position: Position) -> Mistake:
-    """A true equation with a number that is not there: often one that is used up already."""
+    """A true equation with a number that is not available, often one that is used up."""
     used_up = [other for other in position.used_up if other not in position.numbers]
     if used_up and rng.random() < 0.8:
         missing = rng.choice(used_up)
@@ -346,14 +355,15 @@ def rule_violation(rng: random.Random, position: Position) -> Mistake:
 
 
 def false_goal(rng: random.Random, position: Position) -> Mistake | None:
-    """Ours: a whole path that loses its way, the kind of wrong answer that trained small models
-    still give: `25*10=250`, `4+2=6`, `250/6=60`. It begins at the prompt, not at `position`.
-    Its actions are legal up to the last, a division that claims the target: it is not exact, and
-    the true quotient is between half of the target and twice the target."""
+    """Ours: a complete but wrong path, of the kind that small models still answer with after
+    training: `25*10=250`, `4+2=6`, `250/6=60`. It begins at the prompt, not at `position`. All of
+    its actions are legal but the last one, an inexact division that claims the target. The true
+    quotient is between half of the target and twice the target."""
     problem = position.problem
     target = problem.target
-    # At the last step one pair is left, number 0. All these arrays have an entry for each way to
-    # come there: of four numbers (24, 12), so that a[i, j] is the larger number after choices i, j.
+    # At the last step one pair is left: [..., 0]. These arrays have an entry for each path to the
+    # last step. With four numbers they are (24, 12): a[i, j] is the larger number after choices i
+    # and j.
     last = problem.steps[-1]
     a = last.a[problem.index][..., 0]
     b = last.b[problem.index][..., 0]
@@ -371,13 +381,13 @@ def false_goal(rng: random.Random, position: Position) -> Mistake | None:
 
 
 def near_miss(rng: random.Random, position: Position) -> Mistake | None:
-    """Ours, too: a whole path, from the prompt on, of legal actions that end beside the target, off
-    by 1 ... 9, or by 10, 20 ... 90: `25*2=50`, `10-4=6`, `50+6=56` for the target 60. Without it a
-    model learns what its targets look like, but not to compare: and where it has never seen the
-    target it takes such an end for the goal."""
+    """Ours: a complete path, from the prompt on, of legal actions that end near the target, off by
+    1 ... 9, or by 10, 20 ... 90: `25*2=50`, `10-4=6`, `50+6=56` for the target 60. Without it a
+    model learns what its targets look like, but not to compare. Then it mistakes a near miss for
+    the goal if it has never seen the target."""
     problem = position.problem
     last = problem.steps[-1]
-    # An entry for each path: of four numbers (24, 12, 4).
+    # These arrays have an entry for each path. With four numbers they are (24, 12, 4).
     off = np.abs(last.result[problem.index] - problem.target)
     by_ones = (off > 0) & (off < 10)
     by_tens = (off > 0) & (off < 100) & (off % 10 == 0)
@@ -390,7 +400,7 @@ def near_miss(rng: random.Random, position: Position) -> Mistake | None:
 
 
 def follow(problem: SolvedProblem, choices: list[int]) -> tuple[list[Action], Position]:
-    """The actions that these choices are, from the prompt on, and the position after them."""
+    """Make these choices, from the prompt on: the actions, and the position after them."""
     position = Position(problem)
     actions = []
     for choice in choices:
@@ -399,7 +409,7 @@ def follow(problem: SolvedProblem, choices: list[int]) -> tuple[list[Action], Po
     return actions, position
 
 
-MISTAKES = {  # with their shares, which need not add up to 1; all but the last chosen by trial
+MISTAKES = {  # with their shares, which need not add up to 1 (found by trial, but for the last)
     exploratory: 0.45,
     computational: 0.25,
     rule_violation: 0.1,
@@ -412,8 +422,8 @@ KINDS = [mistake.__name__ for mistake in MISTAKES]
 def draw_mistake(
     rng: random.Random, position: Position, kinds: Sequence[str]
 ) -> tuple[str, Mistake | None]:
-    """The name of a kind of mistake, drawn by the shares of those in `kinds`, and such a mistake.
-    If this kind is impossible here, another is drawn."""
+    """Draw one of `kinds`, by their shares, and a mistake of this kind. If it is impossible at this
+    position, another kind is drawn. Returns (kind, mistake): ("", None) if none is possible."""
     allowed = [make_mistake for make_mistake in MISTAKES if make_mistake.__name__ in kinds]
     while allowed:
         shares = [MISTAKES[make_mistake] for make_mistake in allowed]
@@ -431,19 +441,20 @@ MASKS = ("none", "action", "choice")
 
 
 def no_loss_spans(row: dict, mask: str) -> list[tuple[int, int]]:
-    """Where a row's text, prompt + response, carries no loss: [begin, end) in characters. That is
-    the prompt, and of each action that the row's `no_loss` names, say 25*4=100:
+    """Which parts of a row's text, prompt + response, carry no loss: [begin, end) in characters.
+    These are the prompt and, of each action in the row's `no_loss`, for instance 25*4=100:
 
-        mask="action"   25*4=100 and its newline: the paper's mask
-        mask="choice"   25*4=, what was chosen. The result is learned; but a line that is false,
-                        like 25*2=52, is masked whole
-        mask="none"     nothing but the prompt
+        mask="action"   the whole line 25*4=100 with its newline: the paper's mask
+        mask="choice"   25*4= alone, which was chosen. The result is learned. (But a line that is
+                        false, like 25*2=52, is masked as a whole.)
+        mask="none"     nothing
 
-    Why "choice", which is ours: with "action", of all last lines only those of solutions are
-    learned, and they make the target. So a small model comes to write the target in any last line:
-    `50-10=60`. With "choice" it also learns true last lines that miss the target.
+    Why "choice", which is ours? With "action" the only last lines that are trained on are those of
+    solutions, and their results are always the target. So a small model learns to write the target
+    as the result of any last line: `50-10=60`. With "choice" it is also trained on last lines that
+    are true and miss the target.
 
-    Of a row without `no_loss` the last action before `<backtrack>` is masked, if it has one. (It
+    If a row has no `no_loss`, the last action before `<backtrack>` is masked, if there is one. (It
     may lack its newline: `39+6=45<backtrack>`.)"""
     begin = len(prompt_text(row["nums"], row["target"]))
     spans = [(0, begin)]
@@ -463,7 +474,7 @@ def no_loss_spans(row: dict, mask: str) -> list[tuple[int, int]]:
 
 
 def is_true(line: str) -> bool:
-    """Is a line `45-39=6` and a newline an action whose result is right?"""
+    """Is a line, like `45-39=6` with its newline, an action with the right result?"""
     match = ACTION.fullmatch(line.removesuffix("\n"))
     if not match:
         return False
@@ -472,11 +483,11 @@ def is_true(line: str) -> bool:
 
 
 class Tokenizer:
-    """A `tokenizers` tokenizer and what the method asks of one: prompts, rows with labels, where
-    lines end."""
+    """A `tokenizers` tokenizer, and what the method needs: prompts, rows with labels, and which
+    tokens end a line."""
 
     def __init__(self, backend: tokenizers.Tokenizer, eos_text=EOS, carried: dict | None = None):
-        """carried: the content of files that are to be saved with it, see CARRIED."""
+        """carried: the content of other files that are saved with it, see CARRIED."""
         self.backend = backend
         self.carried = carried or {}
         self.eos = backend.token_to_id(eos_text)
@@ -502,9 +513,9 @@ class Tokenizer:
         """(input_ids, labels) of each row {nums, target, search_path}.
 
         A token's label is its id if all of its characters carry loss, and else -100; -100, too, if
-        it has no characters, like begin-of-text. End-of-text is added, and always learned: after
-        `<backtrack>` as after `Goal Reached!`. (As in the reference, which is the authors' code;
-        a search stops at `<backtrack>`, and never asks for it.)"""
+        it has no characters, like begin-of-text. End-of-text is added, and always has a label:
+        after `Goal Reached!`, and after `<backtrack>`. (There it has no use, because a search stops
+        at `<backtrack>`; but the reference, the authors' code, does the same.)"""
         texts = [prompt_text(row["nums"], row["target"]) + row["search_path"] for row in rows]
         encoded = []
         for row, text, encoding in zip(rows, texts, self.encode(texts)):
@@ -529,11 +540,11 @@ class Tokenizer:
             yield from encodings
 
     def ids_without_token(self, size: int) -> list[int]:
-        """Which of the ids 0 ... size - 1 stand for no token: vocabularies of models are padded."""
+        """Which of the ids 0 ... size - 1 stand for no token: models often pad their vocabulary."""
         return [index for index in range(size) if self.backend.id_to_token(index) is None]
 
     def check_fits(self, size: int) -> None:
-        """Raises UserError if a model of so many embeddings is too small for this tokenizer."""
+        """Raises UserError if a model with `size` embeddings is too small for this tokenizer."""
         if size < self.vocab_size:
             raise UserError(
                 f"the model has {size} embeddings, its tokenizer {self.vocab_size} tokens"
@@ -546,7 +557,7 @@ class Tokenizer:
 
     @classmethod
     def digits(cls) -> "Tokenizer":
-        """Each digit and each sign is a token, and so is each fixed piece of text. (With whole
+        """Our own: every digit, every sign and every fixed piece of text is a token. (With whole
         numbers as tokens a small model fails on new targets.)"""
         fixed = ["###Question: numbers [", ", ", "]->target ", "\n###Response:\n", GOAL]
         special = [PAD, EOS, BACKTRACK]
@@ -564,8 +575,8 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, add_backtrack: bool = False) -> "Tokenizer":
-        """The tokenizer in a folder or of a Hub id; add_backtrack: where it is lacking.
-        Raises UserError."""
+        """The tokenizer in a folder or of a Hub id. add_backtrack: add `<backtrack>` if it lacks
+        it. Raises UserError."""
         folder = checkpoint_folder(name)
         backend = read_tokenizer(folder / "tokenizer.json")
         if add_backtrack:  # if it is there already, it keeps its id
@@ -573,8 +584,8 @@ class Tokenizer:
         return cls(backend, read_eos(folder, backend), read_carried(folder))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer reads
-        them."""
+        """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer
+        reads."""
         eos_text = self.backend.id_to_token(self.eos)
         config = json.loads(self.carried.get("tokenizer_config.json", "{}"))
         config.setdefault("clean_up_tokenization_spaces", False)
@@ -584,25 +595,25 @@ class Tokenizer:
         files = {**self.carried, "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
         with replacing(folder) as staging:
             self.backend.save(str(staging / "tokenizer.json"))
-            for name in CARRIED:  # an empty file: an older one goes
+            for name in CARRIED:  # an empty file means: delete the old one
                 (staging / name).write_text(files.get(name, ""), encoding="utf-8")
 
 
 # ---- The exact solver: all programs of a block of problems, as arrays ----------------------------
-# A program is a choice at each step: of an operator, and of a pair of the numbers that are left.
-# Four numbers have 6 pairs, so that step 1 has 4 * 6 = 24 choices; then three numbers have 3 pairs,
-# and step 2 has 12 choices; and step 3 has 4: 24 * 12 * 4 = 1,152 programs a problem. All of them
-# are computed: as arrays that is much faster than a recursion that stops early.
+# A program makes one choice at each step: an operator, and a pair of the numbers that are left.
+# Four numbers have 6 pairs, so step 1 has 4 * 6 = 24 choices. Then three numbers have 3 pairs, and
+# step 2 has 12 choices. Step 3 has 4. So a problem has 24 * 12 * 4 = 1,152 programs. All of them
+# are computed: with arrays that is much faster than a recursion that stops early.
 #
 #     step 1: arrays (problems, 24)           [p, 5]: what choice 5 does in problem p
 #     step 2: arrays (problems, 24, 12)       [p, 5, 7]: what choice 7 does after choice 5
 #     step 3: arrays (problems, 24, 12, 4)    [p, 5, 7, 2]: what choice 2 does after both
 #
-# The axes before the last say what came before: the problem, and the choice of each earlier step.
-# Shapes write these axes as "...": at step 2, (..., choices) is (problems, 24, 12).
+# The axes before the last one are the problem and the choices of all earlier steps. In shapes they
+# are written "...": at step 2, (..., choices) is (problems, 24, 12).
 #
-# A choice has the number: (the operator's number) * pairs + (the pair's number). For example, with
-# numbers 5, 3, 2 and the target 13, step 1 is
+# The index of a choice is operator_index * pairs + pair_index. For example, with the numbers 5, 3,
+# 2 and the target 13, step 1 is
 #
 #     choice    0      1      2      3      4      5      6       7       8      9      10     11
 #     action    5+3    5+2    3+2    5-3    5-2    3-2    5*3     5*2     3*2    5/3    5/2    3/2
@@ -610,23 +621,23 @@ class Tokenizer:
 #     legal     yes    yes    yes    yes    yes    yes    yes     yes     yes    no     no     no
 #     effort    inf    inf    inf    inf    inf    inf    8.1     7.6     inf    inf    inf    inf
 #
-# Two choices can still lead to 13, by 15-2 and by 10+3; the second is the simpler solution.
+# Two choices can still lead to 13, by 15-2 and by 10+3. The second is the simpler solution.
 
 
 class Step(NamedTuple):
-    """Every choice of one step, after everything that may have come before."""
+    """Every choice of one step, after all possible choices of the steps before."""
 
     numbers: np.ndarray  # (..., m): the m numbers that are left
     a: np.ndarray  # (..., pairs): the larger number of each pair
     b: np.ndarray  # (..., pairs): the smaller number
-    result: np.ndarray  # (..., choices): all pairs added, then all subtracted, and so on
+    result: np.ndarray  # (..., choices): of all pairs added, then of all subtracted, and so on
     legal: np.ndarray  # (..., choices) bool: do this step and all steps before it obey the rules?
 
 
 def all_choices(numbers: np.ndarray, legal_before: np.ndarray) -> Step:
-    """Every choice where numbers (..., m) are left. legal_before (...) bool: did all steps up to
-    here obey the rules?"""
-    first, second = np.triu_indices(numbers.shape[-1], 1)  # the pairs, by their places in `numbers`
+    """Every choice if numbers (..., m) are left. legal_before (...) bool: did all steps up to here
+    obey the rules?"""
+    first, second = np.triu_indices(numbers.shape[-1], 1)  # the pairs, as indices into `numbers`
     a = np.maximum(numbers[..., first], numbers[..., second])  # (..., pairs)
     b = np.minimum(numbers[..., first], numbers[..., second])
     results = []
@@ -640,11 +651,11 @@ def all_choices(numbers: np.ndarray, legal_before: np.ndarray) -> Step:
 
 
 def remaining(step: Step) -> np.ndarray:
-    """(..., choices, m - 1): the numbers that are left after each choice; its result comes last."""
+    """(..., choices, m - 1): the numbers that are left after each choice, its result the last."""
     count = step.numbers.shape[-1]
-    unused = []  # for each pair the places of the other numbers
-    for pair in zip(*np.triu_indices(count, 1)):
-        unused.append([place for place in range(count) if place not in pair])
+    unused = []  # for each pair the indices of the other numbers
+    for pair in itertools.combinations(range(count), 2):
+        unused.append([index for index in range(count) if index not in pair])
     # (choices, m - 2): the list repeated, because it is the same for every operator
     unused = np.array(unused * len(OPERATORS), int)
     others = step.numbers[..., unused]  # (..., choices, m - 2)
@@ -656,7 +667,7 @@ def programs(nums: np.ndarray, stop_at: int = 1) -> tuple[list[Step], np.ndarray
     numbers that are left after them."""
     largest = max(int(nums.max(initial=1)), 2) ** nums.shape[1]  # no result is larger
     numbers_left = nums.astype(np.int32 if largest < 2**31 else np.int64)
-    # sorted, so that it does not matter in which order they are written
+    # sorted, so that their order in the problem does not matter
     numbers_left = -np.sort(-numbers_left, axis=1)
     legal = np.ones(len(nums), bool)
     steps = []
@@ -669,13 +680,13 @@ def programs(nums: np.ndarray, stop_at: int = 1) -> tuple[list[Step], np.ndarray
 
 
 def expand_like(target: np.ndarray, array: np.ndarray) -> np.ndarray:
-    """target (problems,) as (problems, 1, 1, ...): so it compares with array (problems, ...)."""
+    """target (problems,) as (problems, 1, 1, ...), to be compared with array (problems, ...)."""
     return target.reshape(-1, *[1] * (array.ndim - 1))
 
 
 def solvable(nums: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """(problems,) bool: can any program reach target (problems,)? Faster than `plan_efforts`: what
-    the last step gives is compared with the target at once, and not stored."""
+    """(problems,) bool: does any program reach target (problems,)? Faster than `plan_efforts`: the
+    results of the last step are not stored, but compared with the target at once."""
     steps, numbers_left = programs(nums, stop_at=2)
     # (problems, choices of step 1, of step 2, ...): the larger number of the two, and the smaller
     a = np.maximum(numbers_left[..., 0], numbers_left[..., 1])
@@ -692,20 +703,20 @@ def solvable(nums: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 def plan_efforts(steps: list[Step], target: np.ndarray) -> list[np.ndarray]:
     """For each step (..., choices) float32: the effort of the simplest solution that makes this
-    choice after what came before; inf if no solution does, and the target (problems,) is lost.
+    choice, after the choices before; inf if there is none, and target (problems,) is out of reach.
 
-    A solution's effort: 4 for each * and /, and log2(result + 2) for each result but the last. One
-    canonical solution, the simplest, is far easier to learn than any one of many.
+    The effort of a solution is 4 for each * and /, and log2(result + 2) for each intermediate
+    result. One canonical solution, the simplest, is far easier to learn than a random one of many.
 
-    From the last step back, by dynamic programming."""
+    By dynamic programming, from the last step to the first."""
     efforts = []
     for step in reversed(steps):
         pairs = step.a.shape[-1]
-        own_effort = [np.full(pairs, effort, np.float32) for _, effort in OPERATORS.values()]
-        own_effort = np.concatenate(own_effort)  # (choices,)
+        operator_efforts = [effort for _, effort in OPERATORS.values()]
+        own_effort = np.repeat(np.float32(operator_efforts), pairs)  # (choices,)
         if efforts:
             possible = step.legal
-            # of the best choice at the next step, for example (problems, 24, 12) -> (problems, 24)
+            # the best choice at the next step, for example (problems, 24, 12) -> (problems, 24)
             onwards = efforts[0].min(-1)
             total = own_effort + np.log2(step.result + 2, dtype=np.float32) + onwards
         else:
@@ -716,8 +727,8 @@ def plan_efforts(steps: list[Step], target: np.ndarray) -> list[np.ndarray]:
 
 
 def solve(nums: list[int], target: int) -> tuple[int, int, list[Action]]:
-    """How many of a problem's programs reach the target; how many programs there are; and the
-    actions of the canonical solution, none if the target cannot be reached."""
+    """How many of a problem's programs reach the target, how many programs there are, and the
+    actions of the canonical solution (none if the target cannot be reached)."""
     steps, numbers_left = programs(np.array([nums]))
     if not steps:  # a single number
         return int(nums == [target]), 1, []
@@ -736,16 +747,16 @@ def solve(nums: list[int], target: int) -> tuple[int, int, list[Action]]:
 # ---- Problems ------------------------------------------------------------------------------------
 
 TARGETS = range(10, 101)
-# Ours, for a share of the training problems (--any_target). From TARGETS alone, 82 without those
-# held out, a model that is trained for long learns each by heart, and fails on new ones.
+# Ours: a share of the training problems (--any_target) have any of these targets. TARGETS are only
+# 82 without those held out. In a long training a model learns them by heart and fails on new ones.
 ANY_TARGETS = range(1, 300)
 HELD_OUT = (18, 21, 28, 42, 56, 81, 89, 96, 98)  # a tenth of the targets, never trained on: "new"
 SPLITS = ("train", "val", "val_new")  # val: validation problems of seen targets; val_new: of new
 
 
 def in_validation(nums: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """(problems,) bool: a hash of sorted numbers and target puts one problem in 16 into validation,
-    whatever the seed."""
+    """(problems,) bool: a hash of the sorted numbers and the target puts one problem in 16 into
+    validation, independent of any seed."""
     hash_key = target.astype(np.uint64)
     for column in np.sort(nums, axis=1).T:
         hash_key = hash_key * np.uint64(1_000_003) + column.astype(np.uint64)
@@ -755,8 +766,8 @@ def in_validation(nums: np.ndarray, target: np.ndarray) -> np.ndarray:
 def draw_problems(
     rng, split: str, size: int, num: int, held_out: Sequence[int] = HELD_OUT, targets=TARGETS
 ):
-    """`num` solvable problems of a split: nums (num, size) in 1..99 and target (num,). The targets
-    of val_new are those held out; of the other splits, the rest of `targets`."""
+    """`num` solvable problems of a split: nums (num, size) in 1..99 and target (num,). val_new has
+    the targets held_out; the other splits have the rest of `targets`."""
     if split == "val_new":
         allowed_targets = held_out
     else:
@@ -778,7 +789,7 @@ def draw_problems(
 def new_record(
     seed: int, sizes: list[int], mistakes: Sequence[str] = KINDS, any_target: float = 0.0
 ) -> dict:
-    """What a checkpoint remembers of its data, so that held-out targets stay held out."""
+    """What is stored with a checkpoint about its data, so that held-out targets stay held out."""
     return {
         "source": "generated",
         "seed": seed,
@@ -789,11 +800,11 @@ def new_record(
     }
 
 
-BLOCK = 256  # rows a block: the solver's arrays are of one block
+BLOCK = 256  # problems that are solved together
 
 
 def make_block(record: dict, split: str, index: int) -> list[dict]:
-    """Block number `index` of a split's endless stream of rows. Its problems have sizes[index %
+    """Block `index` of a split's endless stream of rows. Its problems have sizes[index %
     len(sizes)] numbers. Only training rows depend on the record's seed."""
     seed = record["seed"] if split == "train" else 0
     rng = np.random.default_rng([SPLITS.index(split), seed, index])
@@ -812,7 +823,8 @@ def make_rows(rng, nums: np.ndarray, target: np.ndarray, kinds=KINDS) -> list[di
     """`make_row` for each of nums (problems, k) and target (problems,), all solvable."""
     steps, _ = programs(nums)
     efforts = plan_efforts(steps, target)
-    row_rng = random.Random(int(rng.integers(2**62)))  # faster where numbers are drawn singly
+    # Python's generator, which is faster than numpy's if numbers are drawn one by one
+    row_rng = random.Random(int(rng.integers(2**62)))
     rows = []
     for index, (own_nums, own_target) in enumerate(zip(nums.tolist(), target.tolist())):
         problem = SolvedProblem(own_nums, own_target, index, steps, efforts)
@@ -823,8 +835,8 @@ def make_rows(rng, nums: np.ndarray, target: np.ndarray, kinds=KINDS) -> list[di
 def generate(
     record: dict, split: str, num: int, offset: int = 0, map_function=map
 ) -> Iterator[dict]:
-    """Rows offset .. offset + num of a split's stream; map_function applies a function to blocks (a
-    pool's imap: in parallel)."""
+    """Rows offset .. offset + num of a split's stream. map_function maps a function over blocks:
+    the imap of a multiprocessing pool does it in parallel."""
     indices = range(offset // BLOCK, -(-(offset + num) // BLOCK))  # -(-a // b) rounds up
     blocks = map_function(partial(make_block, record, split), indices)
     rows = itertools.chain.from_iterable(blocks)
@@ -839,7 +851,7 @@ REFERENCE = "yangxw/countdown-backtracking"  # the reference's dataset on the Hu
 
 
 def to_whole(value, smallest: int) -> int:
-    """A whole number, also of `51.0` or of text. Raises ValueError or TypeError."""
+    """A whole number; 51.0 and "51" are accepted. Raises ValueError or TypeError."""
     real = float(value)
     if isinstance(value, bool) or real != int(real) or real < smallest:
         raise ValueError
@@ -847,7 +859,7 @@ def to_whole(value, smallest: int) -> int:
 
 
 def to_list(value, smallest: int, fewest: int = 0) -> list[int]:
-    """A list of whole numbers, also of its text. Raises ValueError or TypeError."""
+    """A list of whole numbers; its JSON text is accepted. Raises ValueError or TypeError."""
     values = json.loads(value) if isinstance(value, str) else value
     if not isinstance(values, list):
         raise TypeError
@@ -857,13 +869,13 @@ def to_list(value, smallest: int, fewest: int = 0) -> list[int]:
 
 
 def to_text(value) -> str:
-    """Text without blanks and newlines around it. Raises TypeError."""
+    """Text, stripped of blanks and newlines at both ends. Raises TypeError."""
     if not isinstance(value, str):
         raise TypeError
     return value.strip()
 
 
-COLUMNS = {  # of a row: (what it must be, what makes it so)
+COLUMNS = {  # of a row: (what it must be, a function that converts to it)
     "nums": ("positive whole numbers", partial(to_list, smallest=1, fewest=1)),
     "target": ("a whole number", partial(to_whole, smallest=-(2**62))),
     "search_path": ("text", to_text),
@@ -873,7 +885,7 @@ PROBLEM_COLUMNS = ("nums", "target")
 ROW_COLUMNS = (*PROBLEM_COLUMNS, "search_path")
 
 
-NAMES = {"train": ["train"], "val": ["val", "dev"]}  # what files of a part have in their names
+NAMES = {"train": ["train"], "val": ["val", "dev"]}  # how the files of each part are named
 TO_JSON = (
     "python -c \"import pandas; pandas.read_parquet('FILE.parquet')"
     ".to_json('FILE.jsonl', orient='records', lines=True)\""
@@ -881,7 +893,7 @@ TO_JSON = (
 
 
 def read_rows(path: Path, columns: Sequence[str] = ROW_COLUMNS) -> list[dict]:
-    """Rows of a JSON Lines file, or of a JSON file that is one list of rows or has it as "data".
+    """The rows of a JSON Lines file, or of a JSON file that is a list of rows or has one as "data".
     Raises UserError that names the line."""
     try:
         text = path.read_text(encoding="utf-8-sig")  # with a byte-order mark or without
@@ -899,11 +911,12 @@ def read_rows(path: Path, columns: Sequence[str] = ROW_COLUMNS) -> list[dict]:
 
 
 def read_json_or_lines(text: str, path: Path):
-    """JSON; or, of JSON Lines, the list of what they hold. Raises UserError that names a line."""
+    """The content of JSON, or the list of JSON Lines' contents. Raises UserError that names the
+    line."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
-        pass  # several lines, or none that is right
+        pass  # it may be JSON Lines
     rows = []
     for line_number, line in enumerate(text.split("\n"), 1):
         try:
@@ -915,7 +928,7 @@ def read_json_or_lines(text: str, path: Path):
 
 
 def check_row(row, columns: Sequence[str], place: str) -> None:
-    """Make every column what it must be. Raises UserError where one cannot be, or is lacking."""
+    """Convert every column to what it must be. Raises UserError if that fails or one is missing."""
     for column, (what, convert) in COLUMNS.items():
         present = isinstance(row, dict) and column in row
         if column in columns and not present:
@@ -930,11 +943,12 @@ def check_row(row, columns: Sequence[str], place: str) -> None:
 
 
 def doubtful_rows(rows: list[dict]) -> list[str]:
-    """A line for each kind of training row that is probably not what it should be."""
+    """Warnings, one for each kind of training row that is probably wrong."""
+    signs = re.escape("".join(OPERATORS) + "=")
     found = {}
     for row_number, row in enumerate(rows, 1):
         doubt = None
-        if re.search(r"\s[-+*/=]|[-+*/=]\s", row["search_path"]):
+        if re.search(rf"\s[{signs}]|[{signs}]\s", row["search_path"]):
             doubt = "have blanks around a sign"
         elif not row["search_path"].endswith((GOAL, BACKTRACK)):
             doubt = f"end neither in {GOAL!r} nor in {BACKTRACK!r}"
@@ -979,7 +993,7 @@ def are_sizes(value) -> bool:
 
 
 def are_held_out(value) -> bool:
-    """Some of the targets, and not all: or there would be nothing to draw."""
+    """Some of the targets, but not all of them: training needs some, too."""
     is_target = partial(is_whole, low=TARGETS.start, high=TARGETS.stop)
     return is_list(value, is_target) and 0 < len(set(value)) < len(TARGETS)
 
@@ -1000,8 +1014,8 @@ RECORD_FIELDS = {  # of record.json
 
 
 def load_record(name: str, repo_type: str = "model") -> dict:
-    """What a checkpoint or dataset was made from; where nobody wrote it down: the reference's, or
-    itself. Raises UserError."""
+    """record.json of a checkpoint or dataset: what it was made from. Without one a checkpoint is
+    assumed to be made from the reference's data, a dataset from itself. Raises UserError."""
     if repo_type == "dataset" and Path(name).is_file():
         return {"source": name}
     patterns = ["record.json"] if repo_type == "dataset" else None
@@ -1017,13 +1031,13 @@ def load_record(name: str, repo_type: str = "model") -> dict:
 
 
 def whole_path(name: str) -> str:
-    """A path as one that works from any folder; a name on the Hub as it is."""
+    """A path, made absolute; a name on the Hub is left as it is."""
     return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def load_rows(data: str, record: dict, num: int, offset: int = 0) -> list[dict]:
-    """Rows offset .. offset + num of a split by the checkpoint's record, of `dataset:split` or of a
-    file. Raises UserError."""
+    """Rows offset .. offset + num of a split of the checkpoint's data (its record), of
+    `dataset:split` or of a file. Raises UserError."""
     dataset, _, split = data.rpartition(":")
     if data not in SPLITS and Path(data).is_file():
         rows = read_rows(Path(data), PROBLEM_COLUMNS)[offset : offset + num]
@@ -1054,7 +1068,7 @@ def is_one_file(record: dict) -> bool:
 
 
 def warn_of_unlike(record: dict, rows: list[dict]) -> None:
-    """Say so where problems are not of the kind that a checkpoint was trained on."""
+    """Warn if problems are not of the kind that a checkpoint was trained on."""
     if record["source"] != "generated":
         return
     targets = ANY_TARGETS if record.get("any_target") else TARGETS
@@ -1069,16 +1083,16 @@ def warn_of_unlike(record: dict, rows: list[dict]) -> None:
 
 
 def load_validation(record: dict, num: int, offset: int = 0) -> dict[str, list[dict]]:
-    """Rows of both validation splits; none, and a line that says so, where the data was a file.
-    Raises UserError."""
+    """The rows of both validation splits; if the data was a file, none, and a warning. Raises
+    UserError."""
     if is_one_file(record):
-        note(f"no table, for {record['source']} has no validation splits")
+        note(f"no table, because {record['source']} has no validation splits")
         return {}
     return {split: load_rows(split, record, num, offset) for split in ("val", "val_new")}
 
 
 def unknown_text(backend: tokenizers.Tokenizer, texts: list[str]) -> str:
-    """Which text a tokenizer refuses, and from which character on."""
+    """An error message: which text the tokenizer refuses, and from which character on."""
 
     def knows(text: str) -> bool:
         try:
@@ -1103,17 +1117,18 @@ def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     except Exception as error:  # the library raises bare Exceptions
         raise UserError(f"{path} cannot be read: {error}") from None
     if largest >= MOST_TOKENS:
-        raise UserError(f"{path} has a token number {largest}: an embedding so large is no use")
+        raise UserError(f"{path} has a token {largest}: an embedding of this size is not supported")
     backend.no_padding()  # the file may ask for either
     backend.no_truncation()
     return backend
 
 
+# only other programs use these
 CARRIED = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 
 
 def read_carried(folder: Path) -> dict[str, str]:
-    """Files that only other programs have a use for, and that are saved as they were opened."""
+    """The content of the files that are saved again as they were read."""
     found = {}
     for name in CARRIED:
         if (folder / name).is_file():
@@ -1122,7 +1137,7 @@ def read_carried(folder: Path) -> dict[str, str]:
 
 
 def read_eos(folder: Path, backend: tokenizers.Tokenizer) -> str:
-    """The end-of-text token: tokenizer_config.json says it, or else config.json its number.
+    """The end-of-text token: named in tokenizer_config.json, or else by its id in config.json.
     Raises UserError."""
     eos_text = None
     if (folder / "tokenizer_config.json").exists():
@@ -1137,25 +1152,25 @@ def read_eos(folder: Path, backend: tokenizers.Tokenizer) -> str:
     if eos_text is None and backend.token_to_id(EOS) is not None:
         eos_text = EOS
     if not isinstance(eos_text, str):
-        raise UserError(f"{folder} does not tell its end-of-text token")
+        raise UserError(f"{folder} does not say what its end-of-text token is")
     return eos_text
 
 
 # ---- Rows to look at -----------------------------------------------------------------------------
 
-# as terminals number them; search.py and its page have the same
+# terminals' codes; search.py and its page use the same colours
 COLOURS = {"dim": 2, "wrong": 31, "right": 32, "stopped": 33, "branched": 36}
 
 
 def paint(text: str, colour: str) -> str:
-    """The text, in colour where a terminal shows it."""
+    """The text, in colour if stdout is a terminal."""
     if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
         return text
     return f"\033[{COLOURS[colour]}m{text}\033[0m"
 
 
 def show_row(tokenizer: Tokenizer, row: dict, mask: str) -> str:
-    """A row as text: the prompt dim, what is learned green, and in brackets, cyan, what is not."""
+    """A row as text: the prompt dim, tokens with loss green, tokens without cyan, in brackets."""
     [(input_ids, labels)] = tokenizer.encode_rows([row], mask)
     [prompt] = tokenizer.prompts([row])
     shown = paint(prompt_text(row["nums"], row["target"]), "dim")
@@ -1174,7 +1189,7 @@ def show_row(tokenizer: Tokenizer, row: dict, mask: str) -> str:
 
 
 def show_rows(record: dict, num: int, mask: str) -> None:
-    """Print training rows: of every kind one, and then another."""
+    """Print training rows: one of every kind, then another of every kind, and so on."""
     tokenizer = Tokenizer.digits()
     by_kind = {}
     for row in generate(record, "train", 256 + 16 * num):

@@ -1,18 +1,18 @@
-"""Self-improvement: expert iteration turns slow search into fast answers (paper, section 4.3). Read
-last.
+"""Self-improvement: expert iteration turns slow search into fast answers (paper, section 4.3).
+Read last.
 
-A search may find an answer only after stepping back. The row that is kept holds this answer alone,
-without the mistakes and the steps back that led to it. A model that is trained on such rows comes
-to give the answer at once, by greedy decoding.
+A search may find an answer only after stepping back. We keep the answer alone, as a row, without
+the mistakes and the steps back that led to it. A model that is trained on such rows learns to give
+the answer at once, by greedy decoding.
 
 A round searches training problems and keeps three kinds of rows:
 
-- D_op: of each problem that was solved, the best right answer. This is the paper's.
-- D_back: answers that were chosen but are wrong, cut after the action that fails (if any does).
+- D_op: for each problem that was solved, the best right answer. This is the paper's.
+- D_back: answers that were selected but are wrong, cut after the action that fails, if one fails.
 - D_back: a few rows of the usual training data, so that stepping back is not forgotten.
 
-For example, `evaluate` (in search.py) says of two problems, both with the numbers 2, 4, 10, 25 and
-the target 60, among other things:
+For example, two problems have the numbers 2, 4, 10, 25 and the target 60. `evaluate` (in
+search.py) returns, among other things:
 
     response      4-2=2 25*2=50 50+10=60 Goal Reached!      4-2=2 25*2=52 52+8=60 Goal Reached!
     correct       True                                      False
@@ -20,10 +20,9 @@ the target 60, among other things:
     failed_action None                                      2
 
 The first becomes the row of D_op `4-2=2 25*2=50 50+10=60 Goal Reached!`, the second the row of
-D_back `4-2=2 25*2=52 <backtrack>`, whose two actions are named in `no_loss`. (Blanks stand for
-newlines.)
+D_back `4-2=2 25*2=52 <backtrack>`, whose two actions carry no loss. (Blanks stand for newlines.)
 
-The validation problems that accuracy is reported on are never trained on.
+Accuracy is reported on validation problems, which are never trained on.
 
     python improve.py --ckpt checkpoint
 """
@@ -31,6 +30,7 @@ The validation problems that accuracy is reported on are never trained on.
 import argparse
 import copy
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -42,29 +42,41 @@ from search import PAPER_SEARCH, Settings, compare, evaluate
 from train import Batches, as_flags, fit, load_state, rebuild, save, typed_flags
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """How a round trains on the rows that it keeps. The defaults suit a small model that has been
+    trained well. One that has seen few solutions gains more from a larger lr (assets/NOTES.md)."""
+
+    epochs: int = 3
+    batch_size: int = 64  # rows on each device
+    lr: float = 2e-4
+    muon: bool = True  # else AdamW
+    mask: str = "choice"  # the loss mask, see data.py
+
+
 def expert_iteration(
     model: Llama, tokenizer: Tokenizer, record: dict, validation: dict, options, rounds_done, log
 ) -> None:
-    """Measure; then, round after round, improve, save, measure and save. Every round goes on from
-    the model of the round before, with the next problems and a new optimizer.
+    """Measure; then, round after round, improve, save, measure and save. Every round continues with
+    the model of the round before, on new problems, with a new optimizer.
 
-    record: where problems come from, if not from --data (generated ones are new: `main` gives the
-    record a seed that training did not have); validation: {split: problems} to measure on; log: a
-    line of every round. Raises UserError."""
+    record: the source of the problems, unless --data gives another (generated ones are new, because
+    `main` gives the record a seed that training did not have). validation: {split: problems} to
+    measure on. log: a line for every measurement. Raises UserError."""
     settings = search_settings(options)
+    tuning = tuning_settings(options, record)
     source = {"source": options.data} if options.data else record
-    for done in range(rounds_done, options.rounds + 1):  # how many rounds are done, at first none
-        is_measured = len(log) > done  # by the run that is resumed
-        if not is_measured:
+    for done in range(rounds_done, options.rounds + 1):  # rounds that are complete
+        if len(log) <= done:  # else the resumed run has measured it already
             log.append(measure(model, tokenizer, validation, settings, done))
             save_round(model, tokenizer, record, log, options, done)
         if done < options.rounds:
             rows = load_rows("train", source, options.num, options.num * done)
-            improve(model, tokenizer, rows, settings, record, options, done + 1)
+            improve(model, tokenizer, rows, settings, tuning, done + 1)
             save_round(model, tokenizer, record, log, options, done + 1)
 
 
-def improve(model, tokenizer, rows, settings, record, options, round_number: int) -> None:
+def improve(model, tokenizer, rows, settings: Settings, tuning: Tuning, round_number: int) -> None:
     """One round: search the problems of `rows`, keep three kinds of rows, fine-tune on them. Raises
     UserError if the search solved none."""
     answers = evaluate(copy_to_search(model), tokenizer, rows, settings)
@@ -72,18 +84,18 @@ def improve(model, tokenizer, rows, settings, record, options, round_number: int
     mistakes = own_mistakes(rows, answers)
     if not solved:
         raise UserError("the search solved nothing to learn from: start from a better checkpoint")
-    # at most as many mistakes as solutions, and some of D_back
     back = [row for row in rows if row.get("search_path", "").endswith(BACKTRACK)]
+    # at most as many mistakes as solutions, and a tenth as many of the usual D_back
     kept_rows = solved + mistakes[: len(solved)] + back[: len(solved) // 10]
-    fine_tune(model, tokenizer, kept_rows, record, options, options.seed + round_number)
+    fine_tune(model, tokenizer, kept_rows, tuning, settings.seed + round_number)
     if is_main():
         found = f"solved {len(solved)} of {len(rows)}, trained on {len(kept_rows)} rows"
         print(f"round {round_number}: {found}", flush=True)
 
 
 def copy_to_search(model: Llama) -> Llama:
-    """A copy in the device's best dtype, in which search.py searches, too. (Training goes on with
-    the weights in fp32.)"""
+    """A copy in the device's best dtype, as search.py opens it. (Training needs the weights in
+    fp32.)"""
     copied = copy.deepcopy(model)
     dtype = best_dtype(device_rank_world()[0])
     for parameter in copied.parameters():
@@ -92,26 +104,26 @@ def copy_to_search(model: Llama) -> Llama:
 
 
 def solved_rows(rows: list[dict], answers: list[dict]) -> list[dict]:
-    """D_op from what the search found: of each problem the best candidate that verifies, if there
-    is one, even where the search chose another that does not."""
+    """D_op from what the search found: for each problem the best candidate that verifies, if there
+    is one, even if the search selected another that does not."""
     kept_rows = []
     for row, answer in zip(rows, answers):
-        for solution in answer["solutions"][:1]:  # one, or none
-            kept_rows.append(training_row(row, solution, no_loss=[]))
+        if answer["solutions"]:
+            kept_rows.append(training_row(row, answer["solutions"][0], no_loss=[]))
     return kept_rows
 
 
 def own_mistakes(rows: list[dict], answers: list[dict]) -> list[dict]:
-    """D_back from answers that were chosen but are wrong: cut after the action that fails, or whole
-    where only the end misses the target. All actions are named in `no_loss`: an earlier one may
-    have lost the target already. (An answer that stops while numbers are left is not used: it may
-    be right so far.)"""
+    """D_back from answers that were selected but are wrong. They are cut after the action that
+    fails; if none fails, and only the last result misses the target, they are kept whole. (If an
+    answer stops while numbers are left, it may be right so far, and is not used.) No action carries
+    loss, because an earlier one may already have lost the target."""
     kept_rows = []
     for row, answer in zip(rows, answers):
         actions = answer["response"].split("\n")[:-1]  # without `Goal Reached!`
         uses_all = len(actions) == len(row["nums"]) - 1
         if answer["failed_action"]:
-            actions = actions[: answer["failed_action"]]  # up to and with it: it counts from 1
+            actions = actions[: answer["failed_action"]]  # including it: failed_action is 1-based
         elif answer["correct"] or not uses_all:
             continue
         response = "\n".join([*actions, BACKTRACK])
@@ -124,20 +136,13 @@ def training_row(problem: dict, response: str, no_loss: list[int]) -> dict:
     return {"nums": nums, "target": target, "search_path": response, "no_loss": no_loss}
 
 
-def fine_tune(model, tokenizer, kept_rows, record, options, seed: int) -> None:
-    """A few epochs over what a round has kept, with the optimizer and mask of the checkpoint's own
-    training, if its record tells them; else with the paper's. No weight decay, as in the
-    reference. The default learning rate is for a model that is trained well; one that has seen few
-    solutions gains more by a larger one (assets/NOTES.md)."""
+def fine_tune(model, tokenizer, kept_rows: list[dict], tuning: Tuning, seed: int) -> None:
+    """A few epochs over the rows that a round has kept. No weight decay, as in the reference."""
     device, rank, world = device_rank_world()
-    training = record.get("settings", {})
-    uses_muon = training.get("optimizer") == "muon"
-    loss_mask = training.get("mask", "action")
-    peak_lr = options.lr or (2e-4 if uses_muon else 1e-5)
-    batches = Batches(kept_rows, tokenizer, options.batch_size, 1, seed, rank, world, loss_mask)
-    steps = -(-len(kept_rows) * options.epochs // batches.rows_per_step)  # rounded up
+    batches = Batches(kept_rows, tokenizer, tuning.batch_size, 1, seed, rank, world, tuning.mask)
+    steps = -(-len(kept_rows) * tuning.epochs // batches.rows_per_step)  # rounded up
     dtype = best_dtype(device)
-    fit(model, batches, steps, peak_lr, 10, weight_decay=0.0, muon=uses_muon, dtype=dtype)
+    fit(model, batches, steps, tuning.lr, 10, weight_decay=0.0, muon=tuning.muon, dtype=dtype)
 
 
 # ==== Plumbing: a first reading may stop here =====================================================
@@ -150,8 +155,18 @@ def search_settings(options: argparse.Namespace) -> Settings:
     return Settings(b=options.b, n=options.n, seed=options.seed, **chosen)
 
 
+def tuning_settings(options: argparse.Namespace, record: dict) -> Tuning:
+    """The optimizer and the mask are those of the checkpoint's own training, if its record has
+    them, and else the paper's."""
+    training = record.get("settings", {})
+    uses_muon = training.get("optimizer") == "muon"
+    lr = options.lr or (Tuning.lr if uses_muon else 1e-5)
+    mask = training.get("mask", "action")
+    return Tuning(options.epochs, options.batch_size, lr, uses_muon, mask)
+
+
 def measure(model, tokenizer, validation: dict, settings: Settings, rounds_done: int) -> dict:
-    """Print the table of greedy decoding and search; the line of log.jsonl."""
+    """Print a table of greedy decoding and search. Returns the line for log.jsonl."""
     title = f"after round {rounds_done}" if rounds_done else "before"
     decoders = ["greedy", "self_backtrack"]
     results = compare(copy_to_search(model), tokenizer, validation, decoders, settings, title)
@@ -162,8 +177,8 @@ def measure(model, tokenizer, validation: dict, settings: Settings, rounds_done:
 
 
 def save_round(model, tokenizer, record: dict, log: list[dict], options, rounds_done: int) -> None:
-    """Save, from where --resume goes on."""
-    if is_main() and rounds_done:  # one of the ranks is enough
+    """Save, so that --resume continues after this round."""
+    if is_main() and rounds_done:
         settings = vars(options).copy()
         del settings["out"], settings["resume"]
         save(
@@ -172,43 +187,41 @@ def save_round(model, tokenizer, record: dict, log: list[dict], options, rounds_
 
 
 def arguments() -> tuple[argparse.Namespace, dict | None]:
-    """The command line; and with --resume the state of the run, whose own settings count where
-    none are given. Raises UserError."""
+    """The command line, and with --resume the state of the run: its saved settings are then the
+    defaults. Raises UserError."""
     options = Arguments("Expert iteration: search, verify, keep, fine-tune, repeat.")
     add = options.add_argument_group("what to improve, and where to save it").add_argument
     add("--ckpt", type=whole_path, default="checkpoint", help="a folder or Hub id")
-    add("--data", type=whole_path, help="problems; else as in its training")
+    add("--data", type=whole_path, help="problems; default: those of its training")
     add("--out", metavar="DIR", type=Path, default="improved", help="the folder to save to")
-    add("--resume", action="store_true", help="go on after --out's last round")
+    add("--resume", action="store_true", help="continue after --out's last round")
     add("--num_eval", metavar="N", type=number(int, 1), default=300, help="problems a split")
     add = options.add_argument_group("the search of a round").add_argument
     add("--rounds", metavar="N", type=number(int, 1), default=3, help="how many")
     add("--num", metavar="N", type=number(int, 1), default=15_000, help="problems a round")
-    add("--b", metavar="B", type=number(int, 0), default=1, help="how often to step back")
-    add("--n", metavar="N", type=number(int, 1), default=16, help="samples a state")
-    add("--temperature", metavar="X", type=number(float, 0.001), help="else search.py's")
-    add("--paper", action="store_true", help="search by the paper's rule")
+    add("--b", metavar="B", type=number(int, 0), default=1, help="rounds of stepping back")
+    add("--n", metavar="N", type=number(int, 1), default=16, help="samples of each state")
+    add("--temperature", metavar="X", type=number(float, 0.001), help="default: search.py's")
+    add("--paper", action="store_true", help="sample and select as the paper does")
     add("--seed", metavar="N", type=number(int, 0), default=0, help="of problems")
     add = options.add_argument_group("training on what it kept").add_argument
-    add("--epochs", metavar="N", type=number(int, 1), default=3, help="over what it kept")
-    add("--lr", metavar="X", type=number(float, 0, True), help="else 2e-4; 1e-5 of AdamW")
-    add("--batch_size", metavar="N", type=number(int, 1), default=64, help="rows")
+    add("--epochs", metavar="N", type=number(int, 1), default=3, help="over these rows")
+    add("--lr", metavar="X", type=number(float, 0, True), help="default: 2e-4, or AdamW's 1e-5")
+    add("--batch_size", metavar="N", type=number(int, 1), default=64, help="rows, on each device")
     switch = argparse.BooleanOptionalAction
     add("--gradient_checkpointing", action=switch, help="saves memory")
     known = options.parse_known_args()[0]
     if not known.resume:
         if (known.out / RESUME).exists():
-            note(
-                f"the first round will replace the run in {known.out}: --resume would go on with it"
-            )
+            note(f"the first round will replace the run in {known.out}: --resume would continue it")
         return options.parse_args(), None
     if "--ckpt" in typed_flags():
-        note(f"--resume goes on from {known.out}: --ckpt has no effect")
+        note(f"--resume continues the run in {known.out}: --ckpt has no effect")
     state = load_state(known.out, ("round", "settings"))
     options = options.parse_args(as_flags(state["settings"]) + sys.argv[1:])
     if state["round"] >= options.rounds:
         note(
-            f"{options.out} is after round {state['round']} of {options.rounds}: give --rounds more"
+            f"{options.out} is after round {state['round']} of {options.rounds}: increase --rounds"
         )
     return options, state
 
@@ -216,11 +229,12 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
 def main() -> None:
     options, state = arguments()
     device = device_rank_world()[0]
-    if not state and options.ckpt == "checkpoint":  # were it there, --ckpt would be its whole path
+    # whole_path has made it absolute if there is such a folder
+    if not state and options.ckpt == "checkpoint":
         raise UserError("no folder checkpoint: run train.py first, or give --ckpt")
     tokenizer = Tokenizer.from_pretrained(options.out if state else options.ckpt)
     with replacing(options.out):
-        pass  # if it cannot be written to, say so now
+        pass  # raises now if it cannot be written to
     if state:
         model = rebuild(options.out, state).to(device)
         record = state["record"]
@@ -228,8 +242,8 @@ def main() -> None:
         state = {"round": 0, "log": []}
         model = Llama.from_pretrained(options.ckpt, device, torch.float32)
         record = load_record(options.ckpt)
-        # Of generated data: another seed than training had, so that its problems are unseen. It is
-        # saved with the model, so that improving that one again takes still another.
+        # Generated problems get another seed than training had, so that they are new. It is saved
+        # with the model, so that improving the improved one uses yet another.
         record["seed"] = record.get("seed", 0) + 1_000_000 * (options.seed + 1)
     model.model.gradient_checkpointing = options.gradient_checkpointing
     if is_main():

@@ -2,16 +2,16 @@
 
 Self-backtracking (arXiv 2502.04404) in five files:
 
-    model.py     a language model, and a cache in which stepping back moves nothing
+    model.py     a language model, and a key/value cache in which stepping back copies nothing
     data.py      what it is trained on: solutions, and mistakes that end in `<backtrack>`
     search.py    sample answers; where the model says `<backtrack>`, drop its last line and branch
     train.py     the training loop
-    improve.py   train on what the search found, so that greedy decoding improves
+    improve.py   expert iteration: train on what the search found
 
-Modules carry Hugging Face's names, so that checkpoints pass from here to transformers and back.
+Modules have Hugging Face's names, so that checkpoints can be exchanged with transformers.
 
-Shapes: B rows, T new tokens, S columns that they see, H query heads, K key/value heads, D head
-size, C hidden size, V vocabulary.
+Shapes: B rows of a batch, T new tokens, S positions that they attend to, H query heads, K key/value
+heads, D head size, C hidden size, V vocabulary size.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # noqa: F401  if imported later, it keeps a group alive
+import torch.distributed.nn.functional  # noqa: F401  imported later, it would keep a process group alive
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict, snapshot_download
@@ -44,8 +44,8 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclasses.dataclass
 class LlamaConfig:
-    """The fields of Hugging Face's config.json that decide what Llama computes. (The defaults have
-    Llama-3.2-1B's sizes; its rope_scaling comes with its checkpoint.)"""
+    """The fields of Hugging Face's config.json that determine what Llama computes. (The defaults
+    are the sizes of Llama-3.2-1B; its rope_scaling comes with its checkpoint.)"""
 
     vocab_size: int = 128256
     hidden_size: int = 2048
@@ -69,13 +69,13 @@ class LlamaConfig:
 
 
 def rope_frequencies(config: LlamaConfig) -> torch.Tensor:
-    """(D / 2,) fp32: the radians by which a position turns each pair of dimensions.
+    """(D / 2,) fp32: the angle, in radians, by which one position rotates each pair of dimensions.
 
-    Llama 3 stretches the slow ones, to see further than it was first trained to. A pair that turns
-    less than `low_freq_factor` times over the original context turns `factor` times more slowly. A
-    pair that turns more than `high_freq_factor` times stays as it is. Pairs in between are blended.
+    Llama 3 lowers the slow frequencies to extend its context. A pair that makes fewer than
+    `low_freq_factor` turns over the original context rotates `factor` times more slowly. A pair
+    that makes more than `high_freq_factor` turns is left as it is. Pairs in between are blended.
     """
-    # on the CPU even where a checkpoint is opened without memory (see load_llama)
+    # explicitly on the CPU, for load_llama builds the model on the meta device, without memory
     exponent = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
     frequency = config.rope_theta**-exponent
     scaling = config.rope_scaling
@@ -84,13 +84,13 @@ def rope_frequencies(config: LlamaConfig) -> torch.Tensor:
     turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
     low = scaling["low_freq_factor"]
     high = scaling["high_freq_factor"]
-    share_kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow, stretched; 1: fast, kept
+    share_kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow, lowered; 1: fast, kept
     return torch.lerp(frequency / scaling["factor"], frequency, share_kept)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE: turn x (B, H, T, D) by angles whose cos and sin (B or 1, 1, T, D / 2) are given.
-    Dimension i is paired with i + D / 2."""
+    """RoPE: rotate x (B, H, T, D) by angles, given their cos and sin (B or 1, 1, T, D / 2).
+    Dimension i is paired with dimension i + D / 2."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -99,28 +99,14 @@ def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Grouped-query attention of q (B, H, T, D) over k, v (B, K, S, D); returns (B, H, T, D).
-    mask (B, 1, T, S) of q's dtype is 0 where a token may look and -inf where it may not; without
-    one (and S = T) it sees all tokens up to its own."""
+    mask (B, 1, T, S), of q's dtype, is 0 where a token may attend and -inf where it may not.
+    Without a mask attention is causal, and S = T."""
     is_grouped = q.shape[1] != k.shape[1]  # H query heads share K key heads
     if mask is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=is_grouped)
-    if q.is_cpu:  # where, in bf16, PyTorch's own is far slower to train with
+    if q.is_cpu:  # PyTorch's own is as fast in fp32, but far slower to train with in bf16
         return attend_on_cpu(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)
-
-
-def attend_on_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
-    """Causal attention, written out. Query heads that share a key head are stacked along T, so that
-    one product per key head is enough: with H = 8 and K = 2, heads 0 to 3 are 4 * T queries of key
-    head 0."""
-    B, H, T, D = q.shape
-    K = k.shape[1]
-    sees = torch.ones(T, T, dtype=torch.bool).tril()
-    stacked = (q * D**-0.5).reshape(B, K, H // K * T, D)
-    scores = stacked @ k.transpose(-1, -2)  # (B, K, H/K * T, T)
-    scores = scores.view(B, H, T, T).masked_fill(~sees, -torch.inf)
-    weights = scores.softmax(-1).view(B, K, H // K * T, T)
-    return (weights @ v).view(B, H, T, D)
 
 
 class LlamaAttention(nn.Module):
@@ -129,7 +115,7 @@ class LlamaAttention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         query_size = config.num_attention_heads * config.head_dim
-        key_size = config.num_key_value_heads * config.head_dim  # of values, too
+        key_size = config.num_key_value_heads * config.head_dim  # the same for the values
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
@@ -178,8 +164,8 @@ class LlamaDecoderLayer(nn.Module):
 class LlamaModel(nn.Module):
     """Embedding, layers, last norm: token ids (B, T) -> hidden states (B, T, C)."""
 
-    gradient_checkpointing = False  # keep each layer's input, recompute the rest in backward
-    compiled_layer = None  # LlamaDecoderLayer.forward as torch.compile made it, see train.py
+    gradient_checkpointing = False  # keep only each layer's input; recompute the rest in backward
+    compiled_layer = None  # LlamaDecoderLayer.forward, compiled (set by `fit` in train.py)
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -207,9 +193,9 @@ class LlamaModel(nn.Module):
         return self.norm(x)
 
     def run_layer(self, layer: LlamaDecoderLayer, x, cos, sin, cached_rows):
-        """One layer: compiled, or with gradient checkpointing, if the attributes above say so. The
-        layer is compiled, not the model, so that all layers share the compiled code. Searches use
-        the plain layer."""
+        """One layer: compiled and with gradient checkpointing, as the attributes above say. The
+        layer is compiled rather than the model, so that all layers share the compiled code. A
+        search always uses the plain layer."""
         forward = layer
         if self.compiled_layer and cached_rows is None:
             forward = partial(self.compiled_layer, layer)
@@ -251,8 +237,8 @@ class Llama(nn.Module):
             targets = labels[:, 1:].flatten()  # position t predicts the token at t + 1
             chosen = loss_positions(targets)
             logits = self.lm_head(hidden[:, :-1].flatten(0, 1)[chosen])  # (chosen, V)
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            return F.cross_entropy(wide, targets[chosen], reduction="sum")
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return F.cross_entropy(logits, targets[chosen], reduction="sum")
         if last is not None:
             hidden = hidden[torch.arange(len(last), device=last.device), last]  # (B, C)
         return self.lm_head(hidden)
@@ -261,40 +247,28 @@ class Llama(nn.Module):
     def from_pretrained(
         cls, name: str | Path, device="cpu", dtype: torch.dtype | None = None, vocab_size: int = 0
     ) -> "Llama":
-        """Open a folder or a Hub id in Hugging Face's layout; `dtype` None keeps the file's. Where
-        the embedding and the head have fewer than vocab_size rows, they grow by rows that are the
-        mean of the others: so `<backtrack>` joins a vocabulary. Raises UserError."""
+        """Open a folder or a Hub id in Hugging Face's layout; `dtype` None keeps the file's. If the
+        embedding and the head have fewer than vocab_size rows, new rows are added, each the mean of
+        the old ones: this is how `<backtrack>` joins a vocabulary. Raises UserError."""
         return load_llama(checkpoint_folder(name), device, dtype, vocab_size)
 
     def save_pretrained(
         self, folder: str | Path, dtype: torch.dtype = torch.bfloat16, record: str = ""
     ) -> None:
-        """Write config.json and model.safetensors (beyond 5 GB: shards with their index). The
-        weights remember which record.json, of this text, belongs to them. Raises UserError."""
+        """Write config.json and model.safetensors (above 5 GB: shards with an index). A hash of
+        `record`, the text of record.json, is stored with the weights, so that a record.json that
+        does not belong to them is noticed. Raises UserError."""
         save_llama(self, Path(folder), dtype, record)
-
-
-def loss_positions(targets: torch.Tensor) -> torch.Tensor:
-    """The positions whose logits the loss needs: where targets, int64 of one axis, are not -100.
-
-    On a CPU some others are added, so that there are a multiple of 64, if there are enough: there
-    PyTorch builds and keeps a kernel for every new size of a matrix product. Their target is -100,
-    so that cross_entropy leaves them out."""
-    labelled = (targets != -100).nonzero()[:, 0]
-    if not targets.is_cpu:
-        return labelled
-    filler = (targets == -100).nonzero()[: -len(labelled) % 64, 0]
-    return torch.cat([labelled, filler])
 
 
 # ---- The cache -----------------------------------------------------------------------------------
 
 
 class KVCache:
-    """Keys and values of every layer, a slot for each token.
+    """The keys and values of every layer, with one slot for each token.
 
-    A row of a batch owns no memory. It is a list of slots, one for each of its tokens, so that rows
-    which begin alike share their beginning. The two operations of the search move no key or value:
+    A row of a batch owns no memory. It is a list of slots, one for each of its tokens, and rows
+    that begin with the same tokens share slots. So the search's operations copy no key or value:
 
         row [3, 5, 6]  takes two different tokens     -> [3, 5, 6, 9] and [3, 5, 6, 4]: a fork
         row [3, 5, 6, 4]  drops its last two tokens   -> [3, 5]: a step back
@@ -304,13 +278,13 @@ class KVCache:
 
     def __init__(self, config: LlamaConfig, slots: int, device, dtype: torch.dtype):
         shape = (config.num_hidden_layers, 2, slots, config.num_key_value_heads, config.head_dim)
-        # On a CPU a large cache costs what it holds: memory that was never written to is free.
+        # On a CPU a large cache takes no more memory than it holds: untouched pages are free.
         self.kv = torch.empty(shape, device=device, dtype=dtype)
         # Slot 0 belongs to no token: padding reads and writes it. Attention gives padding the
-        # weight 0, but 0 * NaN would be NaN, so it must begin as a finite number.
+        # weight 0, but 0 * NaN would be NaN, so slot 0 must be finite from the start.
         self.kv[:, :, 0] = 0
         self.free = list(range(slots - 1, 0, -1))
-        self.buffer = self.kv.new_empty(0)  # of `read`
+        self.buffer = self.kv.new_empty(0)  # what `read` returns lies here
 
     @staticmethod
     def bytes_per_slot(config: LlamaConfig, dtype: torch.dtype) -> int:
@@ -318,14 +292,14 @@ class KVCache:
         return vectors * config.head_dim * dtype.itemsize
 
     def lend(self) -> "Slot":
-        """A free slot, for one token. Raises UserError if there is none."""
+        """A free slot, for one token. Raises UserError if none is left."""
         if not self.free:
-            raise UserError("the cache is too small for this search: give it more --cache_gib")
+            raise UserError("the cache is too small for this search: increase --cache_gib")
         return Slot(self.free)
 
     def read(self, layer_idx: int, slots: torch.Tensor) -> torch.Tensor:
-        """The keys and values in slots (B, S): (2, B, S, K, D). As `self.kv[layer_idx][:, slots]`,
-        but into memory that is used again, which is much faster on a CPU."""
+        """The keys and values in slots (B, S): (2, B, S, K, D). The same as
+        `self.kv[layer_idx][:, slots]`, but in a buffer that is reused: much faster on a CPU."""
         stored = self.kv[layer_idx].flatten(2)  # (2, slots, K * D)
         needed = 2 * slots.numel() * stored.shape[2]
         if len(self.buffer) < needed:
@@ -337,9 +311,9 @@ class KVCache:
 
 
 class Slot:
-    """A token's place in the cache, lent until nobody refers to it any more: then Python deletes
-    the Slot, and the place is free again. (At once, unless a cycle of references keeps it alive;
-    search.py takes care that there is none.)"""
+    """A token's place in the cache. Python counts the references to it: when the last one goes, it
+    calls `__del__`, and the place is free again. (A cycle of references would keep it alive, so
+    search.py makes none.)"""
 
     __slots__ = ("number", "free")
 
@@ -352,14 +326,14 @@ class Slot:
 
 
 class CachedRows:
-    """The rows of a batch, as slots of a cache, while T new tokens of each pass the model.
+    """Where a batch's tokens are in the cache, while T new tokens of each row pass the model.
 
-    slots (B, S) int64: the numbers of the slots of each row's tokens, in order, the new ones
-        included; 0 where there is no token.
-    positions (B, T) int64: of the new tokens within their rows. Rows with fewer than T new tokens
-        are padded: the positions of padding lie beyond the row's end, where slots are 0.
+    slots (B, S) int64: the slot numbers of each row's tokens, in order and with the new ones; 0
+        where there is no token.
+    positions (B, T) int64: those of the new tokens in their rows. A row with fewer than T new
+        tokens is padded. Padding has positions beyond the row's end, where slots are 0.
 
-    Two rows, of which one gets two tokens, and the other one token and padding:
+    Two rows, one with two new tokens, the other with one new token and padding:
 
         slots       [3, 5, 6, 9]    positions    [2, 3]    new_slots    [6, 9]
                     [3, 7, 0, 0]                 [1, 2]                 [7, 0]
@@ -371,8 +345,8 @@ class CachedRows:
         self.positions = positions
         # (B, T): a row's token at position p has the slot in column p; padding has slot 0
         self.new_slots = slots.gather(1, positions)
-        # On a CPU rows attend 128 at a time, over no more columns than the longest of them has:
-        # neighbours have begun together, and are about as long. On a GPU all attend at once.
+        # On a CPU rows attend in blocks of 128, each over as many columns as its longest row has:
+        # adjacent rows began together and are of similar length. On a GPU all attend at once.
         rows_at_once = 128 if slots.is_cpu else len(slots)
         self.blocks = []  # [(which rows, their slots, their mask), ...]
         for begin in range(0, len(slots), rows_at_once):
@@ -385,8 +359,8 @@ class CachedRows:
             self.blocks.append((rows, slots[rows, :width], mask))
 
     def attend(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
-        """Write the new tokens' k, v (B, K, T, D) into the cache; return the attention (B, H, T, D)
-        of their q over their rows' tokens up to their own."""
+        """Write the new tokens' k, v (B, K, T, D) into the cache, and let their queries q
+        (B, H, T, D) attend, causally, to all cached tokens of their rows. Returns (B, H, T, D)."""
         keys, values = self.cache.kv[layer_idx]  # (slots, K, D)
         keys[self.new_slots] = k.transpose(1, 2)
         values[self.new_slots] = v.transpose(1, 2)
@@ -397,15 +371,45 @@ class CachedRows:
         return torch.cat(attended)
 
 
+# ---- For speed on a CPU --------------------------------------------------------------------------
+
+
+def attend_on_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
+    """Causal attention, written out. Query heads that share a key head are stacked along T, so that
+    there is one product per key head: with H = 8 and K = 2, heads 0 to 3 are 4 * T queries of key
+    head 0."""
+    B, H, T, D = q.shape
+    K = k.shape[1]
+    sees = torch.ones(T, T, dtype=torch.bool).tril()
+    stacked = (q * D**-0.5).reshape(B, K, H // K * T, D)
+    scores = stacked @ k.transpose(-1, -2)  # (B, K, H/K * T, T)
+    scores = scores.view(B, H, T, T).masked_fill(~sees, -torch.inf)
+    weights = scores.softmax(-1).view(B, K, H // K * T, T)
+    return (weights @ v).view(B, H, T, D)
+
+
+def loss_positions(targets: torch.Tensor) -> torch.Tensor:
+    """The positions whose logits the loss needs: where targets, 1-D int64, are not -100.
+
+    On a CPU other positions are added, up to a multiple of 64, because PyTorch builds and caches a
+    kernel for every new size of a matrix product there. Their target is -100, so cross_entropy
+    ignores them."""
+    labelled = (targets != -100).nonzero()[:, 0]
+    if not targets.is_cpu:
+        return labelled
+    filler = (targets == -100).nonzero()[: -len(labelled) % 64, 0]
+    return torch.cat([labelled, filler])
+
+
 # ==== Plumbing: a first reading may stop here =====================================================
 
 # ---- Checkpoints on disk and on the Hub ----------------------------------------------------------
 
-# What Hugging Face's Llama can vary and this one does not.
+# Options of Hugging Face's Llama that have one value here.
 FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 INDEX = "model.safetensors.index.json"  # of a checkpoint in several files
-MOST_TOKENS = 2**24  # of a vocabulary
-RESUME = "resume.pt"  # of a run that can be gone on with: see train.py
+MOST_TOKENS = 2**24  # in a vocabulary
+RESUME = "resume.pt"  # the state of a run that can be resumed, see train.py
 NEEDED = ["*config.json", "*.jinja", "tokenizer.json", "record.json", "model*.safetensors*"]
 
 
@@ -422,7 +426,7 @@ def is_token(value) -> bool:
     return all(is_whole(token, 0, MOST_TOKENS) for token in tokens)
 
 
-# What a field of a file must be: in words, and as a function that says whether a value is it.
+# What a field of a file must be: in words, and as a function that checks a value.
 SIZE = ("1 or more, and not huge", partial(is_whole, low=1, high=2**20))
 LENGTH = ("1 or more", partial(is_whole, low=1, high=2**31))
 POSITIVE = ("above 0", lambda value: type(value) in (int, float) and 0 < value < 1e18)
@@ -496,7 +500,9 @@ def read_config(raw: dict) -> LlamaConfig:
     if rope_type == "llama3":
         values["rope_scaling"] = {key: rope[key] for key in rope if key != "rope_theta"}
     if values["num_attention_heads"] % values["num_key_value_heads"] or values["head_dim"] % 2:
-        raise UserError("config.json's heads do not fit: query heads share key heads, of even size")
+        raise UserError(
+            "config.json: num_key_value_heads must divide num_attention_heads, head_dim be even"
+        )
     return LlamaConfig(**values)
 
 
@@ -558,12 +564,12 @@ def read_weights(folder: Path, device, dtype: torch.dtype | None, new_rows: int)
             with open_file() as file:
                 keys = [key for key in file.keys() if "rotary" not in key]
                 check_record(folder, file.metadata())
-            # what grows comes first, while there is room
+            # those that grow come first: growing needs memory for the old and the new tensor
             keys.sort(key=lambda key: ".layers." in key)
             for key in keys:
                 with open_file() as file:
                     value = file.get_tensor(key).to(dtype)
-                # (this makes no copy of it)
+                # aminmax makes no copy of the tensor
                 if value.numel() and not torch.stack(value.aminmax()).isfinite().all():
                     raise UserError(f"{path}: {key} holds NaN or infinite numbers")
                 if new_rows and key in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -588,7 +594,7 @@ def weight_files(folder: Path) -> list[Path]:
             raise UserError(f"{folder / INDEX} does not map weights to files beside it")
         names = sorted(set(weight_map.values()))
     for name in names:
-        if not (folder / name).is_file():  # a pipe would never end
+        if not (folder / name).is_file():  # a named pipe would never end
             raise UserError(f"{folder / name} is missing")
     return [folder / name for name in names]
 
@@ -599,7 +605,7 @@ def identity(path: Path) -> tuple[int, int]:
 
 
 def check_record(folder: Path, metadata) -> None:
-    """Say so where weights remember another record than the one beside them."""
+    """Warn if weights were saved with another record.json than the one beside them."""
     named = metadata.get("record") if isinstance(metadata, dict) else None
     path = folder / "record.json"
     if named and path.is_file():
@@ -637,22 +643,23 @@ def read_json(path: Path) -> dict:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(values, dict):
             raise TypeError("it holds no JSON object")
-        json.dumps(values, ensure_ascii=False).encode()  # of half a surrogate pair, a ValueError
+        json.dumps(values, ensure_ascii=False).encode()  # ValueError of a lone surrogate
         return values
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
-# Other files of an older save that would be taken for the new one's, if it has none of that name.
+# Files of an older save that would be mistaken for parts of a new one, if it has none of that name.
 STALE = (RESUME, INDEX, "model.safetensors")
 UNFINISHED = re.compile(r"\.(saving|saved)-(\d+)-\w{8}")  # state, number of the process
 
 
 @contextmanager
 def replacing(folder: str | Path):
-    """A new folder to write files into. When all are complete they take the places of the old ones
-    in `folder`: whoever is killed leaves the old files, or `settle` finds the new ones. (May be
-    used within itself: `folder` is then the outer one's new folder.) Raises UserError."""
+    """A temporary folder to write files into. When all are complete they replace those in `folder`.
+    If the program is killed meanwhile, either the old files are left, or `settle` moves the new
+    ones to their places. (May be nested: `folder` is then the outer temporary one.) Raises
+    UserError."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -668,7 +675,7 @@ def replacing(folder: str | Path):
                     raise IsADirectoryError(f"{file.name} there is a folder")
             if list(staging.glob("model*.safetensors")):
                 for name in STALE:
-                    (staging / name).touch()  # an empty file: the old one goes
+                    (staging / name).touch()  # an empty file means: delete the old one
             complete = staging.rename(folder / Path(own).name.replace(".saving", ".saved"))
             move(complete, folder)
     except BrokenPipeError:  # of what was printed meanwhile
@@ -678,9 +685,9 @@ def replacing(folder: str | Path):
 
 
 def move(complete: Path, folder: Path) -> None:
-    """Move files to their places, weights last. It can be done once more if it was broken off."""
+    """Move files to their places, weights last. If interrupted, it can be done once more."""
     for file in sorted(complete.iterdir(), key=lambda file: file.suffix == ".safetensors"):
-        with suppress(FileNotFoundError):  # somebody else moves them, too
+        with suppress(FileNotFoundError):  # another process moves them, too
             if file.stat().st_size == 0:
                 (folder / file.name).unlink(missing_ok=True)
                 file.unlink()
@@ -691,8 +698,8 @@ def move(complete: Path, folder: Path) -> None:
 
 
 def settle(folder: Path, sweeps: bool = False) -> None:
-    """Finish what processes that were killed have left behind in a folder: files that are complete
-    move to their places. sweeps: files that are not are removed."""
+    """Finish the saves that killed processes left behind in a folder: complete ones are moved to
+    their places. sweeps: incomplete ones are removed."""
     for left_behind in folder.glob(".sav*-*-*"):
         name = UNFINISHED.fullmatch(left_behind.name)
         if not name or (int(name[2]) != os.getpid() and is_running(int(name[2]))):
@@ -719,8 +726,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def device_rank_world() -> tuple[torch.device, int, int]:
-    """The best device there is, this process's rank, and how many ranks there are: more than one if
-    torchrun started the program. The first call sets them up."""
+    """The best device available, this process's rank, and the number of ranks: more than one under
+    torchrun. The first call sets up their process group."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -734,18 +741,17 @@ def device_rank_world() -> tuple[torch.device, int, int]:
 
 
 def is_main() -> bool:
-    """Is this rank 0, the one that prints and saves?"""
+    """Is this rank 0, which prints and saves?"""
     return device_rank_world()[1] == 0
 
 
 def no_bar() -> bool | None:
-    """What tqdm calls `disable`: one rank shows a bar, if there is a terminal (None asks that)."""
+    """For tqdm's `disable`: rank 0 shows a bar, if it has a terminal (which None means)."""
     return None if is_main() else True
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the hardware itself multiplies it, by its own report; else fp16 on cuda and fp32
-    elsewhere."""
+    """bf16 if the hardware has units for it; else fp16 on cuda, and fp32 elsewhere."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
@@ -760,17 +766,17 @@ def best_dtype(device: torch.device) -> torch.dtype:
 
 
 class UserError(Exception):
-    """What the user gave cannot be used. `cli` prints the message as one line and exits with 2."""
+    """An error that the user can mend. `cli` prints it as one line and exits with code 2."""
 
 
 def note(text: str) -> None:
-    """A line on stderr, of one rank."""
+    """Print a line on stderr, on rank 0 only."""
     if is_main():
         print("note:", text, file=sys.stderr)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Says the defaults, but not that there is none."""
+    """Shows the defaults, but not None and False."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=30)
@@ -807,50 +813,50 @@ def number(whole_or_real: type, low: float, strict: bool = False):
     return parse
 
 
-# Ctrl-C; a scheduler's; a closed terminal's, which Windows has not
+# of Ctrl-C, of a scheduler, of a closed terminal (which Windows lacks)
 SIGNALS = [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]
 
 
 class Interruptible:
-    """Goes through steps. Meanwhile the signals that stop a program are only noted, as
-    `stopped_by`, so that a step can be finished and saved. A second one stops at once."""
+    """Iterates over steps. A signal that would stop the program is only remembered, as
+    `stopped_by`, so that the step can be finished and saved. A second one stops at once."""
 
     def __init__(self, steps):
         self.steps = steps
         self.stopped_by = 0  # the number of the signal, or 0
 
     def __iter__(self):
-        before = {number: signal.getsignal(number) for number in SIGNALS}
-        for number in before:
-            if before[number] != signal.SIG_IGN:
-                signal.signal(number, self.take)
+        before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+        for signum in before:
+            if before[signum] != signal.SIG_IGN:
+                signal.signal(signum, self.take)
         try:
             yield from self.steps
             if self.stopped_by:  # during the last step
                 raise KeyboardInterrupt(self.stopped_by)
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
 
-    def take(self, number, frame) -> None:
+    def take(self, signum, frame) -> None:
         if self.stopped_by:
-            raise KeyboardInterrupt(number)
-        self.stopped_by = number
+            raise KeyboardInterrupt(signum)
+        self.stopped_by = signum
         note("stopping after this step; a second signal stops at once")
 
 
 def in_worker(*_) -> None:
-    """What a worker process does first: leave Ctrl-C to its parent, which will end it, and all
-    objects that it has inherited as they are (see train.py's stream_batches)."""
+    """What a worker process does first: leave Ctrl-C to its parent, which will end it, and exempt
+    the objects it inherited from garbage collection (see stream_batches in train.py)."""
     gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def in_one_line(error: Exception) -> str:
-    """What the user can mend; a fault of the program is raised again."""
-    message = " ".join(str(error).split())  # an OSError names its file: a full disk, say
-    # as PyTorch says it on CUDA, MPS and the CPU
+    """The message of an error that the user can mend; a bug is raised again, with its traceback."""
+    message = " ".join(str(error).split())  # for instance an OSError, of a full disk
+    # PyTorch's words on CUDA, MPS and the CPU
     lacks_memory = re.search("out of memory|allocate memory", message)
     if lacks_memory or isinstance(error, MemoryError):
         return f"not enough memory, see README: {message[:100]}"
@@ -860,36 +866,36 @@ def in_one_line(error: Exception) -> str:
 
 
 def cli(main) -> None:
-    """Run a program's `main()`. What the user can mend becomes one line on stderr and exit code 2;
-    a signal one line and the exit code that shells know: 130 of Ctrl-C, 143 of SIGTERM."""
+    """Run a program's `main()`. An error that the user can mend becomes one line on stderr and exit
+    code 2; a signal becomes one line and the usual exit code: 130 of Ctrl-C, 143 of SIGTERM."""
     own_pid = os.getpid()
 
-    def terminate(number, frame):
+    def terminate(signum, frame):
         if os.getpid() != own_pid:  # a worker that has just been forked: see `in_worker`
-            os._exit(128 + number)
-        raise KeyboardInterrupt(number)
+            os._exit(128 + signum)
+        raise KeyboardInterrupt(signum)
 
-    before = {number: signal.getsignal(number) for number in SIGNALS[1:]}
-    for number in before:
-        if before[number] != signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, terminate)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook has another, which shows all
-        sys.stdout.reconfigure(errors="replace")  # a character that it cannot show is a `?`
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS[1:]}
+    for signum in before:
+        if before[signum] != signal.SIG_IGN:  # nohup ignores it
+            signal.signal(signum, terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's is another
+        sys.stdout.reconfigure(errors="replace")  # what the terminal cannot show becomes `?`
     try:
         main()
         sys.stdout.flush()  # while a broken pipe can still be caught
-    except BrokenPipeError:  # nobody reads on: `| head`
+    except BrokenPipeError:  # the reader has gone: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (UserError, OSError, RuntimeError, MemoryError) as error:
         print("error:", in_one_line(error), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
-        number = stop.args[0] if stop.args else signal.SIGINT
-        print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
-        sys.exit(128 + number)
+        signum = stop.args[0] if stop.args else signal.SIGINT
+        print(f"stopped by {signal.Signals(signum).name}", file=sys.stderr)
+        sys.exit(128 + signum)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
         if dist.is_initialized():
             dist.destroy_process_group()

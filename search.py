@@ -1,18 +1,18 @@
 """Self-backtracking: search by sampling, stepping back and branching. Read after data.py.
 
 The model says `<backtrack>` when its last action was a mistake, and the search of section 4.2
-(arXiv 2502.04404) takes its word for it. Given a problem, b steps back and n samples a state:
+(arXiv 2502.04404) trusts it. With b rounds of stepping back, and n samples of each state:
 
 1. Round 0: sample n continuations of the prompt. Each goes on until the model ends it, normally
    after `Goal Reached!`, or says `<backtrack>`, or until it is too long.
-2. Rounds 1 to b: those that end in `<backtrack>` drop their last action. What is left is a state to
-   branch from. New states, at most `limit` of them, are the frontier: sample n continuations of
-   each, as before. (Ours: a search that has an answer which it is sure of ends.)
+2. Rounds 1 to b: the samples that end in `<backtrack>` drop their last action. What is left is a
+   state to branch from. The frontier is at most `limit` states that have not been visited before.
+   Sample n continuations of each. (Ours: a search ends early if it has a confident answer.)
 3. Of all rounds, the samples that reached the goal are candidates. The candidate with the best
    score is the answer. The verifier is not used.
 
-For instance, the numbers 52, 49, 38, 6, the target 21, n = 32, in fp32. (Blanks stand for
-newlines. Of round 0 the 18 other samples are left out, for they add no state.)
+For instance, with the numbers 52, 49, 38, 6, the target 21, and n = 32, in fp32. (Blanks stand for
+newlines. The 18 other samples of round 0 are left out, because they lead to no other state.)
 
     round 0    52-49=3 6/3=2 38/2=19 <backtrack>            6 samples
                49-38=11 <backtrack>                         3 samples
@@ -23,7 +23,7 @@ newlines. Of round 0 the 18 other samples are left out, for they add no state.)
                the prompt                                   from the second,
                52-38=14                                     and so on
                52+38=90
-               52-49=3                                      int(sqrt(32)) = 5 states
+               52-49=3                                      (5 states: int(sqrt(32)) is the limit)
     round 1    52-38=14 49*6=294 294/14=21 Goal Reached!    3 samples of the third state
     answer     this one, for there is no other candidate
 
@@ -31,7 +31,7 @@ newlines. Of round 0 the 18 other samples are left out, for they add no state.)
     python search.py --numbers 52 49 38 6 --target 21 --b 0
     python search.py --data val --decoder self_backtrack --b 1 --n 32 --num 500
 
-Shapes: R responses, M the largest number of samples that one of them stands for, V vocabulary.
+Shapes: R responses, M the largest count of samples in one of them, V vocabulary size.
 """
 
 import argparse
@@ -64,31 +64,31 @@ from model import number
 
 @dataclass(eq=False)
 class State:
-    """Where samples begin: at the prompt, or after some actions that a step back has left."""
+    """Where samples begin: at the prompt, or after the actions that a step back has kept."""
 
     tokens: tuple[int, ...] = ()  # those after the prompt
     logps: tuple[float, ...] = ()  # the log-probability of each token, at temperature 1
     slots: tuple[Slot, ...] = ()  # in the cache, of the prompt and of these tokens
-    count: int = 1  # how many samples are to be drawn
+    count: int = 1  # how many samples to draw
     round: int = 0  # in which round
 
 
 @dataclass(eq=False)
 class Response:
-    """A group of samples that are the same so far, with their count. Where a list of samples is
-    meant, it is a list of such groups."""
+    """A group of samples that have the same tokens so far, with their count. What is called a
+    sample below, in lists of samples, too, is such a group."""
 
-    # what the algorithm asks for
-    tokens: tuple[int, ...] = ()  # as of a State, whose tokens come first
-    logps: tuple[float, ...] = ()
-    count: int = 1  # how many samples it stands for
+    # what the algorithm uses
+    tokens: tuple[int, ...] = ()  # those after the prompt; its state's come first
+    logps: tuple[float, ...] = ()  # as in State
+    count: int = 1  # how many samples are in the group
     round: int = 0  # in which round it was sampled
     inherited: int = 0  # how many of its tokens are its state's
     # what the engine needs, below
-    slots: tuple[Slot, ...] = ()  # of the prompt and the tokens; but of no token that ended it
-    expansion: "Expansion | None" = None  # what it is part of; the engine drops it at the end
-    first_point: float = 0.0  # its samples are points in [0, 1), see `spread`: the first of them
-    spacing: float = 1.0  # and the distance from each to the next
+    slots: tuple[Slot, ...] = ()  # of the prompt and the tokens (the token that ends it has none)
+    expansion: "Expansion | None" = None  # which it belongs to, while it grows
+    first_point: float = 0.0  # its samples are points in [0, 1), see `spread`: the first point
+    spacing: float = 1.0  # the distance from one point to the next
 
 
 def self_backtrack(
@@ -100,55 +100,53 @@ def self_backtrack(
     last_line: bool = False,
     stop_above: float = 0.0,
 ) -> Generator[list[State], list[Response], None]:
-    """Search one problem. A generator, so that whoever draws the samples can do it for many
-    problems at once: it yields a frontier, is sent the samples of its states, and goes on.
+    """Search one problem. This is a generator, so that the samples of many problems can be drawn
+    together: it yields a frontier, is sent the samples of its states, and continues.
 
         search = self_backtrack(tokenizer, b, n, limit)
-        frontier = next(search)            # up to the first `yield`: the prompt alone
-        frontier = search.send(samples)    # `samples = yield frontier` takes them, and the search
-                                           # runs up to the next `yield`; or ends: StopIteration
+        frontier = next(search)            # runs to the first `yield`: the prompt alone
+        frontier = search.send(samples)    # `samples = yield frontier` receives them, and the
+                                           # search runs to the next `yield`, or to its end, which
+                                           # raises StopIteration
 
     The caller keeps the samples: `select` chooses among all of them. A frontier holds at most
-    `limit` states. A search ends where there is no new state; at the latest after round b.
+    `limit` states. A search ends if there is no new state, and at the latest after round b.
 
-    The defaults are the paper's. Ours are two rules: stepping back from a first action leads to the
-    prompt, and with prompt_again it may be sampled once more; and a search ends when a round's best
-    candidate has a score (`rate`) above stop_above. (No score is above 0.) Ours is, by default too,
-    the order in which states are taken: `branching_order`.
+    The paper takes states in the order of the samples. Ours are groups, which have no order: see
+    `branching_order`. Two more rules are ours, and off by default. Stepping back from a first
+    action leads to the prompt: with prompt_again it may be sampled once more. And a search ends if
+    the best candidate of a round has a score (`rate`) above stop_above. (No score is above 0.)
     """
-    visited = set() if prompt_again else {()}
+    visited = set() if prompt_again else {()}  # () is the prompt
     samples = yield [State(count=n)]  # round 0: n samples of the prompt, with no tokens after it
     for round_number in range(1, b + 1):
         best = select(samples, tokenizer, last_line)
         if best and rate(best, tokenizer, last_line) > stop_above:
             return
+        gave_up = [sample for sample in samples if sample.tokens[-1] == tokenizer.backtrack]
         frontier = []
-        for sample in sorted(samples, key=branching_order):
-            if len(frontier) == limit:
-                break
-            if sample.tokens[-1] != tokenizer.backtrack:
-                continue
-            state = roll_back(sample, tokenizer)  # believe the model: drop its last action
-            if state.tokens not in visited:
+        for sample in sorted(gave_up, key=branching_order):
+            state = roll_back(sample, tokenizer)  # trust the model: drop its last action
+            if state.tokens not in visited and len(frontier) < limit:
                 visited.add(state.tokens)
                 state.count = n
                 state.round = round_number
                 frontier.append(state)
         if not frontier:
             return
-        samples = yield frontier  # n of each state, each until it ends
+        samples = yield frontier  # n samples of each state, each until it ends
 
 
 def branching_order(sample: Response) -> float:
-    """A frontier takes its states from the samples in this order: what most samples chose comes
-    first. (Different samples that step back to the same state are not added up.)"""
+    """The sort key of the samples from which a frontier takes its states: the largest groups come
+    first. (Groups that step back to the same state are not added up.)"""
     return -sample.count
 
 
 def roll_back(sample: Response, tokenizer: Tokenizer) -> State:
     """Drop `<backtrack>` and the last action: of the lines 4-2=2, 25*2=52, <backtrack> the first is
-    left. An unfinished action is dropped in the same way: 4-2=2, 25*<backtrack>. The state has the
-    logps and the slots of what is left."""
+    kept. An unfinished action is dropped in the same way: 4-2=2, 25*<backtrack>. The state has the
+    logps and the slots of the tokens that are kept."""
     kept = line_begin(sample.tokens[:-1], tokenizer)
     # It has slots for the prompt and for all of its tokens but `<backtrack>`, which ended it.
     dropped_slots = len(sample.tokens) - 1 - kept
@@ -157,8 +155,8 @@ def roll_back(sample: Response, tokenizer: Tokenizer) -> State:
 
 
 def line_begin(tokens: tuple[int, ...], tokenizer: Tokenizer) -> int:
-    """The position at which the last line of `tokens` begins. (Its own newline, if it has one,
-    belongs to it.)"""
+    """The position at which the last line of `tokens` begins. (A newline at the end is a part of
+    the last line.)"""
     begin = max(len(tokens) - 1, 0)
     while begin > 0 and tokens[begin - 1] not in tokenizer.line_ends:
         begin -= 1
@@ -166,7 +164,7 @@ def line_begin(tokens: tuple[int, ...], tokenizer: Tokenizer) -> int:
 
 
 def reached_goal(sample: Response, tokenizer: Tokenizer) -> bool:
-    """Is this sample a candidate? (One that became too long has no end-of-text.)"""
+    """Is this sample a candidate? (One that was cut because it became too long is not.)"""
     if sample.tokens[-1] != tokenizer.eos:
         return False
     return tokenizer.decode(sample.tokens).split("\n")[-1] == GOAL
@@ -174,9 +172,9 @@ def reached_goal(sample: Response, tokenizer: Tokenizer) -> bool:
 
 def rate(sample: Response, tokenizer: Tokenizer, last_line: bool) -> float:
     """The score: the mean log-probability of the response's tokens, end-of-text included, as in the
-    paper. With last_line, which is ours, the summed log-probability of the last line is added: the
-    model wrote `Goal Reached!` where it could have said `<backtrack>`, and this is how sure it was.
-    """
+    paper. Ours, with last_line: plus the log-probability of the whole last line. There the model
+    wrote `Goal Reached!` when it could have said `<backtrack>`, so this is how sure it was. (A sum,
+    not a mean, because it is the log of one probability: that of being done.)"""
     score = sum(sample.logps) / len(sample.logps)
     if last_line:
         score += sum(sample.logps[line_begin(sample.tokens, tokenizer) :])
@@ -184,7 +182,7 @@ def rate(sample: Response, tokenizer: Tokenizer, last_line: bool) -> float:
 
 
 def candidates(samples: list[Response], tokenizer: Tokenizer, last_line: bool) -> list[Response]:
-    """The samples that reached the goal, the best score first."""
+    """The samples that reached the goal, with the best score first."""
     found = [sample for sample in samples if reached_goal(sample, tokenizer)]
     return sorted(found, key=lambda sample: -rate(sample, tokenizer, last_line))
 
@@ -196,28 +194,28 @@ def select(samples: list[Response], tokenizer: Tokenizer, last_line: bool) -> Re
 
 @dataclass(frozen=True)
 class Settings:
-    """How to search. The defaults work best with the shipped model; PAPER_SEARCH is the paper's
-    rule."""
+    """How to search. The defaults, found by trial, work best with the shipped model. PAPER_SEARCH
+    is the paper's rule."""
 
     decoder: str = "self_backtrack"  # one of DECODERS
-    b: int = 1  # how often to step back
+    b: int = 1  # rounds of stepping back
     n: int = 32  # samples of each state, or beams
     temperature: float = 2.0
     min_p: float = 0.002  # drop tokens that are less probable than min_p times the best
     top_k: int = 0  # keep only the k most probable tokens; 0: all
     top_p: float = 1.0  # keep only the most probable tokens that add up to this probability
-    independent: bool = False  # does each sample draw for itself? Else they are spread evenly
+    independent: bool = False  # True: each sample draws for itself; False: spread evenly
     prompt_again: bool = True  # may the prompt be sampled once more?
-    last_line: bool = True  # is the last line's summed log-probability added to the score?
+    last_line: bool = True  # add the last line's log-probability to the score?
     stop_above: float = -0.2  # a candidate with a better score ends the search; 0: none does
-    limit: int | None = None  # most states in a frontier; None: int(sqrt(n))
-    max_new_tokens: int = 64  # most tokens of a response, those of its state included
+    limit: int | None = None  # the maximum of states in a frontier; None: int(sqrt(n))
+    max_new_tokens: int = 64  # the maximum length of a response, its state's tokens included
     seed: int = 0
-    batch_size: int = 128  # most states expanded together, each with up to n responses
+    batch_size: int = 128  # the maximum of states expanded together, each with up to n responses
     cache_gib: float = 1.0  # memory for keys and values
 
     def samples_per_state(self) -> int:
-        """How many samples, or beams, a state gets. Greedy decoding is a single beam."""
+        """How many samples or beams each state gets. Greedy decoding is a single beam."""
         return 1 if self.decoder == "greedy" else self.n
 
     def algorithm(self, tokenizer: Tokenizer):
@@ -252,15 +250,17 @@ PAPER_SEARCH = {
 
 
 # ---- 2. One step: which tokens the samples take --------------------------------------------------
-# A sampling rule is given R responses and the logits (R, V) of what follows each. It returns a Draw
-# for every different continuation: samples of a response that take the same token stay together.
+# A sampling rule gets R responses and, for each, the logits (R, V) of the next token. It returns a
+# Draw for every different continuation: samples of a response that take the same token stay
+# together.
 #
-# Every token covers an interval of [0, 1), in the order of their ids, as long as its probability. A
-# sample is a point in [0, 1), and takes the token in whose interval it lies.
+# The tokens, in the order of their ids, divide [0, 1) into intervals. The length of an interval is
+# the probability of its token. A sample is a point in [0, 1): it takes the token in whose interval
+# it lies.
 
 
 class Draw(NamedTuple):
-    parent: int  # which of the R responses goes on
+    parent: int  # which of the R responses continues
     token: int
     count: int  # how many of its samples take this token
     logp: float  # the token's log-probability, at temperature 1
@@ -271,8 +271,8 @@ class Draw(NamedTuple):
 def independently(
     logits: torch.Tensor, responses: list[Response], settings: Settings
 ) -> list[Draw]:
-    """The paper's rule: every sample draws a point for itself, anew for each token. (`look_up`
-    wants them sorted; samples that are the same so far have no order of their own.)"""
+    """The paper's rule: every sample draws a new point for every token. (`look_up` needs them in
+    ascending order; the samples of a response are interchangeable.)"""
     most = max(response.count for response in responses)
     points = np.ones((len(responses), most))  # (R, M)
     for own_points, response in zip(points, responses):
@@ -285,17 +285,17 @@ def independently(
 def spread(logits: torch.Tensor, responses: list[Response], settings: Settings) -> list[Draw]:
     """Samples spread evenly (arithmetic sampling, Vilnis et al., 2023).
 
-    The n samples of a state are n points, 1 / n apart. The interval in which some of them lie is
-    stretched to [0, 1), and these are their points for the next token. Only two things are random:
-    where the first point lies, in [0, 1 / n), and the point of a sample that has become alone (see
-    `Expansion.extend`).
+    The n samples of a state are n points, 1 / n apart. When some of them take a token, its interval
+    is stretched to [0, 1), and the points in it with it. The next token is chosen with these new
+    points. Only two things are random: where the first point lies, in [0, 1 / n), and the point of
+    a sample that is alone (see `Expansion.extend`).
 
     Four samples at 0.1, 0.35, 0.6, 0.85, and two tokens of probabilities 0.4 and 0.6: the first two
     samples take the first token. Its interval [0, 0.4) is stretched to [0, 1), and they are at 0.25
     and 0.875: their first point is 0.25, and their spacing is 0.25 / 0.4 = 0.625.
 
     So a whole response of probability p (after temperature and min_p) is taken by floor(n p) or
-    ceil(n p) samples, where independent samples might all take the same one."""
+    ceil(n p) samples, whereas independent samples might all take the same one."""
     most = max(response.count for response in responses)
     first_point = np.array([response.first_point for response in responses])
     spacing = np.array([response.spacing for response in responses])
@@ -304,9 +304,10 @@ def spread(logits: torch.Tensor, responses: list[Response], settings: Settings) 
 
 
 def look_up(logits, points, spacing, responses: list[Response], settings: Settings) -> list[Draw]:
-    """In which token's interval does each point lie? points (R, M) in [0, 1) ascend in each row. A
-    response has `count` points; what stands after them in its row is filler, and ignored."""
-    rows_at_once = max(2**24 // logits.shape[1], 1)  # of a large vocabulary not too many
+    """The Draws of points (R, M) in [0, 1), ascending in each row, of which the first `count` are
+    those of a response, and the rest is filler. (`find_tokens` finds the token of every point; here
+    equal ones are put together.)"""
+    rows_at_once = max(2**24 // logits.shape[1], 1)  # fewer with a large vocabulary
     found = []
     for begin in range(0, len(logits), rows_at_once):
         rows = slice(begin, begin + rows_at_once)
@@ -314,7 +315,7 @@ def look_up(logits, points, spacing, responses: list[Response], settings: Settin
     token, share, stretched, logp = torch.cat(found, 1).cpu().numpy()  # all (R, M)
     token = token.astype(np.int64)
 
-    # Points ascend, and so do tokens: the samples that take the same token stand side by side.
+    # Points ascend, and so do their tokens: samples that take the same token are neighbours.
     parent, column, count = runs_of_equals(token, [response.count for response in responses])
     draws = zip(
         parent.tolist(),
@@ -328,16 +329,16 @@ def look_up(logits, points, spacing, responses: list[Response], settings: Settin
 
 
 def find_tokens(logits: torch.Tensor, points: np.ndarray, settings: Settings) -> torch.Tensor:
-    """Of each of points (R, M), four numbers (4, R, M): the token in whose interval it lies, how
-    long the interval is, where the point is when the interval is stretched to [0, 1), and the
-    token's log-probability at temperature 1. (In one tensor, so that a GPU is waited for once.)"""
+    """For each of points (R, M), four values (4, R, M): the token in whose interval it lies, the
+    length of the interval, where the point is after the interval is stretched to [0, 1), and the
+    token's log-probability at temperature 1. (In one tensor, to wait for a GPU only once.)"""
     precision = torch.float32 if logits.device.type == "mps" else torch.float64
     logps = logits.to(precision).log_softmax(-1)  # (R, V)
     shares = shares_of_tokens(logps, settings)
     ends = shares.cumsum(-1)  # token t covers [ends[t] - shares[t], ends[t])
 
-    # Every point must lie below the last end, so that searchsorted finds a token. This end is 1, up
-    # to rounding: without rounding the next lines would change nothing.
+    # Every point must lie below the last end, so that searchsorted finds a token. The last end is 1
+    # but for rounding errors, and the next lines only guard against these.
     below_one = 1 - torch.finfo(precision).eps
     points = torch.from_numpy(points).to(logits.device, precision).clamp(max=below_one)
     points = points * ends[:, -1:]
@@ -350,10 +351,11 @@ def find_tokens(logits: torch.Tensor, points: np.ndarray, settings: Settings) ->
 
 
 def shares_of_tokens(logps: torch.Tensor, settings: Settings) -> torch.Tensor:
-    """(R, V): how often each token is drawn, by its log-probability at temperature 1.
+    """(R, V): the probability with which each token is drawn, given its logp at temperature 1.
 
-    Never drawn are tokens less than min_p times as probable as the best (min-p sampling, Nguyen et
-    al., 2024). Top-k and top-p count at the temperature, as in transformers."""
+    Tokens that are less than min_p times as probable as the best one are never drawn (min-p
+    sampling, Nguyen et al., 2024). Top-k and top-p apply after the temperature, as in transformers.
+    """
     tempered = logps / settings.temperature
     if settings.min_p > 0:
         too_rare = logps < logps.amax(-1, keepdim=True) + math.log(settings.min_p)
@@ -363,7 +365,7 @@ def shares_of_tokens(logps: torch.Tensor, settings: Settings) -> torch.Tensor:
         tempered = tempered.masked_fill(tempered < least, -torch.inf)
     if settings.top_p < 1:
         falling, order = tempered.softmax(-1).sort(descending=True)
-        too_late = falling.cumsum(-1) - falling >= settings.top_p  # without these it is reached
+        too_late = falling.cumsum(-1) - falling >= settings.top_p  # top_p is reached before these
         tempered = tempered.masked_fill(too_late.scatter(1, order, too_late), -torch.inf)
     return tempered.softmax(-1)
 
@@ -371,7 +373,7 @@ def shares_of_tokens(logps: torch.Tensor, settings: Settings) -> torch.Tensor:
 def runs_of_equals(token: np.ndarray, counts: list[int]):
     """Row r of token (R, M) holds counts[r] tokens, equal ones side by side, then filler. For every
     run of equal tokens: its row, the column at which it begins, and its length. Rows [7, 7, 9] and
-    [7, -, -] have runs in rows [0, 0, 1], that begin at [0, 2, 0], of lengths [2, 1, 1]."""
+    [7, -, -] have runs in the rows [0, 0, 1] that begin at [0, 2, 0] and have lengths [2, 1, 1]."""
     is_sample = np.arange(token.shape[1]) < np.array(counts)[:, None]  # (R, M)
     row, column = np.nonzero(is_sample)
     token = token[row, column]
@@ -382,12 +384,12 @@ def runs_of_equals(token: np.ndarray, counts: list[int]):
 
 
 def beams(logits: torch.Tensor, responses: list[Response], settings: Settings) -> list[Draw]:
-    """Beam search: not samples, but the most probable continuations of a state. A beam that ends
-    is kept, whatever its probability, and one beam fewer goes on, until n have ended. With n = 1
-    this is greedy decoding. (The responses of a state are neighbours.)"""
+    """Beam search: not samples, but the n most probable continuations of a state. A beam that ends
+    is kept, whatever its probability, and reduces the number of beams by one, until all have ended.
+    With n = 1 this is greedy decoding. (The responses of a state are neighbours.)"""
     logps = logits.float().log_softmax(-1)  # (R, V)
     so_far = [[sum(response.logps)] for response in responses]
-    totals = torch.tensor(so_far, device=logits.device) + logps  # (R, V): of every continuation
+    totals = torch.tensor(so_far, device=logits.device) + logps  # (R, V): all continuations
     vocab_size = logits.shape[1]
     chosen = []
     begin = 0
@@ -397,53 +399,58 @@ def beams(logits: torch.Tensor, responses: list[Response], settings: Settings) -
         wanted = min(settings.samples_per_state() - len(expansion.ended), len(own_totals))
         chosen.append(begin * vocab_size + own_totals.topk(wanted).indices)
         begin = end
-    chosen = torch.cat(chosen)  # numbers of elements of the flattened totals
+    chosen = torch.cat(chosen)  # indices into the flattened totals
     chosen_logps = logps.flatten()[chosen]
     draws = []
-    for index, logp in zip(chosen.tolist(), chosen_logps.tolist()):  # one copy for all states
+    for index, logp in zip(chosen.tolist(), chosen_logps.tolist()):  # one wait for the device
         parent, token = divmod(index, vocab_size)
         draws.append(Draw(parent, token, 1, logp))
     return draws
 
 
 # ---- 3. One problem, slowly ----------------------------------------------------------------------
-# A Search has an Expansion for each state of its frontier, and an Expansion has Responses.
+# Who holds whom:
+#
+#     Search           one problem: runs `self_backtrack`, and keeps all of its samples
+#       Expansion      one state of the current frontier, and its random numbers
+#         Response     samples of the state that have the same tokens so far. It grows by a Draw at
+#                      each step, and forks where its samples take different tokens.
 
 
 @dataclass(eq=False)
 class Search:
-    """One problem's search: the algorithm, and the expansions that get samples for it."""
+    """One problem's search: the algorithm, and the expansions that draw samples for it."""
 
-    index: int  # the problem's place among those given
+    index: int  # which of the given problems
     prompt: list[int]
-    key: int  # it seeds the problem's random numbers
+    key: int  # the seed of the problem's random numbers
     algorithm: Generator[list[State], list[Response], None]
-    expansions: list["Expansion"] = field(default_factory=list)  # of the states of its frontier
+    expansions: list["Expansion"] = field(default_factory=list)  # one for each frontier state
     all_samples: list[Response] = field(default_factory=list)
 
     def advance(self) -> None:
-        """Give the algorithm the samples that it waits for. It yields the next frontier, or ends;
-        then there are no more expansions."""
+        """Send the algorithm the samples that it waits for. It yields the next frontier, or ends:
+        then there are no expansions."""
         samples = []
         for expansion in self.expansions:
             samples += expansion.ended
         self.all_samples += samples
         try:
-            frontier = self.algorithm.send(samples or None)  # at first None, which starts it
+            frontier = self.algorithm.send(samples or None)  # None starts a generator
         except StopIteration:
             frontier = []
-        for sample in samples:  # only now, because the new states have taken over what they need
+        for sample in samples:  # the new states have taken over the slots that they need
             sample.slots = ()
         self.expansions = [Expansion(self, state, place) for place, state in enumerate(frontier)]
 
 
 @dataclass(eq=False)
 class Expansion:
-    """A state of a frontier, whose samples are drawn, or wait to be drawn."""
+    """A state of the frontier, and its samples."""
 
     search: Search
     state: State
-    place: int  # in the frontier
+    place: int  # its index in the frontier
     rng: np.random.Generator | None = None
     ended: list[Response] = field(default_factory=list)  # the samples that have ended
     finished: bool = False  # have all samples ended?
@@ -452,7 +459,6 @@ class Expansion:
         """All samples of the state together, before they draw their first token."""
         state = self.state
         self.rng = np.random.default_rng([seed, self.search.key, state.round, self.place])
-        self.ended = []
         spacing = 1 / state.count
         return Response(
             state.tokens,
@@ -469,9 +475,9 @@ class Expansion:
     def extend(self, parent: Response, draw: Draw) -> Response:
         """The Response of the samples that take a token."""
         first_point = draw.first_point
-        # Beyond a spacing of 1 no second point fits into [0, 1): this sample is alone. Each stretch
-        # costs its point some digits of precision. Within its interval it may lie anywhere, every
-        # place as probable: so draw a new one.
+        # If the spacing is above 1, only one point fits into [0, 1), so this sample is alone. With
+        # every stretch its point loses digits of precision. But the point of a sample that is alone
+        # is uniform in [0, 1), whatever the others do: so draw a new one.
         if draw.spacing > 1:
             first_point = self.rng.random()
         return replace(
@@ -495,7 +501,7 @@ def search_slowly(
     model: Llama, tokenizer: Tokenizer, prompt: list[int], key: int, settings: Settings
 ) -> list[Response]:
     """All samples of one problem's search, state by state and without a cache. The engine below
-    gives the same, for many problems at once; the tests compare them."""
+    gives the same samples, for many problems at once; the tests compare them."""
     device = model.lm_head.weight.device
     sampling_rule = settings.sampling_rule()
     search = Search(0, prompt, key, settings.algorithm(tokenizer))
@@ -507,11 +513,10 @@ def search_slowly(
                 input_ids = [prompt + list(response.tokens) for response in growing]
                 input_ids = torch.tensor(input_ids, device=device)  # (R, T): all of one length
                 logits = model(input_ids)[:, -1]  # (R, V)
-                children = []
-                for draw in sampling_rule(logits, growing, settings):
-                    children.append(expansion.extend(growing[draw.parent], draw))
+                parents = growing
                 growing = []
-                for child in children:
+                for draw in sampling_rule(logits, parents, settings):
+                    child = expansion.extend(parents[draw.parent], draw)
                     if has_ended(child, tokenizer, settings):
                         expansion.ended.append(child)
                     else:
@@ -520,11 +525,11 @@ def search_slowly(
     return search.all_samples
 
 
-# ==== What makes it fast: you now know the whole search ===========================================
+# ==== You now know the whole search. What follows makes it fast ===================================
 
 # ---- 4. The engine: many problems, one token a step ----------------------------------------------
-# All states of many problems go on together, one token a step, and the cache keeps what has been
-# computed. A state with n = 4, its prompt in the slots 1 and 2:
+# The states of many problems are expanded together, one token a step, and the cache keeps what has
+# been computed. For example, a state with n = 4, whose prompt is in the slots 1 and 2:
 #
 #               growing      slot_table         draws
 #     step 1    ""      x4   [1, 2]             four take "7"
@@ -540,6 +545,10 @@ class Engine:
     """Draws the samples of many states, one token a step. States join whenever there is room.
 
     The rows of `slot_table` and `logits` belong to the responses of `growing`, in order.
+
+    A slot of the cache is free again when nobody holds it (see Slot in model.py). Its holders are
+    the responses that grow, the samples that have ended, until `Search.advance`, and the states
+    that wait or are expanded, until `finish`.
     """
 
     def __init__(self, model: Llama, tokenizer: Tokenizer, settings: Settings, longest: int):
@@ -552,19 +561,19 @@ class Engine:
         cache_bytes = int(settings.cache_gib * 2**30)
         slots = cache_bytes // KVCache.bytes_per_slot(model.config, head.dtype)
         self.cache = KVCache(model.config, max(slots, 1), head.device, head.dtype)
-        self.new_prompts = deque()  # expansions that wait: those of prompts,
-        self.branches = deque()  # and those of states that the cache holds already
+        self.new_prompts = deque()  # expansions that wait: of prompts,
+        self.branches = deque()  # and of states that are in the cache already
         self.expansions = []  # those whose samples are being drawn, the oldest first
-        self.growing = []  # R responses: their samples that have not ended
+        self.growing = []  # the R unfinished responses
         width = longest + settings.max_new_tokens
         no_slots = torch.zeros(0, width, dtype=torch.int64, device=head.device)
-        self.slot_table = no_slots  # (R, width): the numbers of each response's slots
-        self.logits = head.new_zeros(0, len(head))  # (R, V): what follows each response
-        no_tokens = tokenizer.ids_without_token(len(head))
-        self.no_tokens = torch.tensor(no_tokens, dtype=torch.int64, device=head.device)  # not drawn
+        self.slot_table = no_slots  # (R, width): the slot numbers of each response
+        self.logits = head.new_zeros(0, len(head))  # (R, V): of each response's next token
+        no_tokens = tokenizer.ids_without_token(len(head))  # these are never drawn
+        self.no_tokens = torch.tensor(no_tokens, dtype=torch.int64, device=head.device)
 
     def submit(self, expansions: list[Expansion]) -> None:
-        """Take expansions in. They begin when there is room."""
+        """Put expansions into the queues. They begin when there is room."""
         for expansion in expansions:
             self.queue_of(expansion).append(expansion)
 
@@ -572,7 +581,7 @@ class Engine:
         return bool(self.expansions or self.branches or self.new_prompts)
 
     def step(self) -> list[Search]:
-        """One token for every sample. Samples of a response that draw the same token go on
+        """One token for every sample. Samples of a response that draw the same token stay
         together, as one Response. Returns the searches whose samples have now all ended."""
         self.let_join()
         self.make_room()
@@ -590,7 +599,7 @@ class Engine:
         self.growing = children
         device = self.slot_table.device
         parents = torch.tensor(parents, dtype=torch.int64, device=device)
-        self.slot_table = self.slot_table[parents]  # a fork copies the numbers of slots, no more
+        self.slot_table = self.slot_table[parents]  # a fork copies slot numbers only
         self.logits = self.logits[:0]
         if children:
             columns = torch.tensor([[len(child.slots) - 1] for child in children], device=device)
@@ -601,25 +610,23 @@ class Engine:
         return self.finish()
 
     def finish(self) -> list[Search]:
-        """Take out the expansions whose samples have all ended. Returns the searches whose whole
+        """Remove the expansions whose samples have all ended. Returns the searches whose whole
         frontier has ended with them."""
         going_on = {response.expansion for response in self.growing}
-        for expansion in self.expansions:
-            expansion.finished = expansion not in going_on
-        finished = [expansion for expansion in self.expansions if expansion.finished]
-        self.expansions = [expansion for expansion in self.expansions if not expansion.finished]
-        searches = {}  # as a set, but in order
+        finished = [expansion for expansion in self.expansions if expansion not in going_on]
+        self.expansions = [expansion for expansion in self.expansions if expansion in going_on]
         for expansion in finished:
+            expansion.finished = True
             expansion.state.slots = ()
-            if all(other.finished for other in expansion.search.expansions):
-                searches[expansion.search] = True
-        return list(searches)
+        searches = dict.fromkeys(expansion.search for expansion in finished)  # each once, in order
+        return [search for search in searches if all(one.finished for one in search.expansions)]
 
     def begin(self, expansions: list[Expansion]) -> None:
-        """Begin to expand states, *either* new prompts *or* branches. A new prompt passes the model
-        whole. A branch has its keys and values in the cache, but not the logits after its last
-        token: so this token passes the model again, into a new slot. (Not both at once: a branch,
-        padded to the length of a prompt, might be longer than the table is wide.)"""
+        """Begin to expand states, *either* new prompts *or* branches. A new prompt is fed to the
+        model as a whole. A branch has its keys and values in the cache, but the logits after its
+        last token are gone, so this token is fed once more. It gets a new slot, because others may
+        share the old one. (Prompts and branches are not mixed, because a branch that is padded to
+        the length of a prompt might be longer than the table is wide.)"""
         beginnings, new_tokens = [], []
         slot_table = torch.zeros(len(expansions), self.slot_table.shape[1], dtype=torch.int64)
         for own_slots, expansion in zip(slot_table, expansions):
@@ -643,11 +650,11 @@ class Engine:
     def feed(
         self, responses: list[Response], new_tokens: list[list[int]], slot_table: torch.Tensor
     ) -> torch.Tensor:
-        """Pass the last tokens of each response through the model; the logits after each, (R, V).
-        Rows and columns are filled up, so that only a few different shapes occur: for every new one
-        a library builds, and keeps, a kernel."""
+        """Feed new_tokens, the last ones of each response, to the model. Returns the logits after
+        each response, (R, V). Rows and columns are filled up, so that only a few different shapes
+        occur: PyTorch builds and caches a kernel for every new one."""
         device = slot_table.device
-        row_grain = 16  # rows come in 16s; of more than 128 in 32s; of more than 256 in 64s ...
+        row_grain = 16  # rounded up to a multiple of 16; above 128 rows of 32; above 256 of 64 ...
         while row_grain * 8 < len(responses):
             row_grain *= 2
         filler = [[0]] * (-len(responses) % row_grain)  # rows of one token in slot 0
@@ -667,26 +674,26 @@ class Engine:
         logits[:, self.no_tokens] = -torch.inf
         return logits
 
-    # Memory: how many states are expanded together. A first reading may pass over what follows.
+    # Memory: how many states are expanded together. A first reading may skip this.
 
     def queue_of(self, expansion: Expansion) -> deque:
         return self.branches if expansion.state.slots else self.new_prompts
 
     def let_join(self) -> None:
-        """Begin to expand states that wait: branches first, because they hold slots."""
+        """Begin to expand waiting states: branches first, because they hold slots."""
         for queue in (self.branches, self.new_prompts):
             places = self.free_places()
-            # A call of the model costs much the same for one state as for many: so wait until a
+            # A call of the model costs almost as much for one state as for many: so wait until a
             # quarter of all places is free.
             worth_a_call = places > (places + len(self.expansions)) // 4
             if queue and worth_a_call:
                 self.begin([queue.popleft() for _ in range(min(places, len(queue)))])
 
     def free_places(self) -> int:
-        """How many more states may join. There are batch_size places, and each state is reckoned to
-        need slots for one whole response and, because samples share their beginnings, for eight
-        tokens more a sample. (If it needs still more, see make_room.) Of all slots half are kept
-        free for the states that are there to grow. If none is there, one may always join."""
+        """How many more states may join. There are batch_size places. A state is expected to need
+        slots for one whole response, and 8 more for each sample, because samples share their
+        beginnings. (If it needs still more, see make_room.) Half of all slots are kept free, so
+        that the current states can grow. If there are none, one state may always join."""
         slots_per_state = self.slot_table.shape[1] + 8 * self.settings.samples_per_state()
         spare_slots = len(self.cache.free) - self.cache.kv.shape[2] // 2
         places = self.settings.batch_size - len(self.expansions)
@@ -694,19 +701,19 @@ class Engine:
         return places if self.expansions else max(places, 1)
 
     def most_new_slots(self) -> int:
-        """A step needs at most one for each sample, or beam, that has not ended."""
+        """A step needs at most one new slot for each unfinished sample or beam."""
         ended = 0
         for expansion in self.expansions:
             ended += sum(sample.count for sample in expansion.ended)
         return len(self.expansions) * self.settings.samples_per_state() - ended
 
     def make_room(self) -> None:
-        """While fewer slots are free than a step may need, give up the youngest expansion: it waits
-        again, and will draw the same samples, because they depend on the seed alone. Raises
-        UserError if no other is left."""
+        """While fewer slots are free than a step may need, stop the youngest expansion and put it
+        back into its queue. Later it draws the same samples, because these depend only on the seed.
+        Raises UserError if a single expansion is left."""
         while self.most_new_slots() > len(self.cache.free):
             if len(self.expansions) == 1:
-                raise UserError("the cache is too small for one state's samples: more --cache_gib")
+                raise UserError("the cache is too small for one state: increase --cache_gib")
             youngest = self.expansions.pop()
             youngest.ended = []  # its slots are free again
             self.growing = [
@@ -721,22 +728,22 @@ class Engine:
 
 
 @torch.inference_mode()
-def decode(
+def search_all(
     model: Llama,
     tokenizer: Tokenizer,
     problems: list[dict],
     keys: Sequence[int],
     settings: Settings,
 ) -> Iterator[tuple[int, list[Response]]]:
-    """Yields (i, all samples) of problem i {nums, target} when its search is done. A state's random
-    numbers depend on the seed, keys[i], its round and its place in the frontier alone, and not on
-    the states that share its batch. Raises UserError."""
+    """Search many problems, each {nums, target}. Yields (i, all samples of problem i) as soon as
+    its search is done. The random numbers of a state depend only on the seed, keys[i], its round
+    and its place in the frontier, and not on the other states in the batch. Raises UserError."""
     prompts = tokenizer.prompts(problems)
     tokenizer.check_fits(len(model.lm_head.weight))
     engine = Engine(model, tokenizer, settings, longest=max(map(len, prompts), default=0))
     numbered = enumerate(zip(prompts, keys))
     while True:
-        # no more searches begin than can join: so memory does not grow with the problems
+        # start no more searches than can join, so that memory does not grow with the problems
         wanted = max(settings.batch_size - len(engine.new_prompts), 0)
         for index, (prompt, key) in islice(numbered, wanted):
             search = Search(index, prompt, key, settings.algorithm(tokenizer))
@@ -755,28 +762,20 @@ def decode(
 
 
 def judge(tokenizer: Tokenizer, problem: dict, samples: list[Response], settings: Settings) -> dict:
-    """The answer to a problem, whether it is right, and why not. `verified`: is at least one
-    candidate right? `solutions`: those that are, the best first. `tokens`: drawn by the samples,
-    each counted by itself."""
+    """The answer to a problem, and whether it is right. `verified`: is at least one candidate
+    right? `solutions`: the candidates that are right, the best first. `tokens`: how many the
+    samples drew, counted without any sharing."""
     nums, target = problem["nums"], problem["target"]
-    best = select(samples, tokenizer, settings.last_line)
-    text = ""
-    score = None
-    verdict = Verdict(False, "no sample reached the goal")
-    if best:
-        text = tokenizer.decode(best.tokens)
-        score = rate(best, tokenizer, settings.last_line)
-        verdict = verify(nums, target, text)
-    solutions = []
-    for candidate in candidates(samples, tokenizer, settings.last_line):
-        candidate_text = tokenizer.decode(candidate.tokens)
-        if verify(nums, target, candidate_text).correct:
-            solutions.append(candidate_text)
+    ranked = candidates(samples, tokenizer, settings.last_line)
+    texts = [tokenizer.decode(candidate.tokens) for candidate in ranked]
+    verdicts = [verify(nums, target, text) for text in texts]
+    solutions = [text for text, verdict in zip(texts, verdicts) if verdict.correct]
+    verdict = verdicts[0] if ranked else Verdict(False, "no sample reached the goal")
     return {
         "nums": nums,
         "target": target,
-        "response": text,
-        "score": score,
+        "response": texts[0] if ranked else "",
+        "score": rate(ranked[0], tokenizer, settings.last_line) if ranked else None,
         "correct": verdict.correct,
         "reason": verdict.reason,
         "failed_action": verdict.failed_action,
@@ -794,15 +793,16 @@ def evaluate(
     offset: int = 0,
     answer_file: "AnswerFile | None" = None,
 ) -> list[dict]:
-    """`judge`'s answer to every problem, and its number, offset + i. Samples depend on this number,
-    so that neither batches nor ranks change them (but in bf16 and fp16, by rounding). answer_file
-    gets the answers as they come, and may hold some already."""
+    """`judge`'s answer to every problem. Each has a "number", offset + its index, which seeds its
+    samples: so they depend neither on the batch size nor on the number of ranks (except for
+    rounding in bf16 and fp16). New answers are added to answer_file, which may hold some already.
+    """
     _, rank, world = device_rank_world()
     answers = dict(answer_file.answers) if answer_file else {}
     numbers = range(offset, offset + len(problems))
-    own_numbers = [one for one in numbers if one not in answers][rank::world]
-    own = [problems[one - offset] for one in own_numbers]
-    searches = decode(model, tokenizer, own, own_numbers, settings)
+    own_numbers = [number for number in numbers if number not in answers][rank::world]
+    own = [problems[number - offset] for number in own_numbers]
+    searches = search_all(model, tokenizer, own, own_numbers, settings)
     progress = tqdm(
         searches, settings.decoder, len(own), leave=False, unit=" problems", disable=no_bar()
     )
@@ -813,11 +813,11 @@ def evaluate(
             answer_file.add(answer)
     for answers_of_rank in gather(answers):
         answers |= answers_of_rank
-    return [answers[one] for one in numbers]
+    return [answers[number] for number in numbers]
 
 
 def gather(own) -> list:
-    """What each rank has, on every rank."""
+    """A list of what each rank has, on every rank."""
     if not dist.is_initialized():
         return [own]
     by_rank = [None] * dist.get_world_size()
@@ -835,8 +835,8 @@ def compare(
     offset: int = 0,
     answer_file: "AnswerFile | None" = None,
 ) -> dict:
-    """Evaluate every decoder on the problems of every split and print a table, one line for each;
-    {(split, decoder): answers}."""
+    """Evaluate every decoder on the problems of every split, and print a table with a line for
+    each. Returns {(split, decoder): answers}."""
     results = {}
     prints = is_main()
     if prints:
@@ -853,7 +853,7 @@ def compare(
         seconds = time.perf_counter() - begin
         results[split, decoder] = answers
         if prints:
-            known = answer_file.answers if answer_file else {}  # they took no time
+            known = answer_file.answers if answer_file else {}  # read from the file, not searched
             new = [answer for answer in answers if answer["number"] not in known]
             print(f"{f'{decoder}, {split}':24}{table_line(answers, new, seconds)}", flush=True)
     return results
@@ -865,7 +865,7 @@ def compare(
 
 
 def table_line(answers: list[dict], new: list[dict], seconds: float) -> str:
-    """Accuracy and tokens a problem of all answers; problems and tokens a second of the new."""
+    """Accuracy and tokens per problem of all answers; problems and tokens a second of new ones."""
     count = len(answers)
     selected = sum(answer["correct"] for answer in answers) / count
     verified = sum(answer["verified"] for answer in answers) / count
@@ -876,7 +876,7 @@ def table_line(answers: list[dict], new: list[dict], seconds: float) -> str:
 
 
 def wilson_interval(share: float, problems: int, deviations: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of so many problems: (low, high)."""
+    """Wilson's 95 % interval, (low, high), of a share of `problems`."""
     square = deviations * deviations
     middle = share + square / 2 / problems
     half_width = deviations * math.sqrt(share * (1 - share) / problems + square / 4 / problems**2)
@@ -885,7 +885,7 @@ def wilson_interval(share: float, problems: int, deviations: float = 1.96) -> tu
 
 
 def percent(share: float, problems: int) -> str:
-    """A share of so many problems in percent, with its interval."""
+    """A share of `problems` in percent, with its interval."""
     low, high = wilson_interval(share, problems)
     return f"{100 * share:6.1f} [{100 * low:4.1f}, {100 * high:5.1f}]"
 
@@ -906,7 +906,7 @@ class Tree:
         self.last_line = settings.last_line
         answer = select(samples, tokenizer, self.last_line)
         self.answer = self.node_of(tokenizer.decode(answer.tokens)) if answer else ()
-        self.scores = {}  # of a goal's node: the best, for rounding gives its samples several
+        self.scores = {}  # node: its best score (equal samples may differ by rounding)
         for candidate in candidates(samples, tokenizer, self.last_line):
             node = self.node_of(tokenizer.decode(candidate.tokens))
             self.scores.setdefault(node, rate(candidate, tokenizer, self.last_line))
@@ -920,7 +920,7 @@ class Tree:
                 branched = f"round {sample.round} from here", "branched"
                 self.outcomes[node[:inherited_actions]][branched] += sample.count
             words, colour = self.outcome_of(sample, problem["nums"], problem["target"], text)
-            if sample.round and inherited_actions == len(node):  # it chose no action here
+            if sample.round and inherited_actions == len(node):  # it wrote no action
                 words += " at once"
             self.outcomes[node][words, colour] += sample.count
         for node in sorted(self.chosen, key=self.drawing_order):
@@ -937,7 +937,7 @@ class Tree:
         if sample.tokens[-1] == self.tokenizer.backtrack:
             return BACKTRACK, "stopped"
         if not reached_goal(sample, self.tokenizer):
-            return "no goal", "stopped"  # too long, or ended without one
+            return "no goal", "stopped"  # it was too long, or ended without `Goal Reached!`
         verdict = verify(nums, target, text)
         score = self.scores[self.node_of(text)]
         judgement = "right" if verdict.correct else verdict.reason.split(": ")[-1]
@@ -946,11 +946,11 @@ class Tree:
         return words, "right" if verdict.correct else "wrong"
 
     def drawing_order(self, node: tuple[str, ...]) -> tuple[bool, int]:
-        """The way to the answer first, then what most samples chose."""
+        """A sort key: the path to the answer first, then what most samples chose."""
         return node != self.answer[: len(node)], -self.chosen[node]
 
     def lines(self, node: tuple[str, ...] = (), indent: str = "", most: int = 5) -> Iterator[str]:
-        """A line for every action below a node, at most `most` a node."""
+        """The lines of all nodes below a node, at most `most` children of each."""
         children = self.children[node]
         for child in children[:most]:
             is_last = child == children[-1]
@@ -963,7 +963,7 @@ class Tree:
             yield f"{indent}└─ {len(children) - most} more, x{not_shown}"
 
     def words_at(self, node: tuple[str, ...]) -> Iterator[str]:
-        """What happens at a node, in colour where a terminal shows it; as much as a line holds."""
+        """What happens at a node, as much as fits into the line; in colour on a terminal."""
         room = 65  # columns
         for (outcome, colour), count in self.outcomes[node].items():
             room -= len(f"{outcome} x{count}; ")
@@ -988,13 +988,13 @@ def draw_tree(
 
 
 def solver_is_asked(nums: list[int]) -> bool:
-    """Of more than six numbers there are too many programs to try them all, and the solver computes
-    with 64 bits."""
+    """More than six numbers have too many programs to try them all, and the solver computes with
+    64 bits."""
     return len(nums) <= 6 and max(*nums, 2) ** len(nums) < 2**63
 
 
 def solver_line(nums: list[int], target: int) -> str:
-    """What the exact solver says of a problem. The search does not know it."""
+    """What the exact solver says about a problem. The search does not use it."""
     if not solver_is_asked(nums):
         return "solver: not asked, for the numbers are too many or too large"
     reaching, programs, actions = solve(nums, target)
@@ -1011,8 +1011,8 @@ TEMPLATE = pathlib.Path(__file__).parent / "assets" / "page.html"
 
 
 def write_page(model, tokenizer, problem: dict, samples, settings: Settings, path) -> None:
-    """The search as one HTML file that needs nothing else: the tree after each round, the model's
-    P(<backtrack>) after every action, and what the exact solver says of it. Raises OSError."""
+    """The search as a single HTML file: the tree after each round, the model's P(<backtrack>) after
+    every action, and what the exact solver says about it. Raises OSError."""
     nums, target = problem["nums"], problem["target"]
     tree = Tree(tokenizer, problem, samples, settings)
     nodes = [(), *in_drawing_order(tree)]
@@ -1032,7 +1032,7 @@ def write_page(model, tokenizer, problem: dict, samples, settings: Settings, pat
         "solver_says": [solver_says(nums, target, node) for node in nodes],
         "rounds": rounds,
     }
-    data = json.dumps(page).replace("<", "\\u003c")  # text of the model never ends the script
+    data = json.dumps(page).replace("<", "\\u003c")  # so that no text can end the script
     path.write_text(TEMPLATE.read_text(encoding="utf-8").replace("PAGE_DATA", data), "utf-8")
 
 
@@ -1062,7 +1062,8 @@ def backtrack_chances(model: Llama, tokenizer: Tokenizer, texts: list[str]) -> l
 
 
 def solver_says(nums: list[int], target: int, actions: tuple[str, ...]) -> tuple[str, str]:
-    """What the exact solver says of where some actions lead: (words, a key of COLOURS)."""
+    """What the exact solver says about the position after some actions: (words, a key of
+    COLOURS)."""
     if verify(nums, target, "\n".join([*actions, GOAL])).failed_action:
         return "false", "wrong"
     left = Counter(nums)
@@ -1083,24 +1084,24 @@ def solver_says(nums: list[int], target: int, actions: tuple[str, ...]) -> tuple
 
 
 class AnswerFile:
-    """What --out names. Answers are appended to FILE.part as they come, so that a run that is
-    stopped loses none; when all are there, they replace FILE, in order. The first line of FILE.part
-    says what they were made by: a run of other settings does not go on with it. Raises UserError,
-    and OSError."""
+    """The file of --out. Answers are appended to FILE.part as they come, so that none is lost if
+    the run is stopped. When all are there, they replace FILE, in order. The first line of FILE.part
+    has the run's settings: only a run with the same ones can resume it. Raises UserError and
+    OSError."""
 
     def __init__(self, path: pathlib.Path, resumes: bool, made_by: dict, problems: dict):
-        """made_by: settings, as JSON has them; problems: {number: problem}."""
+        """made_by: the settings, of JSON's types; problems: {number: problem}."""
         self.path = path
         self.part = path.with_name(path.name + ".part")
-        self.answers = {}  # {number: answer}, of those that were there already
+        self.answers = {}  # {number: answer}, of those that were read
         lines = self.read_lines()
         if lines and not resumes:
-            raise UserError(f"{self.part} is of a run that was stopped: --resume, or remove it")
+            raise UserError(f"{self.part} is from a stopped run: --resume it, or remove the file")
         if resumes and not lines and path.exists():
             raise UserError(f"{path} is complete")
         if lines and lines[0] != made_by:
             differ = [name for name in made_by if lines[0].get(name) != made_by[name]]
-            raise UserError(f"{self.part} was made by other settings: {', '.join(differ)}")
+            raise UserError(f"{self.part} was made with other settings: {', '.join(differ)}")
         for answer in lines[1:]:
             self.take(answer, problems)
         gather(None)  # nobody writes before all have read
@@ -1109,7 +1110,7 @@ class AnswerFile:
         gather(None)
 
     def read_lines(self) -> list[dict]:
-        """Of FILE.part; the last line may be incomplete."""
+        """The lines of FILE.part but for the last, if it is incomplete."""
         if not self.part.exists():
             return []
         try:
@@ -1120,7 +1121,7 @@ class AnswerFile:
         return lines
 
     def take(self, answer, problems: dict) -> None:
-        """Keep an answer that was read, if it is to one of the problems."""
+        """Keep an answer that was read, if it belongs to one of the problems."""
         fields = {"number": COUNT, "correct": BOOL, "verified": BOOL, "tokens": COUNT}
         check_fields(answer, fields, f"an answer in {self.part}", needed=fields)
         problem = problems.get(str(answer["number"]))
@@ -1134,7 +1135,7 @@ class AnswerFile:
             file.write(json.dumps(answer) + "\n")
 
     def write(self, path: pathlib.Path, lines: list[dict]) -> None:
-        """A whole file, in one go: whoever is killed leaves the old one."""
+        """Write a whole file. If the program is killed meanwhile, the old file is left."""
         new = path.with_name(path.name + ".new")
         path.parent.mkdir(parents=True, exist_ok=True)
         new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -1152,7 +1153,7 @@ EXAMPLE = {"nums": [52, 49, 38, 6], "target": 21}  # the shipped model solves it
 
 
 def example(record: dict) -> dict:
-    """The problem to show: EXAMPLE, or, if the checkpoint was not trained on four numbers, its
+    """The problem to show: EXAMPLE; or, if the checkpoint was not trained on four numbers, its
     first validation problem with a new target."""
     if record["source"] == "generated" and len(EXAMPLE["nums"]) not in record["sizes"]:
         [row] = load_rows("val_new", record, 1)
@@ -1194,25 +1195,25 @@ def flags() -> Arguments:
     add("--target", metavar="T", type=number(int, 0), help="its target")
     add("--data", help="val (seen targets), val_new (new ones), or a file")
     add("--num", metavar="N", type=number(int, 1), default=200, help="how many problems")
-    add("--offset", metavar="N", type=number(int, 0), default=0, help="problems to pass over")
+    add("--offset", metavar="N", type=number(int, 0), default=0, help="problems to skip")
     add = options.add_argument_group("the search (paper, section 4.2)").add_argument
     add("--decoder", choices=DECODERS, help="only the last one steps back")
-    add("--b", metavar="B", type=number(int, 0), help="how often to step back")
-    add("--n", metavar="N", type=number(int, 1), help="samples of each state; beams")
-    add("--limit", metavar="N", type=number(int, 1), help="most states in a frontier; int(sqrt(n))")
+    add("--b", metavar="B", type=number(int, 0), help="rounds of stepping back")
+    add("--n", metavar="N", type=number(int, 1), help="samples of each state, or beams")
+    add("--limit", metavar="N", type=number(int, 1), help="states in a frontier; int(sqrt(n))")
     add(
         "--stop_above",
         metavar="X",
         type=number(float, -1e6),
         help="a better score ends a search; 0: never",
     )
-    add("--paper", action="store_true", help="sample and choose as the paper does")
+    add("--paper", action="store_true", help="sample and select as the paper does")
     add = options.add_argument_group("sampling").add_argument
     add(
         "--temperature",
         metavar="X",
         type=number(float, 0.001),
-        help="above 1: rare tokens more often",
+        help="above 1: more rare tokens",
     )
     add(
         "--min_p",
@@ -1227,12 +1228,12 @@ def flags() -> Arguments:
         type=number(float, 0, True),
         help="keep the most probable tokens that add up to P",
     )
-    add("--max_new_tokens", metavar="N", type=number(int, 1), help="most of a whole response")
-    add("--seed", metavar="N", type=number(int, 0), help="other samples")
+    add("--max_new_tokens", metavar="N", type=number(int, 1), help="maximum length of a response")
+    add("--seed", metavar="N", type=number(int, 0), help="of the samples")
     add = options.add_argument_group("what is written").add_argument
-    add("--html", metavar="FILE", type=pathlib.Path, help="the tree as a page, to this file")
-    add("--out", metavar="FILE", type=pathlib.Path, help="a JSON line a problem, to this file")
-    add("--resume", action="store_true", help="go on with --out's FILE.part")
+    add("--html", metavar="FILE", type=pathlib.Path, help="write the tree as a page to this file")
+    add("--out", metavar="FILE", type=pathlib.Path, help="write a JSON line a problem to this file")
+    add("--resume", action="store_true", help="continue --out's FILE.part")
     add = options.add_argument_group("the machine").add_argument
     add("--batch_size", metavar="N", type=number(int, 1), help="states expanded together")
     add("--cache_gib", metavar="X", type=number(float, 0, True), help="for keys and values")
@@ -1254,7 +1255,7 @@ def main() -> None:
             warn_of_unlike(record, [problem])
         else:
             problem = example(record)
-        [(_, samples)] = decode(model, tokenizer, [problem], [0], settings)
+        [(_, samples)] = search_all(model, tokenizer, [problem], [0], settings)
         print(draw_tree(tokenizer, problem, samples, settings), end="\n\n")
         if options.html:
             write_page(model, tokenizer, problem, samples, settings, options.html)
@@ -1274,7 +1275,7 @@ def main() -> None:
     if options.out:
         settings_alone = replace(settings, batch_size=1, cache_gib=1.0)  # these change no sample
         given = {"ckpt": options.ckpt, "data": options.data, "dtype": str(dtype)}
-        # of weights that are replaced under the same name; training changes these, too
+        # other weights may have the same name: training changes this norm, too
         given["weights"] = fingerprint(str(model.model.norm.weight.tolist()))
         made_by = given | asdict(settings_alone)
         problems = {str(options.offset + place): row for place, row in enumerate(rows)}

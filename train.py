@@ -1,14 +1,13 @@
 """Supervised fine-tuning on D_op and D_back (paper, section 4.1). Read after search.py.
 
-The paper's loss is L_SFT + L_backtrack: cross-entropy over the solutions of D_op, and over the
+The paper's loss is L_SFT + L_backtrack: the cross-entropy over the solutions of D_op, and over the
 beginnings and the `<backtrack>` of D_back. As in the reference, it is one mean over all labelled
-tokens of a step, whatever kind their rows are. Which tokens carry a label: `no_loss_spans` in
-data.py. (Rows of a step are of like length, so that some steps have far more of D_back than others:
-see `Batches`.)
+tokens of a step, regardless of the kind of row. Which tokens have a label: `no_loss_spans` in
+data.py.
 
-    python train.py                                         a small model, 10-20 minutes on 2 cores
+    python train.py                                         a small model: 10-20 minutes on 2 cores
     python train.py --ckpt unsloth/Llama-3.2-1B --data yangxw/countdown-backtracking --grad_accum 2
-    torchrun --nproc_per_node=2 -- train.py                 on two devices, twice the rows a step
+    torchrun --nproc_per_node=2 -- train.py                 on two devices: twice the rows a step
 """
 
 import argparse
@@ -60,17 +59,17 @@ def fit(
     report_every: int = 1000,
     report=None,
 ) -> None:
-    """Train `model` in place, by `steps` steps of the optimizer.
+    """Train `model` in place, for `steps` steps of the optimizer.
 
     dtype: what autocast computes in.
-    report: called as report(loss, state, evaluates) after every `report_every` steps and after the
-        last, with evaluates True; and with False where a signal stops the run in between.
-    state: what report was given, {"step", "optimizer", "scaler"}, if a run is to be resumed."""
+    report: called as report(loss, state, evaluates), with evaluates True, after every
+        `report_every` steps and after the last one; with evaluates False if a signal stops the run.
+    state: to resume a run, the state that report got: {"step", "optimizer", "scaler"}."""
     world = device_rank_world()[2]
     device = model.lm_head.weight.device
     model.model.compiled_layer = torch.compile(LlamaDecoderLayer.forward) if compiled else None
-    # In fp16 a step may have to be skipped (see Stepper). A fused optimizer would have to do that
-    # itself, and Muon's own part of the step does not know how.
+    # In fp16 GradScaler may skip a step (see Stepper). It leaves that to the optimizer if this is
+    # fused, and Muon's part of the step cannot do it.
     optimizer = make_optimizer(model, muon, lr, weight_decay, fused=dtype != torch.float16)
     first_step = state["step"] if state else 0
     stepper = Stepper(model, optimizer, dtype)
@@ -88,27 +87,28 @@ def fit(
         loss = stepper.take_step([part.to(device, non_blocking=True) for part in next(stream)])
         smooth_loss = loss if smooth_loss is None else 0.98 * smooth_loss + 0.02 * loss
 
-        # Look at the loss: seldom, because that waits for the device.
-        reports = (step + 1) % report_every == 0 or step + 1 == steps
+        # Look at the loss only now and then, because that waits for the device.
+        must_report = (step + 1) % report_every == 0 or step + 1 == steps
         stopped_alone = world == 1 and interruptible.stopped_by  # no need to ask other ranks
-        if not (reports or stopped_alone or step % 20 == 0):
+        if not (must_report or stopped_alone or step % 20 == 0):
             continue
         if not math.isfinite(smooth_loss):
             raise UserError(f"the loss is not finite at step {step + 1}: try a smaller --lr")
         progress.set_postfix(loss=f"{float(smooth_loss):.4f}")
 
-        # Report, and stop if a signal came: all ranks together.
-        stops = bool(sum_over_ranks(torch.tensor(interruptible.stopped_by, device=device)))
-        if report and (reports or stops):
+        # All ranks report together, and stop together if any of them got a signal.
+        must_stop = bool(sum_over_ranks(torch.tensor(interruptible.stopped_by, device=device)))
+        if report and (must_report or must_stop):
             new_state = {"step": step + 1, "optimizer": optimizer_state(optimizer)}
             new_state["scaler"] = stepper.scaler.state_dict()
-            report(float(smooth_loss), new_state, reports)
-        if stops:
+            report(float(smooth_loss), new_state, must_report)
+        if must_stop:
             raise KeyboardInterrupt(interruptible.stopped_by or signal.SIGTERM)
 
 
 class Stepper:
-    """Takes a step of the optimizer. On one device, in fp32, with one part a step, it is this:
+    """Takes a step of the optimizer. On one device, in fp32, with one part (micro-batch) a step, it
+    is this:
 
         loss = model(input_ids, labels=labels) / num_labels
         loss.backward()
@@ -116,8 +116,8 @@ class Stepper:
         optimizer.step()
         optimizer.zero_grad()
 
-    What else stands here is for several devices (DistributedDataParallel), several parts (their
-    gradients are added up), and for autocast to bf16 or fp16."""
+    The rest is for several devices (DistributedDataParallel), for several parts (whose gradients
+    are added up), and for autocast to bf16 or fp16."""
 
     def __init__(self, model: Llama, optimizer: torch.optim.Optimizer, dtype: torch.dtype):
         device = model.lm_head.weight.device
@@ -129,7 +129,7 @@ class Stepper:
             self.parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
         self.autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
         # In fp16 small gradients would become 0, so the loss (and with it every gradient) is scaled
-        # up. Where a scaled gradient overflows, GradScaler skips the step.
+        # up. If a scaled gradient overflows, GradScaler skips the step.
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     def take_step(self, parts: list[torch.Tensor]) -> torch.Tensor:
@@ -147,8 +147,8 @@ class Stepper:
         return sum_over_ranks(loss)
 
     def add_gradients(self, parts: list[torch.Tensor], num_labels: torch.Tensor) -> torch.Tensor:
-        """Forward and backward. Gradients of parts and ranks are to be added up, but DDP takes the
-        mean over ranks: so multiply by their number. Returns this rank's share of the loss."""
+        """Forward and backward. The gradients of all parts and ranks have to be added up. DDP takes
+        the mean over ranks, so multiply by their number. Returns this rank's share of the loss."""
         loss = torch.zeros((), device=num_labels.device)
         for part_number, (input_ids, labels) in enumerate(parts):
             if self.world > 1:  # ranks exchange gradients once a step, at its last part
@@ -161,8 +161,8 @@ class Stepper:
 
 
 def learning_rate(step: int, steps: int, lr: float, warmup: int) -> float:
-    """The smaller of a linear warm-up, which is at lr after `warmup` steps, and half a cosine over
-    all steps, from lr down to zero."""
+    """The minimum of a linear warm-up, which reaches lr after `warmup` steps, and half a cosine
+    from lr to zero over all steps."""
     return lr * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
@@ -174,8 +174,8 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def mean_loss(model: Llama, batches: list[torch.Tensor]) -> float | None:
-    """Mean cross-entropy over all labelled tokens of batches (2, B, T). None if there are none, as
-    in rows that are cut in their prompt."""
+    """Mean cross-entropy over all labelled tokens of batches (2, B, T). None if there are none, for
+    instance because rows are truncated within their prompts."""
     total_loss = 0.0
     labelled = 0
     for input_ids, labels in batches:
@@ -188,26 +188,27 @@ def mean_loss(model: Llama, batches: list[torch.Tensor]) -> float | None:
 
 
 class Batches(Dataset):
-    """Training rows as batches. An item is a list of 16 optimizer steps. A step is a list of
-    `accum` parts, whose gradients are added up. A part is a batch: a tensor (2, B, T) int64 of
-    input_ids and labels.
+    """Training rows as batches. An item holds the rows of 16 optimizer steps. A step is a list of
+    `accum` parts (micro-batches), whose gradients are added up. A part is a tensor (2, B, T) int64
+    of input_ids and labels.
 
         item 0   step 0   part 0   (2, B, T)
                           part 1   (2, B, T)
                  step 1   part 0   (2, B, T)
                           ...
 
-    An item is what one worker process makes at a time. It is 16 steps so that rows of like length
-    can be put together: they are sorted before they are cut into steps, and little is padding. All
-    ranks draw the same rows, batch_size * accum * world a step, and each takes its share: how a
-    step is split over ranks and parts does not change its gradient.
+    A worker process makes one item at a time. The rows of an item are sorted by length before they
+    are divided into steps, so that there is little padding. (Rows of D_back are shorter: some steps
+    have far more of them than others.) All ranks draw the same rows, batch_size * accum * world a
+    step, and each takes its share: the gradient of a step does not depend on how it is split over
+    ranks and parts.
 
-    rows: a list, read epoch after epoch, shuffled anew each time; or the record of generated data,
-        an endless stream, of which every row is seen once.
+    rows: a list, read epoch after epoch, and shuffled for each; or the record of generated data, an
+        endless stream in which no row comes twice.
     """
 
     STEPS = 16
-    CONTEXT = 128  # longer rows are cut, as in the reference
+    CONTEXT = 128  # longer rows are truncated, as in the reference
 
     def __init__(
         self, rows, tokenizer, batch_size, accum=1, seed=0, rank=0, world=1, mask="action"
@@ -229,7 +230,7 @@ class Batches(Dataset):
         steps = []
         for begin in range(0, count, self.rows_per_step):
             step_rows = encoded[begin : begin + self.rows_per_step]
-            # a rank takes every world-th row, and a part takes every accum-th of these
+            # a rank takes every world-th row, a part every accum-th of these
             own_rows = step_rows[self.rank :: self.world]
             parts = [self.pad_rows(own_rows[part :: self.accum]) for part in range(self.accum)]
             steps.append(parts)
@@ -237,21 +238,19 @@ class Batches(Dataset):
         return [steps[step] for step in order]
 
     def draw(self, begin: int, count: int) -> list[dict]:
-        """Rows begin .. begin + count of the stream, or of all epochs."""
+        """Rows begin .. begin + count of the stream, or of the epochs one after the other."""
         if isinstance(self.rows, dict):
             return list(generate(self.rows, "train", count, begin))
         drawn_rows = []
-        epoch_order = {}  # of each epoch
-        for row_number in range(begin, begin + count):
-            epoch, place_in_epoch = divmod(row_number, len(self.rows))
-            if epoch not in epoch_order:
-                shuffle = np.random.default_rng([self.seed, epoch])
-                epoch_order[epoch] = shuffle.permutation(len(self.rows))
-            drawn_rows.append(self.rows[epoch_order[epoch][place_in_epoch]])
+        while len(drawn_rows) < count:
+            epoch, place = divmod(begin + len(drawn_rows), len(self.rows))
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+            wanted = order[place : place + count - len(drawn_rows)]  # up to the end of the epoch
+            drawn_rows += [self.rows[index] for index in wanted]
         return drawn_rows
 
     def pad_rows(self, encoded: list[tuple[list[int], list[int]]]) -> torch.Tensor:
-        """(2, B, T), padded on the right, where causal attention does not look."""
+        """(2, B, T), padded on the right, to which causal attention does not attend."""
         longest = min(max(len(input_ids) for input_ids, _ in encoded), self.CONTEXT)
         eos = [self.tokenizer.eos] * longest
         no_label = [-100] * longest
@@ -261,8 +260,8 @@ class Batches(Dataset):
 
 
 def stream_batches(batches: Batches, first_step: int, steps: int, device: torch.device):
-    """Yields the parts of step after step, from first_step on. If there is a GPU, processes on the
-    other cores make them."""
+    """Yields the parts of one step after another, from first_step on. If there is a GPU, worker
+    processes on the other cores make them."""
     on_gpu = device.type == "cuda"
     cores_per_rank = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     loader = DataLoader(
@@ -273,7 +272,8 @@ def stream_batches(batches: Batches, first_step: int, steps: int, device: torch.
         pin_memory=on_gpu,
         worker_init_fn=in_worker,
     )
-    gc.collect()  # before they begin: a forked worker that frees garbage which lies on a GPU dies
+    # before workers are forked: one that collects garbage with CUDA tensors in it would crash
+    gc.collect()
     stream = itertools.chain.from_iterable(loader)
     return itertools.islice(stream, first_step % batches.STEPS, None)
 
@@ -282,9 +282,9 @@ def stream_batches(batches: Batches, first_step: int, steps: int, device: torch.
 
 
 def make_optimizer(model: Llama, muon: bool, lr: float, weight_decay: float, fused: bool):
-    """AdamW, or Muon for the layers' matrices and AdamW for the rest. On several ranks each keeps
-    the optimizer's state of its own share of the parameters, updates these, and sends them to the
-    others (ZeRO's first stage)."""
+    """AdamW, or Muon for the layers' matrices and AdamW for the rest. With several ranks each keeps
+    the optimizer's state for its own share of the parameters, updates these, and sends them to the
+    others (the first stage of ZeRO)."""
     matrices, embeddings, gain_vectors = [], [], []
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
@@ -292,7 +292,7 @@ def make_optimizer(model: Llama, muon: bool, lr: float, weight_decay: float, fus
         elif ".layers." in name:
             matrices.append(parameter)
         else:
-            embeddings.append(parameter)  # embedding and head
+            embeddings.append(parameter)  # and the head
     param_groups = [
         {"params": matrices, "weight_decay": weight_decay, "orthogonal": True, "momentum": 0.95},
         {"params": embeddings, "weight_decay": weight_decay, "orthogonal": False},
@@ -306,7 +306,7 @@ def make_optimizer(model: Llama, muon: bool, lr: float, weight_decay: float, fus
 
 
 def optimizer_state(optimizer) -> dict:
-    """The whole optimizer's state, on rank 0; all ranks must call this together."""
+    """The state of the whole optimizer, on rank 0. All ranks must call this together."""
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         optimizer.consolidate_state_dict(to=0)
         if dist.get_rank() > 0:
@@ -315,7 +315,7 @@ def optimizer_state(optimizer) -> dict:
 
 
 def load_optimizer(optimizer, saved: dict) -> None:
-    """Go on from what `optimizer_state` gave, but with the weight decay that is asked for now."""
+    """Load what `optimizer_state` returned, but keep the current weight decay."""
     decays = [group["weight_decay"] for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     for group, decay in zip(optimizer.param_groups, decays):
@@ -325,10 +325,11 @@ def load_optimizer(optimizer, saved: dict) -> None:
 class Muon(torch.optim.AdamW):
     """Muon (Jordan et al., 2024) for the parameter groups that say "orthogonal"; AdamW for others.
 
-    A matrix moves by the moving average of its gradients, made orthogonal: so all its directions
-    change at the same rate, and a model from scratch needs far fewer steps. The entries of an
-    update are 0.2 * lr in size, about as AdamW's are (Liu et al., 2025). torch.optim.Muon always
-    multiplies in bf16, which many CPUs only emulate, slowly; this one obeys autocast.
+    The update of a matrix is the moving average of its gradients, made orthogonal. So all of its
+    singular directions change at the same rate, and a model from scratch needs far fewer steps. The
+    entries of an update are about 0.2 * lr in size, as with AdamW (Liu et al., 2025). (Why not
+    torch.optim.Muon? It always multiplies in bf16, which is slow on CPUs without units for it. Here
+    autocast decides.)
     """
 
     @torch.no_grad()
@@ -340,7 +341,7 @@ class Muon(torch.optim.AdamW):
 
     def step_matrices(self, group: dict) -> None:
         momentum = group["momentum"]
-        by_shape = defaultdict(list)  # shape: [(matrix, what to make orthogonal), ...]
+        by_shape = defaultdict(list)  # shape: [(matrix, its update before it is orthogonal), ...]
         for matrix in group["params"]:
             if matrix.grad is None:
                 continue
@@ -349,12 +350,12 @@ class Muon(torch.optim.AdamW):
                 state["step"] = torch.zeros(())  # AdamW.load_state_dict expects one
                 state["average"] = torch.zeros_like(matrix)
             state["average"].lerp_(matrix.grad, 1 - momentum)
-            look_ahead = matrix.grad.lerp(state["average"], momentum)  # Nesterov: average once more
+            look_ahead = matrix.grad.lerp(state["average"], momentum)  # Nesterov's momentum
             by_shape[matrix.shape].append((matrix, look_ahead))
-            matrix.grad = None  # AdamW has nothing left to do here
-        for shape, pairs in by_shape.items():  # all matrices of a shape at once
+            matrix.grad = None  # so that AdamW skips it
+        for shape, pairs in by_shape.items():  # all matrices of one shape together
             updates = orthogonal(torch.stack([look_ahead for _, look_ahead in pairs]))
-            # an orthogonal matrix's entries are 1 / sqrt(longer side) in size
+            # the entries of an orthogonal matrix are about 1 / sqrt(longer side) in size
             step_size = 0.2 * group["lr"] * max(shape) ** 0.5
             for (matrix, _), update in zip(pairs, updates):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
@@ -362,8 +363,8 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(matrix_stack: torch.Tensor) -> torch.Tensor:
-    """Each matrix of a stack (N, A, B) with all singular values brought to 0.7 .. 1.2 (those that
-    are not near zero), by five Newton-Schulz steps with Muon's coefficients."""
+    """Bring the singular values of each matrix in a stack (N, A, B) to 0.7 .. 1.2, except those
+    near zero, by five Newton-Schulz steps with Muon's coefficients."""
     if matrix_stack.shape[1] > matrix_stack.shape[2]:
         return orthogonal(matrix_stack.mT).mT
     matrix_stack = matrix_stack / matrix_stack.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -387,8 +388,8 @@ SCRATCH = {
     "weight_decay": 0.1,
     "mask": "choice",
 }
-# ... and with --ckpt the paper's. Its 32 rows a step, 46,875 steps, take two devices of 16 rows, or
-# two parts (--grad_accum 2).
+# ... and with --ckpt the paper's. For its 32 rows a step (46,875 steps) use two devices, or two
+# parts (--grad_accum 2), of 16 rows.
 PAPER_TRAINING = {
     "epochs": 3,
     "num_train": 500_000,
@@ -407,8 +408,8 @@ PAPER_TRAINING = {
 
 
 def save(folder, model: Llama, tokenizer: Tokenizer, record: dict, log: list, state=None) -> None:
-    """A checkpoint in Hugging Face's layout, the record of its data, log.jsonl, and resume.pt: all
-    that `--resume` needs beside config.json and the tokenizer. Raises UserError."""
+    """Write a checkpoint in Hugging Face's layout, the record of its data, log.jsonl, and
+    resume.pt: what `--resume` needs besides config.json and the tokenizer. Raises UserError."""
     record_text = json.dumps(record) + "\n"
     with replacing(folder) as staging:
         model.save_pretrained(staging, record=record_text)
@@ -420,7 +421,7 @@ def save(folder, model: Llama, tokenizer: Tokenizer, record: dict, log: list, st
             state = {**state, "weights": weights, "record": record, "log": log}
             try:
                 torch.save(state, staging / RESUME)
-            except RuntimeError as error:  # so torch calls a full disk
+            except RuntimeError as error:  # PyTorch's error for a full disk
                 raise OSError(error) from None
 
 
@@ -429,13 +430,13 @@ STATE_FIELDS |= {"scaler": OBJECT, "weights": OBJECT, "record": OBJECT, "log": O
 
 
 def load_state(folder: Path, needed=("step", "optimizer")) -> dict:
-    """What `save` wrote: the state that it was given, "weights" in fp32, "record" and "log". Raises
-    UserError."""
+    """Read what `save` wrote: the state that it got, and "weights" in fp32, "record" and "log".
+    Raises UserError."""
     path = folder / RESUME
     try:
         settle(folder)
         state = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    except Exception as error:  # of a damaged file torch raises a dozen kinds
+    except Exception as error:  # for damaged files PyTorch raises a dozen kinds
         reason = str(error).split("\n")[0].split(" (1)")[0]
         raise UserError(f"cannot resume from {path}: lacking or damaged: {reason}") from None
     needed = {*needed, "weights", "record", "log"}
@@ -446,7 +447,7 @@ def load_state(folder: Path, needed=("step", "optimizer")) -> dict:
 
 
 def rebuild(folder: Path, state: dict) -> Llama:
-    """The model of a run, with its fp32 weights. Raises UserError."""
+    """The model of a saved run, with fp32 weights. Raises UserError."""
     model = Llama(read_config(read_json(folder / "config.json")))
     try:
         for name, parameter in model.named_parameters():
@@ -458,7 +459,7 @@ def rebuild(folder: Path, state: dict) -> Llama:
 
 @dataclass
 class Reporter:
-    """`fit` calls it to evaluate, log and save."""
+    """Evaluates, logs and saves, when `fit` calls it."""
 
     options: argparse.Namespace
     model: Llama
@@ -466,13 +467,13 @@ class Reporter:
     batches: Batches
     record: dict
     validation: dict[str, list[dict]]  # the problems of each split
-    log: list[dict]  # of a run that is resumed: what it had reported
+    log: list[dict]  # the lines reported so far (if the run is resumed)
     last_step: int
     last_time: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self):
-        """Encode the responses of the validation rows: now, because a text that the tokenizer does
-        not know would end the run. (Problems alone have none.)"""
+        """Encode the validation rows that have a response. (Now, because a text that the tokenizer
+        does not know would end the run.)"""
         self.encoded = {}
         for split, rows in self.validation.items():
             with_response = [row for row in rows if "search_path" in row]
@@ -500,12 +501,12 @@ class Reporter:
 
                 wandb.log(log_line, step=state["step"])
             if not evaluates:
-                tqdm.write(f"saved after step {state['step']}: --resume goes on", file=sys.stderr)
+                tqdm.write(f"saved after step {state['step']}: --resume continues", file=sys.stderr)
         self.last_step = state["step"]
         self.last_time = time.perf_counter()
 
     def measure(self, split: str, device: torch.device) -> dict:
-        """The loss, by the paper's mask whichever is trained with, and greedy accuracy."""
+        """The loss, always under the paper's mask, and the accuracy of greedy decoding."""
         rows = self.validation[split]
         encoded = self.encoded[split]
         batches = []
@@ -514,7 +515,7 @@ class Reporter:
         judged = evaluate(self.model, self.tokenizer, rows, Settings(decoder="greedy"))
         correct = sum(row["correct"] for row in judged)
         found = {f"{split}_greedy": correct / len(rows)}
-        if batches:  # of problems alone there are none
+        if batches:  # none if the rows are only problems
             found[f"{split}_loss"] = mean_loss(self.model, batches)
         return found
 
@@ -523,8 +524,8 @@ class Reporter:
 
 
 def arguments() -> tuple[argparse.Namespace, dict | None]:
-    """The command line; and with --resume the state of the run, whose own settings count where
-    none are given. Raises UserError."""
+    """The command line, and with --resume the state of the run: its saved settings are then the
+    defaults. Raises UserError."""
     options = Arguments("Train on D_op and D_back: a small model from scratch, or a checkpoint.")
     add = options.add_argument_group("the model: a checkpoint, or one from scratch").add_argument
     add("--ckpt", metavar="C", help="a folder or Hub id to start from")
@@ -534,7 +535,7 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     add("--data", type=whole_path, help="a file, a folder or a dataset on the Hub")
     add("--num_train", metavar="N", type=number(int, 1), help="rows drawn at random; else all")
     add("--sizes", type=int, choices=range(2, 6), nargs="+", default=[3], help="of numbers")
-    add("--mistakes", choices=KINDS, nargs="*", default=KINDS, metavar="KIND", help="of D_back")
+    add("--mistakes", choices=KINDS, nargs="*", default=KINDS, metavar="KIND", help="in D_back")
     add(
         "--any_target",
         metavar="P",
@@ -542,32 +543,32 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
         default=0.0,
         help="share of problems with targets 1 to 299",
     )
-    add("--mask", choices=MASKS, help="what of mistakes and detours carries no loss")
+    add("--mask", choices=MASKS, help="which part of mistakes and detours carries no loss")
     add = options.add_argument_group("the loop").add_argument
     add("--steps", metavar="N", type=number(int, 1), help="of the optimizer")
-    add("--epochs", metavar="N", type=number(int, 1), help="so often all rows, in place of --steps")
-    add("--batch_size", metavar="N", type=number(int, 1), help="rows of a part, on a device")
+    add("--epochs", metavar="N", type=number(int, 1), help="over all rows, instead of --steps")
+    add("--batch_size", metavar="N", type=number(int, 1), help="rows of a part, on each device")
     add("--grad_accum", metavar="N", type=number(int, 1), default=1, help="parts of a step")
-    add("--lr", metavar="X", type=number(float, 0, strict=True), help="at its peak")
+    add("--lr", metavar="X", type=number(float, 0, strict=True), help="the peak learning rate")
     add("--warmup", metavar="N", type=number(int, 1), help="steps until --lr is reached")
     add("--optimizer", choices=("muon", "adamw"), help="muon: for matrices")
-    add("--weight_decay", metavar="X", type=number(float, 0), help="of all but the norms")
-    add("--seed", metavar="N", type=number(int, 0), default=0, help="other rows and first weights")
+    add("--weight_decay", metavar="X", type=number(float, 0), help="not on the norms")
+    add("--seed", metavar="N", type=number(int, 0), default=0, help="of rows and initial weights")
     add = options.add_argument_group("what is written").add_argument
     add("--out", metavar="DIR", type=Path, default="checkpoint", help="the folder to save to")
-    add("--resume", action="store_true", help="go on from --out, by its settings")
-    add("--eval_every", metavar="N", type=number(int, 1), default=1200, help="in steps; saves, too")
+    add("--resume", action="store_true", help="continue the run in --out, with its settings")
+    add("--eval_every", metavar="N", type=number(int, 1), default=1200, help="steps; saves, too")
     add("--num_eval", metavar="N", type=number(int, 1), default=200, help="problems a split")
     add("--wandb", action="store_true", help="log to Weights & Biases, too")
     add = options.add_argument_group("the machine").add_argument
-    switch = argparse.BooleanOptionalAction  # a run that is resumed may do without: --no-compile
+    switch = argparse.BooleanOptionalAction  # a resumed run can switch it off: --no-compile
     add("--gradient_checkpointing", action=switch, help="saves memory")
     add("--compile", action=switch, help="faster, after half a minute")
     add("--dtype", choices=DTYPES, help="of autocast; default: the device's best")
     given = typed_flags()
     from_checkpoint = "--ckpt" in given
     defaults = dict(PAPER_TRAINING if from_checkpoint else SCRATCH)
-    if given & {"--steps", "--epochs"}:  # either decides on the length
+    if given & {"--steps", "--epochs"}:  # one of them determines the length
         defaults |= {"steps": None, "epochs": None}
     options.set_defaults(**defaults)
     known = options.parse_known_args()[0]
@@ -589,9 +590,9 @@ def typed_flags() -> set[str]:
 
 
 def check_flags(given: set[str], options) -> None:
-    """Refuse, or say so, what would have no effect. Raises UserError."""
+    """Reject flags, or warn about them, if they have no effect. Raises UserError."""
     if options.resume and "--ckpt" in given:
-        note(f"--resume goes on from {options.out}: --ckpt has no effect")
+        note(f"--resume continues the run in {options.out}: --ckpt has no effect")
     if "--ckpt" in given and given & {"--hidden_size", "--layers"}:
         raise UserError("--hidden_size and --layers are of a model from scratch, not --ckpt's")
     if options.data and given & {"--sizes", "--mistakes", "--any_target"}:
@@ -603,7 +604,7 @@ def check_flags(given: set[str], options) -> None:
 
 
 def as_flags(settings: dict) -> list[str]:
-    """Settings as a command line, so that they are checked as what is typed is."""
+    """Settings as a command line, so that they are checked like typed ones."""
     flags = []
     for name, value in settings.items():
         if isinstance(value, list):
@@ -617,7 +618,7 @@ def as_flags(settings: dict) -> list[str]:
 
 
 def build_model(options, state: dict | None, tokenizer: Tokenizer) -> Llama:
-    """The run's, the checkpoint to start from, or a small one with random weights; in fp32."""
+    """The model to train, in fp32: the resumed run's, the checkpoint, or a new small one."""
     if state:
         return rebuild(options.out, state)
     if options.ckpt:
@@ -625,7 +626,7 @@ def build_model(options, state: dict | None, tokenizer: Tokenizer) -> Llama:
     config = LlamaConfig(
         vocab_size=tokenizer.vocab_size,
         hidden_size=options.hidden_size,
-        intermediate_size=-(-options.hidden_size * 8 // 3 // 32) * 32,  # a multiple of 32 is fast
+        intermediate_size=-(-options.hidden_size * 8 // 3 // 32) * 32,  # multiples of 32 are fast
         num_hidden_layers=options.layers,
         num_attention_heads=options.hidden_size // 32,
         num_key_value_heads=options.hidden_size // 32,
@@ -638,12 +639,12 @@ def build_model(options, state: dict | None, tokenizer: Tokenizer) -> Llama:
 
 
 def check_run(options, state: dict, config: LlamaConfig, rows_per_step: int) -> None:
-    """Say so where a run goes on in another way. Raises UserError where it cannot."""
+    """Warn if a run is resumed with other settings. Raises UserError if they are impossible."""
     size = config.hidden_size, config.num_hidden_layers
     if size != (options.hidden_size, options.layers):
         raise UserError(f"{options.out} has other --hidden_size and --layers: {size}")
     if state["step"] >= options.steps:
-        note(f"{options.out} is at step {state['step']} of {options.steps}: give --steps more")
+        note(f"{options.out} is at step {state['step']} of {options.steps}: increase --steps")
     if state["log"]:
         last = state["log"][-1]
         if last.get("rows") != last.get("step", 0) * rows_per_step:
@@ -652,12 +653,12 @@ def check_run(options, state: dict, config: LlamaConfig, rows_per_step: int) -> 
     saved_by = "muon" if any("average" in entries for entries in of_parameters) else "adamw"
     if saved_by != options.optimizer:
         raise UserError(
-            f"{options.out} was trained by {saved_by}: {options.optimizer} has no use for its state"
+            f"{options.out} was trained by {saved_by}: its state does not fit {options.optimizer}"
         )
 
 
 def training_rows(options, tokenizer: Tokenizer) -> tuple[list[dict] | dict, dict]:
-    """The rows, or the record of their endless stream; and the record of where they come from."""
+    """The rows, or the record of their endless stream; and the record of their source."""
     if options.data is None:
         if options.any_target > 1:
             raise UserError(f"--any_target is a share, so at most 1, not {options.any_target}")
@@ -674,7 +675,7 @@ def training_rows(options, tokenizer: Tokenizer) -> tuple[list[dict] | dict, dic
     encoded = tokenizer.encode_rows(rows)  # complains of text that it does not know
     too_long = sum(len(input_ids) > Batches.CONTEXT for input_ids, _ in encoded)
     if too_long:
-        note(f"{too_long} of {len(rows)} rows are cut at {Batches.CONTEXT} tokens")
+        note(f"{too_long} of {len(rows)} rows are truncated at {Batches.CONTEXT} tokens")
     return rows, load_record(options.data, "dataset")
 
 
@@ -712,7 +713,7 @@ def main() -> None:
     if state:
         check_run(options, state, model.config, batches.rows_per_step)
     elif (options.out / RESUME).exists():
-        note(f"the first save will replace the run in {options.out}: --resume would go on with it")
+        note(f"the first save will replace the run in {options.out}: --resume would continue it")
     model.to(device)
     model.model.gradient_checkpointing = options.gradient_checkpointing
     dtype = DTYPES.get(options.dtype) or best_dtype(device)
@@ -721,13 +722,13 @@ def main() -> None:
         print(f"{parameters:,} parameters on {device}, in {str(dtype)[6:]}; saves to {options.out}")
 
     settings = vars(options).copy()
-    for name in ("ckpt", "out", "resume", "wandb", "epochs"):  # `steps` says how long it is
+    for name in ("ckpt", "out", "resume", "wandb", "epochs"):  # `steps` has the length
         del settings[name]
     settings["hidden_size"] = model.config.hidden_size
     settings["layers"] = model.config.num_hidden_layers
-    record = {**record, "settings": settings}  # --resume and improve.py go on with these
+    record = {**record, "settings": settings}  # --resume and improve.py use these
     with replacing(options.out):
-        pass  # if it cannot be written to, say so now
+        pass  # raises now if it cannot be written to
     source = {"source": options.data} if options.data else record
     validation = load_validation(source, options.num_eval)
     first_step = state["step"] if state else 0

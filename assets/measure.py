@@ -59,9 +59,9 @@ from search import (  # noqa: E402
     SHIPPED,
     Settings,
     backtrack_chances,
-    decode,
     gather,
     judge,
+    search_all,
     wilson_interval,
 )
 
@@ -123,7 +123,7 @@ def measure_decoder(model: Llama, tokenizer: Tokenizer, problems: list[dict], fl
     begin = time.perf_counter()
     rows = []
     mistakes = Counter()
-    for i, samples in decode(model, tokenizer, problems, range(len(problems)), settings):
+    for i, samples in search_all(model, tokenizer, problems, range(len(problems)), settings):
         row = judge(tokenizer, problems[i], samples, settings)
         row["stepped_back"] = all(sample.tokens[-1] == tokenizer.backtrack for sample in samples)
         rows.append(row)

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import Tokenizer, load_record, load_rows, new_record  # noqa: E402
 from model import DTYPES, Llama, LlamaConfig, best_dtype, device_rank_world  # noqa: E402
-from search import PAPER_SEARCH, SHIPPED, Settings, decode  # noqa: E402
+from search import PAPER_SEARCH, SHIPPED, Settings, search_all  # noqa: E402
 from train import Batches, fit  # noqa: E402
 
 # ---- Measuring -----------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def peer_search(
 def search(model: Llama, tokenizer: Tokenizer, problems: list[dict], settings: Settings) -> int:
     """Our way. Returns the number of tokens sampled, those that samples share once for each."""
     total = 0
-    for _, samples in decode(model, tokenizer, problems, range(len(problems)), settings):
+    for _, samples in search_all(model, tokenizer, problems, range(len(problems)), settings):
         total += sum(path.count * (len(path.tokens) - path.inherited) for path in samples)
     return total
 

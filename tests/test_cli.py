@@ -179,7 +179,7 @@ def test_a_run_that_is_over_shows_its_table_once_more(capsys, monkeypatch, ckpt)
     monkeypatch.setattr(train, "compare", lambda *args: tables.append(args))
     code, _, err = run(capsys, monkeypatch, train, "--resume", "--out", ckpt)
     assert code == 0 and len(tables) == 1
-    assert f"note: {ckpt} is at step 6 of 6: give --steps more\n" in err
+    assert f"note: {ckpt} is at step 6 of 6: increase --steps\n" in err
     assert files_of(ckpt) == before
 
 
@@ -319,7 +319,7 @@ def test_a_checkpoint_of_a_file_works_from_another_folder(
     flags = ("--n", 2, "--max_new_tokens", 9)
     code, printed, err = run(capsys, monkeypatch, search, "--ckpt", out, *flags)
     assert (code, printed[:8]) == (0, "numbers ")
-    assert err == f"note: no table, for {dataset}/train.jsonl has no validation splits\n"
+    assert err == f"note: no table, because {dataset}/train.jsonl has no validation splits\n"
     program(improve, *IMPROVE, "--ckpt", out, "--out", tmp_path / "better", "--rounds", 1)
     assert searched == [data.read_rows(dataset / "train.jsonl")[:12]]
     program(train, *TINY, "--resume", "--out", out, "--steps", 7)
@@ -646,7 +646,7 @@ def test_answers_that_were_not_gone_on_with_are_not_thrown_away(
     stopped_evaluation,
 ):
     args = stopped_evaluation
-    assert "of a run that was stopped" in complaint(search, *args)
+    assert "from a stopped run" in complaint(search, *args)
     (tmp_path / "rows.jsonl.part").write_text("")  # a disk was full: nothing is lost
     program(search, *args)
     assert "is complete" in complaint(search, *args, "--resume")

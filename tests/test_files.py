@@ -133,7 +133,7 @@ def test_it_is_said_how_many_rows_are_cut(tmp_path, capsys):
     (tmp_path / "rows.json").write_text(json.dumps([ROW, long, ROW]))
     options = argparse.Namespace(data=str(tmp_path / "rows.json"), num_train=None)
     train.training_rows(options, TOK)
-    assert "1 of 3 rows are cut at 128 tokens" in capsys.readouterr().err
+    assert "1 of 3 rows are truncated at 128 tokens" in capsys.readouterr().err
     (tmp_path / "rows.json").write_text(json.dumps([ROW, {**ROW, "search_path": "3×4=12"}]))
     with pytest.raises(UserError, match="does not know '×'"):
         train.training_rows(options, TOK)
@@ -233,7 +233,7 @@ def test_ids_without_a_token_are_never_drawn(decoder):
         direction = llama.model(torch.randint(0, 20, (8, 8))).mean((0, 1))
         llama.lm_head.weight[TOK.vocab_size :] = 5 * direction / direction.norm()
     settings = Settings(decoder=decoder, n=4, max_new_tokens=8, cache_gib=0.01)
-    for _, samples in search.decode(llama, TOK, [ROW], [0], settings):
+    for _, samples in search.search_all(llama, TOK, [ROW], [0], settings):
         drawn = {token for sample in samples for token in sample.tokens}
         assert max(drawn) < TOK.vocab_size
 
@@ -250,7 +250,7 @@ def test_what_is_saved_may_be_read_by_whom_the_umask_lets(tmp_path, umask, mode)
 
 def test_a_model_with_fewer_embeddings_than_tokens_is_refused():
     with pytest.raises(UserError, match="5 embeddings"):
-        next(search.decode(tiny(vocab_size=5), TOK, [ROW], [0], Settings(cache_gib=0.01)))
+        next(search.search_all(tiny(vocab_size=5), TOK, [ROW], [0], Settings(cache_gib=0.01)))
 
 
 def test_what_a_tokenizer_came_with_is_saved_again(checkpoint, tmp_path):
@@ -291,7 +291,7 @@ def test_a_token_with_a_huge_number_is_refused(checkpoint):
     tokens = json.loads((checkpoint / "tokenizer.json").read_text())
     tokens["model"]["vocab"]["="] = 2**31
     (checkpoint / "tokenizer.json").write_text(json.dumps(tokens))
-    with pytest.raises(UserError, match="token number 2147483648"):
+    with pytest.raises(UserError, match="token 2147483648"):
         Tokenizer.from_pretrained(checkpoint)
 
 

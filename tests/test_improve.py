@@ -98,9 +98,6 @@ def test_each_answer_goes_with_its_own_problem():
 # ---- A round -------------------------------------------------------------------------------------
 
 
-OPTIONS = Namespace(seed=0)
-
-
 def one_round(monkeypatch, rows: list[dict], answers: list[dict]) -> list[str]:
     """What a round learns, if its search finds these answers."""
     learned = []
@@ -108,7 +105,7 @@ def one_round(monkeypatch, rows: list[dict], answers: list[dict]) -> list[str]:
     monkeypatch.setattr(
         improve, "fine_tune", lambda model, tokenizer, kept, *rest: learned.extend(kept)
     )
-    improve.improve(torch.nn.Module(), TOKENIZER, rows, Settings(), {}, OPTIONS, 1)
+    improve.improve(torch.nn.Module(), TOKENIZER, rows, Settings(), improve.Tuning(), 1)
     return [row["search_path"] for row in learned]
 
 
@@ -150,7 +147,7 @@ def test_a_round_searches_the_problems_by_the_settings(monkeypatch):
     monkeypatch.setattr(improve, "evaluate", evaluate)
     monkeypatch.setattr(improve, "fine_tune", lambda *given: None)
     monkeypatch.setattr(improve, "copy_to_search", lambda model: f"a copy of {model}")
-    improve.improve("the model", TOKENIZER, rows, settings, {}, OPTIONS, 1)
+    improve.improve("the model", TOKENIZER, rows, settings, improve.Tuning(), 1)
     assert seen == [("a copy of the model", TOKENIZER, rows, settings)]
 
 
@@ -188,3 +185,19 @@ def test_a_round_that_solves_nothing_says_so_and_learns_nothing(monkeypatch):
     answers = [answer_to(rows[0], LIE), answer_to(rows[0]), answer_to(rows[0], LIE)]
     with pytest.raises(UserError, match="solved nothing"):
         one_round(monkeypatch, rows, answers)
+
+
+@pytest.mark.parametrize(
+    "trained_with,lr,expected",
+    [
+        ({"optimizer": "muon", "mask": "choice"}, None, (2e-4, True, "choice")),
+        ({"optimizer": "muon", "mask": "none"}, 1e-3, (1e-3, True, "none")),
+        ({"optimizer": "adamw", "mask": "action"}, None, (1e-5, False, "action")),
+        (None, None, (1e-5, False, "action")),
+    ],
+)
+def test_a_round_trains_as_the_checkpoint_was_trained(trained_with, lr, expected):
+    """Or else as the paper does."""
+    record = {"settings": trained_with} if trained_with else {}
+    options = Namespace(epochs=5, batch_size=7, lr=lr)
+    assert improve.tuning_settings(options, record) == improve.Tuning(5, 7, *expected)

@@ -27,7 +27,7 @@ def searched() -> tuple:
     """The shipped model, its tokenizer and the samples of a search."""
     tokenizer = Tokenizer.from_pretrained(search.SHIPPED)
     model = Llama.from_pretrained(search.SHIPPED, dtype=torch.float32).eval()
-    [(_, samples)] = search.decode(model, tokenizer, [PROBLEM], [0], SETTINGS)
+    [(_, samples)] = search.search_all(model, tokenizer, [PROBLEM], [0], SETTINGS)
     return model, tokenizer, samples
 
 

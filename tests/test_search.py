@@ -71,7 +71,7 @@ def precise(model) -> Llama:
 
 def decode(model, problems: list[dict], keys, settings: Settings) -> list[list[Response]]:
     """The samples of each problem, in the problems' order."""
-    found = dict(search.decode(model, TOK, problems, keys, settings))
+    found = dict(search.search_all(model, TOK, problems, keys, settings))
     return [found[number] for number in range(len(problems))]
 
 
@@ -445,7 +445,7 @@ def test_top_k_and_top_p_leave_out_what_transformers_leaves_out(cut, temperature
 def test_what_is_left_out_is_never_drawn(precise):
     """By the command's own path, not by the shares alone."""
     settings = replace(SHORT, b=0, n=64, temperature=5.0, top_k=2)
-    [(_, samples)] = search.decode(precise, TOK, PROBLEMS[:1], [0], settings)
+    [(_, samples)] = search.search_all(precise, TOK, PROBLEMS[:1], [0], settings)
     for sample in samples:
         tokens = TOK.prompts(PROBLEMS[:1])[0]
         for token in sample.tokens:
