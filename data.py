@@ -797,6 +797,8 @@ def new_record(
         "held_out": list(HELD_OUT),
         "mistakes": list(mistakes),
         "any_target": any_target,  # the share of training problems with ANY_TARGETS
+        "operators": "".join(OPERATORS),
+        "max_number": MAX_NUMBER,
     }
 
 
@@ -1002,6 +1004,7 @@ def is_share(value) -> bool:
     return isinstance(value, float | int) and 0 <= value <= 1
 
 
+FIRST_TASK = {"operators": "+-*/", "max_number": 99}  # of records that do not say
 RECORD_FIELDS = {  # of record.json
     "source": TEXT,
     "seed": COUNT,
@@ -1009,6 +1012,8 @@ RECORD_FIELDS = {  # of record.json
     "held_out": ("targets", are_held_out),
     "mistakes": (f"among {KINDS}", lambda value: is_list(value, KINDS.__contains__)),
     "any_target": ("a share, from 0 to 1", is_share),
+    "operators": TEXT,
+    "max_number": COUNT,
     "settings": OBJECT,
 }
 
@@ -1026,8 +1031,20 @@ def load_record(name: str, repo_type: str = "model") -> dict:
         if record.get("source") == "generated":
             needed += ["seed", "sizes", "held_out"]
         check_fields(record, RECORD_FIELDS, str(path), needed)
+        if record["source"] == "generated":
+            record = {**FIRST_TASK, **record}
+            warn_of_changed_task(record, str(path))
         return record
     return {"source": REFERENCE if repo_type == "model" else str(name)}
+
+
+def warn_of_changed_task(record: dict, place: str) -> None:
+    """Warn if data.py has been changed since: then validation problems are other ones, too."""
+    now = new_record(0, [])
+    for field in FIRST_TASK:
+        if record[field] != now[field]:
+            changed = f"{field} {record[field]}, but data.py now has {now[field]}"
+            note(f"{place} says {changed}: that is another task, with other validation problems")
 
 
 def whole_path(name: str) -> str:
@@ -1072,13 +1089,14 @@ def warn_of_unlike(record: dict, rows: list[dict]) -> None:
     if record["source"] != "generated":
         return
     targets = ANY_TARGETS if record.get("any_target") else TARGETS
+    largest = record["max_number"]
     unlike = 0
     for row in rows:
-        fits = len(row["nums"]) in record["sizes"] and max(row["nums"]) <= MAX_NUMBER
+        fits = len(row["nums"]) in record["sizes"] and max(row["nums"]) <= largest
         unlike += not (fits and row["target"] in targets)
     if unlike:
         sizes = " or ".join(map(str, record["sizes"]))
-        known = f"{sizes} numbers up to {MAX_NUMBER}, targets {targets[0]} to {targets[-1]}"
+        known = f"{sizes} numbers up to {largest}, targets {targets[0]} to {targets[-1]}"
         note(f"{unlike} of {len(rows)} problems are unlike what the model was trained on: {known}")
 
 
@@ -1209,9 +1227,9 @@ def main() -> None:
     options = Arguments("Generate Countdown data: training rows and two validation splits.")
     add = options.add_argument_group("what to generate").add_argument
     add("--num", metavar="N", type=number(int, 1), default=500_000, help="training rows")
-    add("--num_val", metavar="N", type=number(int, 1), default=5_000, help="problems a split")
-    add("--sizes", type=int, choices=range(2, 6), nargs="+", default=[4], help="of numbers")
-    add("--seed", metavar="N", type=number(int, 0), default=0, help="of training rows")
+    add("--num_val", metavar="N", type=number(int, 1), default=5_000, help="problems in each split")
+    add("--sizes", type=int, choices=range(2, 6), nargs="+", default=[4], help="how many numbers")
+    add("--seed", metavar="N", type=number(int, 0), default=0, help="seed of the training rows")
     add("--out", metavar="DIR", default="data", help="the folder to write to, as JSON Lines")
     add = options.add_argument_group("or only to look at").add_argument
     add("--show", metavar="N", type=number(int, 1), help="print so many training rows")

@@ -195,19 +195,19 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     add("--data", type=whole_path, help="problems; default: those of its training")
     add("--out", metavar="DIR", type=Path, default="improved", help="the folder to save to")
     add("--resume", action="store_true", help="continue after --out's last round")
-    add("--num_eval", metavar="N", type=number(int, 1), default=300, help="problems a split")
+    add("--num_eval", metavar="N", type=number(int, 1), default=300, help="problems in each split")
     add = options.add_argument_group("the search of a round").add_argument
-    add("--rounds", metavar="N", type=number(int, 1), default=3, help="how many")
-    add("--num", metavar="N", type=number(int, 1), default=15_000, help="problems a round")
+    add("--rounds", metavar="N", type=number(int, 1), default=3, help="rounds of improvement")
+    add("--num", metavar="N", type=number(int, 1), default=15_000, help="problems of each round")
     add("--b", metavar="B", type=number(int, 0), default=1, help="rounds of stepping back")
     add("--n", metavar="N", type=number(int, 1), default=16, help="samples of each state")
     add("--temperature", metavar="X", type=number(float, 0.001), help="default: search.py's")
     add("--paper", action="store_true", help="sample and select as the paper does")
-    add("--seed", metavar="N", type=number(int, 0), default=0, help="of problems")
+    add("--seed", metavar="N", type=number(int, 0), default=0, help="seed of problems and samples")
     add = options.add_argument_group("training on what it kept").add_argument
-    add("--epochs", metavar="N", type=number(int, 1), default=3, help="over these rows")
+    add("--epochs", metavar="N", type=number(int, 1), default=3, help="passes over these rows")
     add("--lr", metavar="X", type=number(float, 0, True), help="default: 2e-4, or AdamW's 1e-5")
-    add("--batch_size", metavar="N", type=number(int, 1), default=64, help="rows, on each device")
+    add("--batch_size", metavar="N", type=number(int, 1), default=64, help="rows on each device")
     switch = argparse.BooleanOptionalAction
     add("--gradient_checkpointing", action=switch, help="saves memory")
     known = options.parse_known_args()[0]
@@ -229,9 +229,6 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
 def main() -> None:
     options, state = arguments()
     device = device_rank_world()[0]
-    # whole_path has made it absolute if there is such a folder
-    if not state and options.ckpt == "checkpoint":
-        raise UserError("no folder checkpoint: run train.py first, or give --ckpt")
     tokenizer = Tokenizer.from_pretrained(options.out if state else options.ckpt)
     with replacing(options.out):
         pass  # raises now if it cannot be written to

@@ -252,7 +252,7 @@ PAPER_SEARCH = {
 # ---- 2. One step: which tokens the samples take --------------------------------------------------
 # A sampling rule gets R responses and, for each, the logits (R, V) of the next token. It returns a
 # Draw for every different continuation: samples of a response that take the same token stay
-# together.
+# together. A Draw's logp becomes a part of the score, so it must be that of the logits as given.
 #
 # The tokens, in the order of their ids, divide [0, 1) into intervals. The length of an interval is
 # the probability of its token. A sample is a point in [0, 1): it takes the token in whose interval
@@ -954,9 +954,9 @@ class Tree:
         children = self.children[node]
         for child in children[:most]:
             is_last = child == children[-1]
-            branch = indent + ("└─ " if is_last else "├─ ") + child[-1][:22]
+            branch = indent + ("└─ " if is_last else "├─ ") + child[-1]
             outcomes = "; ".join(self.words_at(child))
-            yield f"{branch:30}{self.chosen[child]:<5}{outcomes}".rstrip()
+            yield f"{branch[:29]:30}{self.chosen[child]:<5}{outcomes}".rstrip()
             yield from self.lines(child, indent + ("   " if is_last else "│  "), most)
         if children[most:]:
             not_shown = sum(self.chosen[child] for child in children[most:])
@@ -984,7 +984,21 @@ def draw_tree(
     for words in tree.words_at(()):  # of the prompt, sampled again
         header += f"  ({words})"
     lines = [header, solver_line(problem["nums"], problem["target"])]
+    lines += why_it_ended(tokenizer, samples, settings)
     return "\n".join([*lines, f"{'action':30}samples", *tree.lines()])
+
+
+def why_it_ended(tokenizer: Tokenizer, samples: list[Response], settings: Settings) -> list[str]:
+    """A line that says why a search ended before its last round, if it did."""
+    last_round = max(sample.round for sample in samples)
+    if settings.decoder != "self_backtrack" or last_round == settings.b:
+        return []
+    of_last_round = [sample for sample in samples if sample.round == last_round]
+    best = select(of_last_round, tokenizer, settings.last_line)
+    reason = "there is no new state"
+    if best and rate(best, tokenizer, settings.last_line) > settings.stop_above:
+        reason = f"an answer scores above {settings.stop_above}"
+    return [f"search: it ended after round {last_round}, because {reason}"]
 
 
 def solver_is_asked(nums: list[int]) -> bool:
@@ -1014,6 +1028,7 @@ def write_page(model, tokenizer, problem: dict, samples, settings: Settings, pat
     """The search as a single HTML file: the tree after each round, the model's P(<backtrack>) after
     every action, and what the exact solver says about it. Raises OSError."""
     nums, target = problem["nums"], problem["target"]
+    ended = why_it_ended(tokenizer, samples, settings)
     tree = Tree(tokenizer, problem, samples, settings)
     nodes = [(), *in_drawing_order(tree)]
     prompt = prompt_text(nums, target)
@@ -1026,7 +1041,7 @@ def write_page(model, tokenizer, problem: dict, samples, settings: Settings, pat
     page = {
         "title": f"numbers {nums}  target {target}",
         "solver": solver_line(nums, target),
-        "settings": f"b = {settings.b}, n = {settings.n}, {settings.decoder}",
+        "settings": "; ".join([settings_line(settings), *ended]),
         "nodes": [[*node] for node in nodes],
         "chances": [round(chance, 4) for chance in backtrack_chances(model, tokenizer, texts)],
         "solver_says": [solver_says(nums, target, node) for node in nodes],
@@ -1034,6 +1049,15 @@ def write_page(model, tokenizer, problem: dict, samples, settings: Settings, pat
     }
     data = json.dumps(page).replace("<", "\\u003c")  # so that no text can end the script
     path.write_text(TEMPLATE.read_text(encoding="utf-8").replace("PAGE_DATA", data), "utf-8")
+
+
+def settings_line(settings: Settings) -> str:
+    steps_back = f", b = {settings.b}" if settings.decoder == "self_backtrack" else ""
+    sampling = ""
+    if settings.decoder in ("best_of_n", "self_backtrack"):
+        manner = "independent" if settings.independent else "evenly spread"
+        sampling = f", {manner} samples at temperature {settings.temperature}"
+    return f"{settings.decoder}, n = {settings.samples_per_state()}{steps_back}{sampling}"
 
 
 def in_drawing_order(tree: Tree, node: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -1064,8 +1088,9 @@ def backtrack_chances(model: Llama, tokenizer: Tokenizer, texts: list[str]) -> l
 def solver_says(nums: list[int], target: int, actions: tuple[str, ...]) -> tuple[str, str]:
     """What the exact solver says about the position after some actions: (words, a key of
     COLOURS)."""
-    if verify(nums, target, "\n".join([*actions, GOAL])).failed_action:
-        return "false", "wrong"
+    verdict = verify(nums, target, "\n".join([*actions, GOAL]))
+    if verdict.failed_action:
+        return verdict.reason.split(": ")[-1], "wrong"
     left = Counter(nums)
     for action in actions:
         a, b, result = map(int, ACTION.fullmatch(action).group(1, 3, 4))
@@ -1197,18 +1222,22 @@ def flags() -> Arguments:
     add("--num", metavar="N", type=number(int, 1), default=200, help="how many problems")
     add("--offset", metavar="N", type=number(int, 0), default=0, help="problems to skip")
     add = options.add_argument_group("the search (paper, section 4.2)").add_argument
-    add("--decoder", choices=DECODERS, help="only the last one steps back")
+    add("--decoder", choices=DECODERS, help="only self_backtrack steps back")
     add("--b", metavar="B", type=number(int, 0), help="rounds of stepping back")
     add("--n", metavar="N", type=number(int, 1), help="samples of each state, or beams")
-    add("--limit", metavar="N", type=number(int, 1), help="states in a frontier; int(sqrt(n))")
+    add("--limit", metavar="N", type=number(int, 1), help="states in a frontier; else int(sqrt(n))")
+    switch = argparse.BooleanOptionalAction
+    add("--prompt_again", action=switch, help="sample the prompt once more")
+    add("--last_line", action=switch, help="add log p(last line) to the score")
     add(
         "--stop_above",
         metavar="X",
         type=number(float, -1e6),
         help="a better score ends a search; 0: never",
     )
-    add("--paper", action="store_true", help="sample and select as the paper does")
+    add("--paper", action="store_true", help="the paper's rule: other defaults (see README)")
     add = options.add_argument_group("sampling").add_argument
+    add("--independent", action=switch, help="do not spread the samples evenly")
     add(
         "--temperature",
         metavar="X",
@@ -1229,7 +1258,7 @@ def flags() -> Arguments:
         help="keep the most probable tokens that add up to P",
     )
     add("--max_new_tokens", metavar="N", type=number(int, 1), help="maximum length of a response")
-    add("--seed", metavar="N", type=number(int, 0), help="of the samples")
+    add("--seed", metavar="N", type=number(int, 0), help="seed of the samples")
     add = options.add_argument_group("what is written").add_argument
     add("--html", metavar="FILE", type=pathlib.Path, help="write the tree as a page to this file")
     add("--out", metavar="FILE", type=pathlib.Path, help="write a JSON line a problem to this file")

@@ -82,8 +82,9 @@ def fit(
     smooth_loss = None  # a moving average
     interruptible = Interruptible(progress)
     for step in interruptible:
+        lr_now = learning_rate(step, steps, lr, warmup)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, lr, warmup)
+            group["lr"] = lr_now
         loss = stepper.take_step([part.to(device, non_blocking=True) for part in next(stream)])
         smooth_loss = loss if smooth_loss is None else 0.98 * smooth_loss + 0.02 * loss
 
@@ -94,7 +95,7 @@ def fit(
             continue
         if not math.isfinite(smooth_loss):
             raise UserError(f"the loss is not finite at step {step + 1}: try a smaller --lr")
-        progress.set_postfix(loss=f"{float(smooth_loss):.4f}")
+        progress.set_postfix(loss=f"{float(smooth_loss):.4f}", lr=f"{lr_now:.1e}")
 
         # All ranks report together, and stop together if any of them got a signal.
         must_stop = bool(sum_over_ranks(torch.tensor(interruptible.stopped_by, device=device)))
@@ -534,7 +535,7 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     add = options.add_argument_group("the rows (paper, section 4.1)").add_argument
     add("--data", type=whole_path, help="a file, a folder or a dataset on the Hub")
     add("--num_train", metavar="N", type=number(int, 1), help="rows drawn at random; else all")
-    add("--sizes", type=int, choices=range(2, 6), nargs="+", default=[3], help="of numbers")
+    add("--sizes", type=int, choices=range(2, 6), nargs="+", default=[3], help="how many numbers")
     add("--mistakes", choices=KINDS, nargs="*", default=KINDS, metavar="KIND", help="in D_back")
     add(
         "--any_target",
@@ -545,15 +546,15 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     )
     add("--mask", choices=MASKS, help="which part of mistakes and detours carries no loss")
     add = options.add_argument_group("the loop").add_argument
-    add("--steps", metavar="N", type=number(int, 1), help="of the optimizer")
-    add("--epochs", metavar="N", type=number(int, 1), help="over all rows, instead of --steps")
-    add("--batch_size", metavar="N", type=number(int, 1), help="rows of a part, on each device")
+    add("--steps", metavar="N", type=number(int, 1), help="optimizer steps")
+    add("--epochs", metavar="N", type=number(int, 1), help="passes over the rows, not --steps")
+    add("--batch_size", metavar="N", type=number(int, 1), help="rows of a part on each device")
     add("--grad_accum", metavar="N", type=number(int, 1), default=1, help="parts of a step")
     add("--lr", metavar="X", type=number(float, 0, strict=True), help="the peak learning rate")
     add("--warmup", metavar="N", type=number(int, 1), help="steps until --lr is reached")
     add("--optimizer", choices=("muon", "adamw"), help="muon: for matrices")
     add("--weight_decay", metavar="X", type=number(float, 0), help="not on the norms")
-    add("--seed", metavar="N", type=number(int, 0), default=0, help="of rows and initial weights")
+    add("--seed", metavar="N", type=number(int, 0), default=0, help="seed of rows and weights")
     add = options.add_argument_group("what is written").add_argument
     add("--out", metavar="DIR", type=Path, default="checkpoint", help="the folder to save to")
     add("--resume", action="store_true", help="continue the run in --out, with its settings")

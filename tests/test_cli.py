@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -730,6 +731,23 @@ def test_a_reader_who_leaves_causes_no_traceback(trained):
     assert program.wait() == 1
 
 
+@pytest.mark.parametrize(
+    "flags,changed",
+    [
+        ([], {}),
+        (["--no-prompt_again", "--no-last_line"], {"prompt_again": False, "last_line": False}),
+        (["--independent"], {"independent": True}),
+        (["--paper"], search.PAPER_SEARCH),
+        (["--last_line", "--paper"], {**search.PAPER_SEARCH, "last_line": True}),
+    ],
+)
+def test_each_of_our_rules_has_a_flag(monkeypatch, flags, changed):
+    monkeypatch.setattr(sys, "argv", ["search.py", *flags])
+    options = search.arguments()
+    expected = {**asdict(search.Settings()), **changed}
+    assert {name: getattr(options, name) for name in expected} == expected
+
+
 # ---- Bad input -----------------------------------------------------------------------------------
 
 BAD_SEARCHES = [
@@ -756,6 +774,7 @@ BAD_SEARCHES = [
     ("--numbers 3 4 --target 7 --data val", "--numbers and --target"),
     ("--data nosuchsplit", "nosuchsplit is none of them"),
     ("--ckpt no/such", "no model at no/such"),
+    ("--ckpt checkpoint", "no folder checkpoint: run train.py first"),
     ("--ckpt /no/such/folder", "no such file or folder: /no/such/folder"),
     ("--ckpt {tmp}/empty", "cannot be read"),
     ("--data val --out /proc/no/rows.jsonl --num 1 --n 1", "/proc/no"),
@@ -878,6 +897,7 @@ BAD_IMPROVEMENTS = [
     ("--rounds 0", "--rounds: 0 is not at least 1"),
     ("--lr 0", "--lr: 0 is not above 0"),
     ("--ckpt no/such", "no model at no/such"),
+    ("--ckpt checkpoint", "no folder checkpoint: run train.py first"),
     ("--out {tmp}/good.jsonl", "cannot write"),
 ]
 

@@ -406,6 +406,8 @@ def test_weights_remember_their_record(checkpoint, monkeypatch, capsys, sharded)
         ("seed", "x"),
         ("source", None),
         ("settings", []),
+        ("operators", 4),
+        ("max_number", -1),
     ],
 )
 def test_each_field_of_record_json_is_checked(checkpoint, field, value):
@@ -413,6 +415,23 @@ def test_each_field_of_record_json_is_checked(checkpoint, field, value):
     change(checkpoint / "record.json", **{field: value})
     with pytest.raises(UserError, match=f"{field} must be"):
         load_record(checkpoint)
+
+
+def test_a_checkpoint_of_another_task_is_told(checkpoint, capsys):
+    """Validation problems are drawn by data.py as it is now."""
+    record = load_record(checkpoint)
+    assert (record["operators"], record["max_number"]) == ("+-*/", 99)
+    assert capsys.readouterr().err == ""
+    place = checkpoint / "record.json"
+    older = {key: record[key] for key in record if key not in ("operators", "max_number")}
+    place.write_text(json.dumps(older))
+    assert load_record(checkpoint) == record
+    assert capsys.readouterr().err == ""
+    change(place, operators="+-*/%", max_number=20)
+    load_record(checkpoint)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"note: {place} says operators +-*/%, but data.py now has +-*/: ")
+    assert second.startswith(f"note: {place} says max_number 20, but data.py now has 99: ")
 
 
 @pytest.mark.parametrize("text", ["{}", '{"source": "generated"}'])

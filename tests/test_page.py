@@ -69,7 +69,6 @@ def test_the_page_tells_what_the_model_thinks_after_each_action(searched, page):
 
 ONE = ("1 program", "right")
 LOST = ("lost", "wrong")
-FALSE = ("false", "wrong")
 SAID = [  # of the numbers 52, 11, 26, 78 and the target 35
     ((), ONE),
     (("78*11=858",), ONE),
@@ -77,11 +76,11 @@ SAID = [  # of the numbers 52, 11, 26, 78 and the target 35
     (("78*11=858", "858+52=910", "910/26=35"), ONE),
     (("78*11=858", "858/26=33"), LOST),
     (("78/26=3",), LOST),
-    (("78/26=4",), FALSE),
-    (("52-53=1",), FALSE),
-    (("52+52=104",), FALSE),
-    (("26/52=0",), FALSE),
-    (("52",), FALSE),
+    (("78/26=4",), ("false, it is 3", "wrong")),
+    (("52-53=1",), ("there is no 53 (left)", "wrong")),
+    (("52+52=104",), ("there is no 52 (left)", "wrong")),
+    (("26/52=0",), ("the rules do not allow it", "wrong")),
+    (("52",), ("'52' is no action", "wrong")),
 ]
 
 
@@ -97,7 +96,7 @@ def test_the_solver_counts_programs_and_is_not_asked_for_too_many_numbers():
     expected = count_solutions([3, 3, 4], target)
     assert search.solver_says(nums, target, ("1+2=3",)) == (f"{expected} programs", "right")
     assert search.solver_says([1] * 7, 7, ()) == ("not asked", "dim")
-    assert search.solver_says([1] * 7, 7, ("1+1=3",)) == FALSE
+    assert search.solver_says([1] * 7, 7, ("1+1=3",)) == ("false, it is 2", "wrong")
 
 
 def test_no_text_of_the_model_ends_the_script(searched, tmp_path):

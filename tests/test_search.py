@@ -910,7 +910,7 @@ def test_the_tree_is_drawn_with_the_way_to_the_answer_first():
         sampled("1*2=2\n<backtrack>", count=9),
         finished("1+2=3\n3*4=12\nGoal Reached!", -0.25, count=1),
     ]
-    lines = search.draw_tree(TOK, PRODUCT, samples, Settings()).splitlines()
+    lines = search.draw_tree(TOK, PRODUCT, samples, Settings(b=0)).splitlines()
     assert [line.split()[1] for line in lines[3:]] == ["1+2=3", "└─", "1*2=2"]
 
 
@@ -932,9 +932,45 @@ def test_the_solver_says_where_nobody_can_reach_the_goal():
 
 def test_a_wide_tree_is_cut():
     samples = [sampled(f"{number}+1=2\n", count=20 - number) for number in range(8)]
-    lines = search.draw_tree(TOK, PRODUCT, samples, Settings()).splitlines()
+    lines = search.draw_tree(TOK, PRODUCT, samples, Settings(b=0)).splitlines()
     assert len(lines) == 3 + 5 + 1
     assert lines[-1] == "└─ 3 more, x42"
+
+
+def test_a_long_action_is_cut_so_that_its_count_stands_in_its_column():
+    actions = ["1+2=3", "9" * 40, "8" * 40]
+    samples = [sampled("\n".join(actions) + "\n", count=7)]
+    lines = search.draw_tree(TOK, PRODUCT, samples, Settings(b=0)).splitlines()
+    assert [line[29:31] for line in lines[3:]] == [" 7"] * 3
+
+
+WORSE = finished("1+2=3\n3*4=12\nGoal Reached!", -0.25)
+SURE = finished("1+2=3\n3*4=12\nGoal Reached!", -0.01)
+LATER = finished("1+2=3\n3*4=12\nGoal Reached!", -0.01, round=1)
+
+
+@pytest.mark.parametrize(
+    "samples,settings,reason",
+    [
+        ([SURE, WORSE], {}, "round 0, because an answer scores above -0.2"),
+        ([WORSE], {}, "round 0, because there is no new state"),
+        ([SURE], {"stop_above": 0.0}, "round 0, because there is no new state"),
+        ([WORSE, LATER], {"b": 3}, "round 1, because an answer scores above -0.2"),
+        ([WORSE, LATER], {"b": 1}, None),
+        ([SURE], {"decoder": "best_of_n"}, None),
+    ],
+)
+def test_the_tree_says_why_a_search_ended_before_its_last_round(samples, settings, reason):
+    drawn = search.draw_tree(TOK, PRODUCT, samples, Settings(**settings)).splitlines()
+    told = [line for line in drawn if line.startswith("search: ")]
+    assert told == ([f"search: it ended after {reason}"] if reason else [])
+
+
+def test_the_page_says_what_its_decoder_depends_on():
+    told = search.settings_line(Settings(b=2, n=8, temperature=0.7, independent=True))
+    assert told == "self_backtrack, n = 8, b = 2, independent samples at temperature 0.7"
+    assert search.settings_line(Settings(decoder="greedy")) == "greedy, n = 1"
+    assert search.settings_line(Settings(decoder="beam", n=4)) == "beam, n = 4"
 
 
 def test_the_prompts_second_round_is_told_above_the_tree():
