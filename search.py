@@ -127,11 +127,13 @@ def self_backtrack(
         frontier = []
         for sample in sorted(gave_up, key=branching_order):
             state = roll_back(sample, tokenizer)  # trust the model: drop its last action
-            if state.tokens not in visited and len(frontier) < limit:
+            if state.tokens not in visited:
                 visited.add(state.tokens)
                 state.count = n
                 state.round = round_number
                 frontier.append(state)
+            if len(frontier) == limit:
+                break
         if not frontier:
             return
         samples = yield frontier  # n samples of each state, each until it ends
