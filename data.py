@@ -13,7 +13,8 @@ action and says `<backtrack>`.
     Goal Reached!
 
 A response of each kind to this prompt, its lines side by side. Lines in brackets carry no loss
-under the paper's mask. (--mask choice masks only `25*4=` of [25*4=100], see `no_loss_spans`.)
+under the paper's mask. (--mask choice masks only `a*b=` of those that are true, see
+`no_loss_spans`.)
 
     D_op    solution         4-2=2        25*2=50      50+10=60     Goal Reached!
             detour           [25*4=100]   100/2=50     50+10=60     Goal Reached!
@@ -26,11 +27,11 @@ under the paper's mask. (--mask choice masks only `25*4=` of [25*4=100], see `no
 So the model learns to notice mistakes, but is not trained to make them. Detours, false goals and
 near misses are ours.
 
-A problem has many solutions. The model learns the simplest one, with few * and / and small results.
-It is called the canonical solution. A detour is an action that is right, but not the canonical one.
-Without detours in its training rows, the model comes to treat every unusual action as a mistake.
-Detours carry no loss themselves, so that the model still answers with the canonical solution. A row
-of D_back may begin with a detour.
+Most problems have several solutions. The model learns the simplest one, with few * and / and small
+results. It is called the canonical solution. A detour is an action that is right, but not the
+canonical one. Without detours in its training rows, the model comes to treat every unusual action
+as a mistake. The choice of a detour carries no loss, so that the model still answers with the
+canonical solution. A row of D_back may begin with a detour.
 
     python data.py --show 7
     python data.py --num 500000 --out data/
@@ -162,8 +163,7 @@ def verify(nums: list[int], target: int, response: str) -> Verdict:
 # trust for now.
 
 BACK = 0.5  # the share of D_back in all rows
-DETOUR = 0.5  # the probability of looking for a detour, at a random depth: half of the time it
-# finds one there
+DETOUR = 0.5  # the probability of looking for a detour, at a random depth (often there is none)
 
 
 class Action(NamedTuple):
@@ -228,7 +228,7 @@ class Position:
 def make_row(rng: random.Random, problem: SolvedProblem, kinds: Sequence[str]) -> dict:
     """A row of D_op or, with probability BACK, of D_back: {nums, target, search_path, kind,
     no_loss}. search_path is the response (the paper's dataset calls it so). no_loss says which
-    actions carry no loss, counted from 0."""
+    actions are masked, counted from 0; what of them, `no_loss_spans` decides."""
     positions, actions, detour = draw_solution(rng, problem)
     kind = "solution" if detour is None else "detour"
     no_loss = [] if detour is None else [detour]
@@ -311,9 +311,9 @@ def computational(rng: random.Random, position: Position) -> Mistake:
     """An action with a false result. Half of the time, if possible, it is a division that is not
     exact, because that is the most common false line of small models. Else it is a legal action.
 
-    If it is the last action, its result is the target with probability 3/4. Otherwise the quotient
-    of an inexact division is rounded down with probability 1/2. All other results are off by
-    1 ... 9, or by 10, 20 ... 90."""
+    If it is the last action and misses the target, it claims the target with probability 3/4.
+    Otherwise the quotient of an inexact division is rounded down with probability 1/2. All other
+    results are off by 1 ... 9, or by 10, 20 ... 90."""
     target = position.problem.target
     legal = []
     inexact = []
@@ -382,9 +382,9 @@ def false_goal(rng: random.Random, position: Position) -> Mistake | None:
 
 def near_miss(rng: random.Random, position: Position) -> Mistake | None:
     """Ours: a complete path, from the prompt on, of legal actions that end near the target, off by
-    1 ... 9, or by 10, 20 ... 90: `25*2=50`, `10-4=6`, `50+6=56` for the target 60. Without it a
-    model learns what its targets look like, but not to compare. Then it mistakes a near miss for
-    the goal if it has never seen the target."""
+    1 ... 9, or by 10, 20 ... 90: `25*2=50`, `10-4=6`, `50+6=56` for the target 60. A model that has
+    seen none recognises familiar targets instead of comparing digits, and so accepts a neighbour of
+    a target that it does not know."""
     problem = position.problem
     last = problem.steps[-1]
     # These arrays have an entry for each path. With four numbers they are (24, 12, 4).
@@ -1213,7 +1213,7 @@ def show_rows(record: dict, num: int, mask: str) -> None:
     for row in generate(record, "train", 256 + 16 * num):
         by_kind.setdefault(row["kind"], []).append(row)
     kinds = sorted(by_kind.values(), key=len, reverse=True)
-    in_turns = itertools.chain.from_iterable(zip(*kinds))
+    in_turns = filter(None, itertools.chain.from_iterable(itertools.zip_longest(*kinds)))
     no_loss = f"{paint('the prompt', 'dim')} and {paint('[what is in brackets]', 'branched')}"
     print(f"--mask {mask}: no loss on {no_loss}\n")
     for row in itertools.islice(in_turns, num):

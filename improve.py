@@ -20,7 +20,7 @@ search.py) returns, among other things:
     failed_action None                                      2
 
 The first becomes the row of D_op `4-2=2 25*2=50 50+10=60 Goal Reached!`, the second the row of
-D_back `4-2=2 25*2=52 <backtrack>`, whose two actions carry no loss. (Blanks stand for newlines.)
+D_back `4-2=2 25*2=52 <backtrack>`, whose two actions are masked. (Blanks stand for newlines.)
 
 Accuracy is reported on validation problems, which are never trained on.
 
@@ -58,11 +58,10 @@ def expert_iteration(
     model: Llama, tokenizer: Tokenizer, record: dict, validation: dict, options, rounds_done, log
 ) -> None:
     """Measure; then, round after round, improve, save, measure and save. Every round continues with
-    the model of the round before, on new problems, with a new optimizer.
+    the model of the round before, on the next problems, with a new optimizer.
 
-    record: the source of the problems, unless --data gives another (generated ones are new, because
-    `main` gives the record a seed that training did not have). validation: {split: problems} to
-    measure on. log: a line for every measurement. Raises UserError."""
+    record: the source of the problems, unless --data gives another. validation: {split: problems}
+    to measure on. log: a line for every measurement. Raises UserError."""
     settings = search_settings(options)
     tuning = tuning_settings(options, record)
     source = {"source": options.data} if options.data else record
@@ -116,8 +115,8 @@ def solved_rows(rows: list[dict], answers: list[dict]) -> list[dict]:
 def own_mistakes(rows: list[dict], answers: list[dict]) -> list[dict]:
     """D_back from answers that were selected but are wrong. They are cut after the action that
     fails; if none fails, and only the last result misses the target, they are kept whole. (If an
-    answer stops while numbers are left, it may be right so far, and is not used.) No action carries
-    loss, because an earlier one may already have lost the target."""
+    answer stops while numbers are left, it may be right so far, and is not used.) All actions are
+    masked, because an earlier one may already have lost the target."""
     kept_rows = []
     for row, answer in zip(rows, answers):
         actions = answer["response"].split("\n")[:-1]  # without `Goal Reached!`
@@ -192,12 +191,12 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     options = Arguments("Expert iteration: search, verify, keep, fine-tune, repeat.")
     add = options.add_argument_group("what to improve, and where to save it").add_argument
     add("--ckpt", type=whole_path, default="checkpoint", help="a folder or Hub id")
-    add("--data", type=whole_path, help="problems; default: those of its training")
+    add("--data", type=whole_path, help="problems; default: drawn like its own")
     add("--out", metavar="DIR", type=Path, default="improved", help="the folder to save to")
     add("--resume", action="store_true", help="continue after --out's last round")
+    add("--rounds", metavar="N", type=number(int, 1), default=3, help="rounds of improvement")
     add("--num_eval", metavar="N", type=number(int, 1), default=300, help="problems in each split")
     add = options.add_argument_group("the search of a round").add_argument
-    add("--rounds", metavar="N", type=number(int, 1), default=3, help="rounds of improvement")
     add("--num", metavar="N", type=number(int, 1), default=15_000, help="problems of each round")
     add("--b", metavar="B", type=number(int, 0), default=1, help="rounds of stepping back")
     add("--n", metavar="N", type=number(int, 1), default=16, help="samples of each state")
@@ -239,8 +238,9 @@ def main() -> None:
         state = {"round": 0, "log": []}
         model = Llama.from_pretrained(options.ckpt, device, torch.float32)
         record = load_record(options.ckpt)
-        # Generated problems get another seed than training had, so that they are new. It is saved
-        # with the model, so that improving the improved one uses yet another.
+        # Generated problems are drawn with another seed than in training. (Of three numbers about
+        # half have been trained on all the same; of validation's none.) It is saved with the model,
+        # so that improving the improved one uses yet another.
         record["seed"] = record.get("seed", 0) + 1_000_000 * (options.seed + 1)
     model.model.gradient_checkpointing = options.gradient_checkpointing
     if is_main():

@@ -12,7 +12,8 @@ The model says `<backtrack>` when its last action was a mistake, and the search 
    score is the answer. The verifier is not used.
 
 For instance, with the numbers 52, 49, 38, 6, the target 21, and n = 32, in fp32. (Blanks stand for
-newlines. The 18 other samples of round 0 are left out, because they lead to no other state.)
+newlines. Of the 18 other samples of round 0 most lead to the prompt, too, or end otherwise; four
+lead to states that come too late, because the limit is int(sqrt(32)) = 5 states.)
 
     round 0    52-49=3 6/3=2 38/2=19 <backtrack>            6 samples
                49-38=11 <backtrack>                         3 samples
@@ -23,7 +24,7 @@ newlines. The 18 other samples of round 0 are left out, because they lead to no 
                the prompt                                   from the second,
                52-38=14                                     and so on
                52+38=90
-               52-49=3                                      (5 states: int(sqrt(32)) is the limit)
+               52-49=3
     round 1    52-38=14 49*6=294 294/14=21 Goal Reached!    3 samples of the third state
     answer     this one, for there is no other candidate
 
@@ -75,8 +76,8 @@ class State:
 
 @dataclass(eq=False)
 class Response:
-    """A group of samples that have the same tokens so far, with their count. What is called a
-    sample below, in lists of samples, too, is such a group."""
+    """A group of samples that have the same tokens so far, with their count. Below, `sample` always
+    means such a group."""
 
     # what the algorithm uses
     tokens: tuple[int, ...] = ()  # those after the prompt; its state's come first
@@ -112,8 +113,8 @@ def self_backtrack(
     The caller keeps the samples: `select` chooses among all of them. A frontier holds at most
     `limit` states. A search ends if there is no new state, and at the latest after round b.
 
-    The paper takes states in the order of the samples. Ours are groups, which have no order: see
-    `branching_order`. Two more rules are ours, and off by default. Stepping back from a first
+    The paper takes states in the order of the samples. Ours are groups, and the largest come first:
+    see `branching_order`. Two more rules are ours, and off by default. Stepping back from a first
     action leads to the prompt: with prompt_again it may be sampled once more. And a search ends if
     the best candidate of a round has a score (`rate`) above stop_above. (No score is above 0.)
     """
@@ -141,7 +142,8 @@ def self_backtrack(
 
 def branching_order(sample: Response) -> float:
     """The sort key of the samples from which a frontier takes its states: the largest groups come
-    first. (Groups that step back to the same state are not added up.)"""
+    first, and of equal ones the first that ended. (Groups that step back to the same state are not
+    added up.)"""
     return -sample.count
 
 
@@ -175,8 +177,8 @@ def reached_goal(sample: Response, tokenizer: Tokenizer) -> bool:
 def rate(sample: Response, tokenizer: Tokenizer, last_line: bool) -> float:
     """The score: the mean log-probability of the response's tokens, end-of-text included, as in the
     paper. Ours, with last_line: plus the log-probability of the whole last line. There the model
-    wrote `Goal Reached!` when it could have said `<backtrack>`, so this is how sure it was. (A sum,
-    not a mean, because it is the log of one probability: that of being done.)"""
+    wrote `Goal Reached!` instead of `<backtrack>`, so this says how sure it was. (A sum, not a
+    mean, because it is the log of one probability: that of being done.)"""
     score = sum(sample.logps) / len(sample.logps)
     if last_line:
         score += sum(sample.logps[line_begin(sample.tokens, tokenizer) :])
@@ -289,8 +291,8 @@ def spread(logits: torch.Tensor, responses: list[Response], settings: Settings) 
 
     The n samples of a state are n points, 1 / n apart. When some of them take a token, its interval
     is stretched to [0, 1), and the points in it with it. The next token is chosen with these new
-    points. Only two things are random: where the first point lies, in [0, 1 / n), and the point of
-    a sample that is alone (see `Expansion.extend`).
+    points. Only two things are random: where the first point lies, in [0, 1 / n), and the points of
+    samples that are alone, with a spacing above 1 (see `Expansion.extend`).
 
     Four samples at 0.1, 0.35, 0.6, 0.85, and two tokens of probabilities 0.4 and 0.6: the first two
     samples take the first token. Its interval [0, 0.4) is stretched to [0, 1), and they are at 0.25
@@ -415,8 +417,8 @@ def beams(logits: torch.Tensor, responses: list[Response], settings: Settings) -
 #
 #     Search           one problem: runs `self_backtrack`, and keeps all of its samples
 #       Expansion      one state of the current frontier, and its random numbers
-#         Response     samples of the state that have the same tokens so far. It grows by a Draw at
-#                      each step, and forks where its samples take different tokens.
+#         Response     samples of the state that have the same tokens so far. At each step its Draws
+#                      replace it by others, one for each different token that its samples take.
 
 
 @dataclass(eq=False)
@@ -478,8 +480,8 @@ class Expansion:
         """The Response of the samples that take a token."""
         first_point = draw.first_point
         # If the spacing is above 1, only one point fits into [0, 1), so this sample is alone. With
-        # every stretch its point loses digits of precision. But the point of a sample that is alone
-        # is uniform in [0, 1), whatever the others do: so draw a new one.
+        # every stretch its point loses digits of precision. By itself it is uniform in [0, 1), so a
+        # new point changes nothing for this sample; it only becomes independent of the others.
         if draw.spacing > 1:
             first_point = self.rng.random()
         return replace(
@@ -505,6 +507,7 @@ def search_slowly(
     """All samples of one problem's search, state by state and without a cache. The engine below
     gives the same samples, for many problems at once; the tests compare them."""
     device = model.lm_head.weight.device
+    no_tokens = tokenizer.ids_without_token(len(model.lm_head.weight))
     sampling_rule = settings.sampling_rule()
     search = Search(0, prompt, key, settings.algorithm(tokenizer))
     search.advance()
@@ -515,6 +518,7 @@ def search_slowly(
                 input_ids = [prompt + list(response.tokens) for response in growing]
                 input_ids = torch.tensor(input_ids, device=device)  # (R, T): all of one length
                 logits = model(input_ids)[:, -1]  # (R, V)
+                logits[:, no_tokens] = -torch.inf
                 parents = growing
                 growing = []
                 for draw in sampling_rule(logits, parents, settings):
@@ -944,7 +948,7 @@ class Tree:
         score = self.scores[self.node_of(text)]
         judgement = "right" if verdict.correct else verdict.reason.split(": ")[-1]
         is_answer = self.node_of(text) == self.answer
-        words = f"goal {score:.3f}, {judgement}" + (" <= chosen" if is_answer else "")
+        words = f"goal {score:.3f}, {judgement}" + (", chosen" if is_answer else "")
         return words, "right" if verdict.correct else "wrong"
 
     def drawing_order(self, node: tuple[str, ...]) -> tuple[bool, int]:

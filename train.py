@@ -64,7 +64,7 @@ def fit(
     dtype: what autocast computes in.
     report: called as report(loss, state, evaluates), with evaluates True, after every
         `report_every` steps and after the last one; with evaluates False if a signal stops the run.
-    state: to resume a run, the state that report got: {"step", "optimizer", "scaler"}."""
+    state: to resume a run, the state that report got: {"step", "optimizer", "scaler", "loss"}."""
     world = device_rank_world()[2]
     device = model.lm_head.weight.device
     model.model.compiled_layer = torch.compile(LlamaDecoderLayer.forward) if compiled else None
@@ -79,7 +79,7 @@ def fit(
             stepper.scaler.load_state_dict(state["scaler"])
     stream = stream_batches(batches, first_step, steps, device)
     progress = tqdm(range(first_step, steps), "train", steps, initial=first_step, disable=no_bar())
-    smooth_loss = None  # a moving average
+    smooth_loss = state.get("loss") if state else None  # a moving average
     interruptible = Interruptible(progress)
     for step in interruptible:
         lr_now = learning_rate(step, steps, lr, warmup)
@@ -101,7 +101,7 @@ def fit(
         must_stop = bool(sum_over_ranks(torch.tensor(interruptible.stopped_by, device=device)))
         if report and (must_report or must_stop):
             new_state = {"step": step + 1, "optimizer": optimizer_state(optimizer)}
-            new_state["scaler"] = stepper.scaler.state_dict()
+            new_state |= {"scaler": stepper.scaler.state_dict(), "loss": float(smooth_loss)}
             report(float(smooth_loss), new_state, must_report)
         if must_stop:
             raise KeyboardInterrupt(interruptible.stopped_by or signal.SIGTERM)
@@ -162,7 +162,7 @@ class Stepper:
 
 
 def learning_rate(step: int, steps: int, lr: float, warmup: int) -> float:
-    """The minimum of a linear warm-up, which reaches lr after `warmup` steps, and half a cosine
+    """The smaller of a linear warm-up, which reaches lr after `warmup` steps, and half a cosine
     from lr to zero over all steps."""
     return lr * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
@@ -205,7 +205,7 @@ class Batches(Dataset):
     ranks and parts.
 
     rows: a list, read epoch after epoch, and shuffled for each; or the record of generated data, an
-        endless stream in which no row comes twice.
+        endless random stream.
     """
 
     STEPS = 16
@@ -428,6 +428,7 @@ def save(folder, model: Llama, tokenizer: Tokenizer, record: dict, log: list, st
 
 STATE_FIELDS = {"step": COUNT, "round": COUNT, "optimizer": OBJECT, "settings": OBJECT}
 STATE_FIELDS |= {"scaler": OBJECT, "weights": OBJECT, "record": OBJECT, "log": OBJECTS}
+STATE_FIELDS |= {"loss": ("a number", lambda value: isinstance(value, float))}
 
 
 def load_state(folder: Path, needed=("step", "optimizer")) -> dict:
@@ -438,8 +439,10 @@ def load_state(folder: Path, needed=("step", "optimizer")) -> dict:
         settle(folder)
         state = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except Exception as error:  # for damaged files PyTorch raises a dozen kinds
-        reason = str(error).split("\n")[0].split(" (1)")[0]
-        raise UserError(f"cannot resume from {path}: lacking or damaged: {reason}") from None
+        reason = "it is damaged: " + str(error).split("\n")[0].split(" (1)")[0]
+        if not path.exists():
+            reason = "nothing has been saved there yet"
+        raise UserError(f"cannot resume from {path}: {reason}") from None
     needed = {*needed, "weights", "record", "log"}
     if not needed <= state.keys():
         raise UserError(f"cannot resume from {path}: it holds no run of this program")

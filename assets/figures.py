@@ -168,19 +168,19 @@ def method(ax) -> None:
     black = {"fontsize": 13, "weight": "bold"}
     ax.text(0, 38, "Train (steps 1, 2)", **black)
     ax.text(43, 38, "Search (steps 3, 4)", **black)
-    ax.text(106, 38, "Select, fold back (5, 6)", **black)
+    ax.text(106, 38, "Select, improve (5, 6)", **black)
 
     words(ax, 0, 3, "(numbers 2, 4, 10, 25; target 60)", fontsize=10)
-    words(ax, 0, 34, "D_op, a solution: it is learned")
+    words(ax, 0, 34, "D_op, a solution: all is learned")
     for place, line in enumerate(["4-2=2", "25*2=50", "50+10=60", "Goal Reached!"]):
         box(ax, 0, 29 - 4 * place, line, "right", 14)
     words(ax, 17, 31.5, "D_back: all but")
-    words(ax, 17, 29.4, "the mistake is")
+    words(ax, 17, 29.4, "the mistake is learned")
     box(ax, 17, 25, "4-2=2", "right", 14)
     box(ax, 17, 21, "25*2=52", "wrong", 14, line="--")
     box(ax, 17, 17, "<backtrack>", "stopped", 14)
     words(ax, 0, 11, "cross-entropy over the solid lines,", fontsize=10)
-    words(ax, 0, 8.6, "no loss on the dashed one", fontsize=10)
+    words(ax, 0, 8.6, "none on the dashed one (paper's mask)", fontsize=10)
 
     words(ax, 43, 34, "round 0: n samples of the prompt")
     box(ax, 43, 24, "the prompt", "branched", 13)
@@ -212,7 +212,7 @@ def method(ax) -> None:
     arrow(ax, (111.5, 9.5), (115.5, 22.5), "right", 0.35)
     words(ax, 117, 16.5, "if it verifies,", "right")
     words(ax, 117, 14.3, "it becomes a row", "right")
-    words(ax, 117, 12.1, "of D_op: train on", "right")
+    words(ax, 117, 12.1, "of D_op: train on it", "right")
 
 
 def main() -> None:

@@ -942,3 +942,9 @@ def test_of_each_kind_a_row_is_shown(capsys):
     names = ["D_op, solution", "D_op, detour", *(f"D_back, {kind}" for kind in KINDS)]
     shown = Counter(line for line in capsys.readouterr().out.split("\n") if line in names)
     assert shown == dict.fromkeys(names, 2)
+
+
+def test_as_many_rows_are_shown_as_are_asked_for(capsys):
+    """Of two numbers false goals are rare."""
+    data.show_rows(new_record(0, [2]), 200, "action")
+    assert capsys.readouterr().out.count("###Question") == 200

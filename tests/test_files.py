@@ -236,6 +236,9 @@ def test_ids_without_a_token_are_never_drawn(decoder):
     for _, samples in search.search_all(llama, TOK, [ROW], [0], settings):
         drawn = {token for sample in samples for token in sample.tokens}
         assert max(drawn) < TOK.vocab_size
+    [prompt] = TOK.prompts([ROW])
+    for sample in search.search_slowly(llama, TOK, prompt, 0, settings):
+        assert max(sample.tokens) < TOK.vocab_size
 
 
 @pytest.mark.parametrize("umask,mode", [(0o022, 0o644), (0o077, 0o600)])

@@ -896,7 +896,7 @@ def test_the_tree_is_drawn_with_the_most_chosen_first(monkeypatch):
     assert [line.split() for line in lines[2:]] == [
         "action samples".split(),
         "├─ 1+2=3 5 round 1 from here x9; <backtrack> at once x5".split(),
-        "│ ├─ 3*4=12 4 goal -0.750, right <= chosen x4".split(),
+        "│ ├─ 3*4=12 4 goal -0.750, right, chosen x4".split(),
         "│ ├─ 3*4=13 3 <backtrack> x3".split(),
         "│ └─ 3+4=7 2".split(),
         "│ └─ 2 2 no goal x2".split(),
