@@ -33,7 +33,7 @@ canonical one. Without detours in its training rows, the model comes to treat ev
 as a mistake. The choice of a detour carries no loss, so that the model still answers with the
 canonical solution. A row of D_back may begin with a detour.
 
-    python data.py --show 7
+    python data.py --show
     python data.py --num 500000 --out data/
 """
 
@@ -1232,7 +1232,8 @@ def main() -> None:
     add("--seed", metavar="N", type=number(int, 0), default=0, help="seed of the training rows")
     add("--out", metavar="DIR", default="data", help="the folder to write to, as JSON Lines")
     add = options.add_argument_group("or only to look at").add_argument
-    add("--show", metavar="N", type=number(int, 1), help="print so many training rows")
+    of_each_kind = {"nargs": "?", "const": len(KINDS) + 2, "type": number(int, 1)}
+    add("--show", metavar="N", **of_each_kind, help="print N training rows, or one of every kind")
     add("--mask", choices=MASKS, default="action", help="the loss mask that they show")
     options = options.parse_args()
     record = new_record(options.seed, options.sizes)

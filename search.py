@@ -40,6 +40,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import sys
 import time
 from collections import Counter, defaultdict, deque
@@ -199,7 +200,7 @@ def select(samples: list[Response], tokenizer: Tokenizer, last_line: bool) -> Re
 @dataclass(frozen=True)
 class Settings:
     """How to search. The defaults, found by trial, work best with the shipped model. PAPER_SEARCH
-    is the paper's rule."""
+    is the paper's rule, but for `branching_order`."""
 
     decoder: str = "self_backtrack"  # one of DECODERS
     b: int = 1  # rounds of stepping back
@@ -970,7 +971,7 @@ class Tree:
 
     def words_at(self, node: tuple[str, ...]) -> Iterator[str]:
         """What happens at a node, as much as fits into the line; in colour on a terminal."""
-        room = 65  # columns
+        room = shutil.get_terminal_size((100, 0)).columns - 35
         for (outcome, colour), count in self.outcomes[node].items():
             room -= len(f"{outcome} x{count}; ")
             if room < 0:
@@ -982,7 +983,7 @@ class Tree:
 def draw_tree(
     tokenizer: Tokenizer, problem: dict, samples: list[Response], settings: Settings
 ) -> str:
-    """The search as text, in 100 columns."""
+    """The search as text, as wide as the terminal, or in 100 columns."""
     tree = Tree(tokenizer, problem, samples, settings)
     header = f"numbers {problem['nums']}  target {problem['target']}"
     if select(samples, tokenizer, settings.last_line) is None:

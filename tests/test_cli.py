@@ -118,6 +118,14 @@ def test_data_writes_the_rows_of_a_stream_and_their_record(program, tmp_path):
 # ---- train.py ------------------------------------------------------------------------------------
 
 
+def test_show_without_a_number_prints_a_row_of_every_kind(program):
+    printed = program(data, "--show")
+    kinds = {line for line in printed.splitlines() if line.startswith("D_")}
+    expected = {f"D_back, {kind}" for kind in data.KINDS} | {"D_op, solution", "D_op, detour"}
+    assert kinds == expected
+    assert printed.count("###Question") == len(expected)
+
+
 def test_training_logs_and_saves(trained):
     log = log_of(trained)
     assert [line["step"] for line in log] == [3, 6]
