@@ -160,7 +160,15 @@ def verify(nums: list[int], target: int, response: str) -> Verdict:
 # already tried every choice at every position. A choice is an operator and two of the numbers that
 # are left. Of each choice the solver knows whether it is `legal`, and the `effort` of the simplest
 # solution that continues with it, which is inf if the target can no longer be reached. Take this on
-# trust for now.
+# trust for now. For example, with the numbers 5, 3, 2 and the target 13, the first choices:
+#
+#     choice    0      1      2      3      4      5      6       7       8      9      10     11
+#     action    5+3    5+2    3+2    5-3    5-2    3-2    5*3     5*2     3*2    5/3    5/2    3/2
+#     result    8      7      5      2      3      1      15      10      6      1      2      1
+#     legal     yes    yes    yes    yes    yes    yes    yes     yes     yes    no     no     no
+#     effort    inf    inf    inf    inf    inf    inf    8.1     7.6     inf    inf    inf    inf
+#
+# Two of them can still lead to 13, by 15-2 and by 10+3. The second is the simpler solution.
 
 BACK = 0.5  # the share of D_back in all rows
 DETOUR = 0.5  # the probability of looking for a detour, at a random depth (often there is none)
@@ -190,11 +198,8 @@ class SolvedProblem(NamedTuple):
 
 class Position:
     """Where a response stands after some legal actions, and how it can go on: choice i has
-    `action(i)`, `legal[i]` and `effort[i]`.
-
-    With the numbers 5, 3, 2 and the target 13 there are 12 choices at first. Choice 6 is 5*3=15,
-    legal, of effort 8.1 (15-2=13 follows). Choice 0 is 5+3=8, legal, but its effort is inf: now 13
-    cannot be reached. Choice 9 is 5/3, and not legal."""
+    `action(i)`, `legal[i]` and `effort[i]`, as in the table above. A choice is right if its effort
+    is below inf."""
 
     def __init__(self, problem: SolvedProblem, path=(), used_up=()):
         self.problem = problem
@@ -612,16 +617,7 @@ class Tokenizer:
 # The axes before the last one are the problem and the choices of all earlier steps. In shapes they
 # are written "...": at step 2, (..., choices) is (problems, 24, 12).
 #
-# The index of a choice is operator_index * pairs + pair_index. For example, with the numbers 5, 3,
-# 2 and the target 13, step 1 is
-#
-#     choice    0      1      2      3      4      5      6       7       8      9      10     11
-#     action    5+3    5+2    3+2    5-3    5-2    3-2    5*3     5*2     3*2    5/3    5/2    3/2
-#     result    8      7      5      2      3      1      15      10      6      1      2      1
-#     legal     yes    yes    yes    yes    yes    yes    yes     yes     yes    no     no     no
-#     effort    inf    inf    inf    inf    inf    inf    8.1     7.6     inf    inf    inf    inf
-#
-# Two choices can still lead to 13, by 15-2 and by 10+3. The second is the simpler solution.
+# The index of a choice is operator_index * pairs + pair_index, as in the table above `Action`.
 
 
 class Step(NamedTuple):
