@@ -13,7 +13,7 @@ action and says `<backtrack>`.
     Goal Reached!
 
 A response of each kind to this prompt, its lines side by side. Lines in brackets carry no loss
-under the paper's mask. (--mask choice masks only `a*b=` of those that are true, see
+under the paper's mask. (--mask choice masks a true line only up to its `=`, see
 `no_loss_spans`.)
 
     D_op    solution         4-2=2        25*2=50      50+10=60     Goal Reached!
@@ -77,7 +77,7 @@ def prompt_text(nums: list[int], target: int) -> str:
 # The rule of each operator: (the result of a operator b, is it allowed?), for whole numbers or,
 # elementwise, for arrays of them. A response may write the two numbers in either order, but the
 # solver always puts the larger one first. So the other order must give the same result (3+5), or be
-# forbidden (3-5, 3/5), or give a result that another operator gives, too (0/5=0, as 5*0=0).
+# forbidden (3-5, 3/5), or equal what another operator gives (0/5=0 is 5*0=0).
 
 
 def add(a, b):
@@ -192,8 +192,8 @@ class SolvedProblem(NamedTuple):
     nums: list[int]
     target: int
     index: int  # its place in the block
-    steps: list["Step"]  # of the whole block: this problem's are [index, ...] of its arrays
-    efforts: list[np.ndarray]  # of the whole block, too
+    steps: list["Step"]  # of the whole block: this problem's is [index, ...]
+    efforts: list[np.ndarray]  # likewise
 
 
 class Position:
@@ -232,8 +232,8 @@ class Position:
 
 def make_row(rng: random.Random, problem: SolvedProblem, kinds: Sequence[str]) -> dict:
     """A row of D_op or, with probability BACK, of D_back: {nums, target, search_path, kind,
-    no_loss}. search_path is the response (the paper's dataset calls it so). no_loss says which
-    actions are masked, counted from 0; what of them, `no_loss_spans` decides."""
+    no_loss}. search_path is the response (the paper's dataset calls it so). no_loss: the
+    masked actions, counted from 0; `no_loss_spans` says how much of each."""
     positions, actions, detour = draw_solution(rng, problem)
     kind = "solution" if detour is None else "detour"
     no_loss = [] if detour is None else [detour]
@@ -360,7 +360,7 @@ def rule_violation(rng: random.Random, position: Position) -> Mistake:
 
 
 def false_goal(rng: random.Random, position: Position) -> Mistake | None:
-    """Ours: a complete but wrong path, of the kind that small models still answer with after
+    """Ours: a complete but wrong path, of the kind that small models still give after
     training: `25*10=250`, `4+2=6`, `250/6=60`. It begins at the prompt, not at `position`. All of
     its actions are legal but the last one, an inexact division that claims the target. The true
     quotient is between half of the target and twice the target."""
@@ -387,9 +387,9 @@ def false_goal(rng: random.Random, position: Position) -> Mistake | None:
 
 def near_miss(rng: random.Random, position: Position) -> Mistake | None:
     """Ours: a complete path, from the prompt on, of legal actions that end near the target, off by
-    1 ... 9, or by 10, 20 ... 90: `25*2=50`, `10-4=6`, `50+6=56` for the target 60. A model that has
-    seen none recognises familiar targets instead of comparing digits, and so accepts a neighbour of
-    a target that it does not know."""
+    1 ... 9, or by 10, 20 ... 90: `25*2=50`, `10-4=6`, `50+6=56` for the target 60. Without
+    them a model recognises familiar targets rather than comparing digits, and accepts 58 for a 56
+    that it does not know."""
     problem = position.problem
     last = problem.steps[-1]
     # These arrays have an entry for each path. With four numbers they are (24, 12, 4).
@@ -743,8 +743,8 @@ def solve(nums: list[int], target: int) -> tuple[int, int, list[Action]]:
 # ---- Problems ------------------------------------------------------------------------------------
 
 TARGETS = range(10, 101)
-# Ours: a share of the training problems (--any_target) have any of these targets. TARGETS are only
-# 82 without those held out. In a long training a model learns them by heart and fails on new ones.
+# Ours: a share of the training problems (--any_target) have any of these targets. Only 82 TARGETS
+# are not held out: in a long training a model learns them by heart, and fails on new ones.
 ANY_TARGETS = range(1, 300)
 HELD_OUT = (18, 21, 28, 42, 56, 81, 89, 96, 98)  # a tenth of the targets, never trained on: "new"
 SPLITS = ("train", "val", "val_new")  # val: validation problems of seen targets; val_new: of new
@@ -1027,19 +1027,18 @@ def load_record(name: str, repo_type: str = "model") -> dict:
         if record.get("source") == "generated":
             needed += ["seed", "sizes", "held_out"]
         check_fields(record, RECORD_FIELDS, str(path), needed)
-        if record["source"] == "generated":
-            record = {**FIRST_TASK, **record}
-            warn_of_changed_task(record, str(path))
+        warn_of_changed_task(record, str(path))
         return record
     return {"source": REFERENCE if repo_type == "model" else str(name)}
 
 
 def warn_of_changed_task(record: dict, place: str) -> None:
-    """Warn if data.py has been changed since: then validation problems are other ones, too."""
+    """Warn if operators or numbers have changed since: then validation problems have, too."""
     now = new_record(0, [])
-    for field in FIRST_TASK:
-        if record[field] != now[field]:
-            changed = f"{field} {record[field]}, but data.py now has {now[field]}"
+    for field, unless_said in FIRST_TASK.items():
+        before = record.get(field, unless_said)
+        if record["source"] == "generated" and before != now[field]:
+            changed = f"{field} {before}, but data.py now has {now[field]}"
             note(f"{place} says {changed}: that is another task, with other validation problems")
 
 
@@ -1085,7 +1084,7 @@ def warn_of_unlike(record: dict, rows: list[dict]) -> None:
     if record["source"] != "generated":
         return
     targets = ANY_TARGETS if record.get("any_target") else TARGETS
-    largest = record["max_number"]
+    largest = record.get("max_number", FIRST_TASK["max_number"])
     unlike = 0
     for row in rows:
         fits = len(row["nums"]) in record["sizes"] and max(row["nums"]) <= largest
@@ -1184,7 +1183,7 @@ def paint(text: str, colour: str) -> str:
 
 
 def show_row(tokenizer: Tokenizer, row: dict, mask: str) -> str:
-    """A row as text: the prompt dim, tokens with loss green, tokens without cyan, in brackets."""
+    """A row as text: the prompt dim, tokens with loss green (`<backtrack>` yellow), others cyan."""
     [(input_ids, labels)] = tokenizer.encode_rows([row], mask)
     [prompt] = tokenizer.prompts([row])
     shown = paint(prompt_text(row["nums"], row["target"]), "dim")
@@ -1229,8 +1228,8 @@ def main() -> None:
     add("--out", metavar="DIR", default="data", help="the folder to write to, as JSON Lines")
     add = options.add_argument_group("or only to look at").add_argument
     of_each_kind = {"nargs": "?", "const": len(KINDS) + 2, "type": number(int, 1)}
-    add("--show", metavar="N", **of_each_kind, help="print N training rows, or one of every kind")
-    add("--mask", choices=MASKS, default="action", help="the loss mask that they show")
+    add("--show", metavar="N", **of_each_kind, help="print N training rows, the kinds in turn")
+    add("--mask", choices=MASKS, default="action", help="the loss mask that --show uses")
     options = options.parse_args()
     record = new_record(options.seed, options.sizes)
     if options.show:

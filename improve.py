@@ -44,8 +44,9 @@ from train import Batches, as_flags, fit, load_state, rebuild, save, typed_flags
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a round trains on the rows that it keeps. The defaults suit a small model that has been
-    trained well. One that has seen few solutions gains more from a larger lr (assets/NOTES.md)."""
+    """How a round trains on the rows that it keeps. (The command's own: see `tuning_settings`.) The
+    defaults suit a small model that has been trained well. One that has seen few solutions gains
+    more from a larger lr (assets/NOTES.md)."""
 
     epochs: int = 3
     batch_size: int = 64  # rows on each device
@@ -238,9 +239,9 @@ def main() -> None:
         state = {"round": 0, "log": []}
         model = Llama.from_pretrained(options.ckpt, device, torch.float32)
         record = load_record(options.ckpt)
-        # Generated problems are drawn with another seed than in training. (Of three numbers about
-        # half have been trained on all the same; of validation's none.) It is saved with the model,
-        # so that improving the improved one uses yet another.
+        # Generated problems are drawn with another seed than in training. (With three numbers about
+        # half recur from training; none are validation's.) It is saved with the model, so that
+        # improving the improved one uses yet another.
         record["seed"] = record.get("seed", 0) + 1_000_000 * (options.seed + 1)
     model.model.gradient_checkpointing = options.gradient_checkpointing
     if is_main():

@@ -622,8 +622,8 @@ def checkpoint_folder(
         with suppress(OSError):  # it may be read-only
             settle(Path(name))
         return Path(name)
-    if str(name) == "checkpoint":  # where train.py saves
-        raise UserError("no folder checkpoint: run train.py first, or give --ckpt")
+    if Path(name) == Path("checkpoint"):
+        raise UserError("no folder checkpoint: train.py makes it")
     if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
         raise UserError(f"no such file or folder: {name}")
     try:

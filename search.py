@@ -12,8 +12,8 @@ The model says `<backtrack>` when its last action was a mistake, and the search 
    score is the answer. The verifier is not used.
 
 For instance, with the numbers 52, 49, 38, 6, the target 21, and n = 32, in fp32. (Blanks stand for
-newlines. Of the 18 other samples of round 0 most lead to the prompt, too, or end otherwise; four
-lead to states that come too late, because the limit is int(sqrt(32)) = 5 states.)
+newlines. Of the 18 other samples of round 0, 14 lead to the prompt, too; four lead to states that
+come too late, because the limit is int(sqrt(32)) = 5 states.)
 
     round 0    52-49=3 6/3=2 38/2=19 <backtrack>            6 samples
                49-38=11 <backtrack>                         3 samples
@@ -77,19 +77,19 @@ class State:
 
 @dataclass(eq=False)
 class Response:
-    """A group of samples that have the same tokens so far, with their count. Below, `sample` always
-    means such a group."""
+    """A group of samples that have the same tokens so far, with their count. Below, the variable
+    `sample` is such a group; in the text a sample is a single draw."""
 
     # what the algorithm uses
     tokens: tuple[int, ...] = ()  # those after the prompt; its state's come first
     logps: tuple[float, ...] = ()  # as in State
     count: int = 1  # how many samples are in the group
     round: int = 0  # in which round it was sampled
-    inherited: int = 0  # how many of its tokens are its state's
+    inherited: int = 0  # how many of its tokens, the first, come from its state
     # what the engine needs, below
-    slots: tuple[Slot, ...] = ()  # of the prompt and the tokens (the token that ends it has none)
+    slots: tuple[Slot, ...] = ()  # of the prompt and the tokens (its final token has none)
     expansion: "Expansion | None" = None  # which it belongs to, while it grows
-    first_point: float = 0.0  # its samples are points in [0, 1), see `spread`: the first point
+    first_point: float = 0.0  # the lowest of its samples' points, see `spread`
     spacing: float = 1.0  # the distance from one point to the next
 
 
@@ -142,9 +142,8 @@ def self_backtrack(
 
 
 def branching_order(sample: Response) -> float:
-    """The sort key of the samples from which a frontier takes its states: the largest groups come
-    first, and of equal ones the first that ended. (Groups that step back to the same state are not
-    added up.)"""
+    """A sort key: a frontier takes states from the largest groups first, and of equal ones from the
+    first that ended. (Groups that step back to the same state are not added up.)"""
     return -sample.count
 
 
@@ -178,8 +177,8 @@ def reached_goal(sample: Response, tokenizer: Tokenizer) -> bool:
 def rate(sample: Response, tokenizer: Tokenizer, last_line: bool) -> float:
     """The score: the mean log-probability of the response's tokens, end-of-text included, as in the
     paper. Ours, with last_line: plus the log-probability of the whole last line. There the model
-    wrote `Goal Reached!` instead of `<backtrack>`, so this says how sure it was. (A sum, not a
-    mean, because it is the log of one probability: that of being done.)"""
+    preferred `Goal Reached!` to `<backtrack>`, and this says how surely. (A sum, not a mean,
+    because it is the log of one probability: that of being done.)"""
     score = sum(sample.logps) / len(sample.logps)
     if last_line:
         score += sum(sample.logps[line_begin(sample.tokens, tokenizer) :])
@@ -199,8 +198,8 @@ def select(samples: list[Response], tokenizer: Tokenizer, last_line: bool) -> Re
 
 @dataclass(frozen=True)
 class Settings:
-    """How to search. The defaults, found by trial, work best with the shipped model. PAPER_SEARCH
-    is the paper's rule, but for `branching_order`."""
+    """How to search. The defaults were found by trial with the shipped model, b = 1 and n = 32.
+    PAPER_SEARCH is the paper's rule, but for `branching_order`."""
 
     decoder: str = "self_backtrack"  # one of DECODERS
     b: int = 1  # rounds of stepping back
@@ -257,7 +256,7 @@ PAPER_SEARCH = {
 # ---- 2. One step: which tokens the samples take --------------------------------------------------
 # A sampling rule gets R responses and, for each, the logits (R, V) of the next token. It returns a
 # Draw for every different continuation: samples of a response that take the same token stay
-# together. A Draw's logp becomes a part of the score, so it must be that of the logits as given.
+# together. A Draw's logp enters the score, so it is taken before temperature and filters.
 #
 # The tokens, in the order of their ids, divide [0, 1) into intervals. The length of an interval is
 # the probability of its token. A sample is a point in [0, 1): it takes the token in whose interval
@@ -290,10 +289,10 @@ def independently(
 def spread(logits: torch.Tensor, responses: list[Response], settings: Settings) -> list[Draw]:
     """Samples spread evenly (arithmetic sampling, Vilnis et al., 2023).
 
-    The n samples of a state are n points, 1 / n apart. When some of them take a token, its interval
-    is stretched to [0, 1), and the points in it with it. The next token is chosen with these new
-    points. Only two things are random: where the first point lies, in [0, 1 / n), and the points of
-    samples that are alone, with a spacing above 1 (see `Expansion.extend`).
+    The n samples of a state are n points, 1 / n apart. The interval of a token that is taken is
+    stretched to [0, 1), together with its points. These choose the next token. Only two things are
+    random: the first point, in [0, 1 / n), and the points of lone samples, whose spacing is above 1
+    (see `Expansion.extend`).
 
     Four samples at 0.1, 0.35, 0.6, 0.85, and two tokens of probabilities 0.4 and 0.6: the first two
     samples take the first token. Its interval [0, 0.4) is stretched to [0, 1), and they are at 0.25
@@ -309,9 +308,8 @@ def spread(logits: torch.Tensor, responses: list[Response], settings: Settings) 
 
 
 def look_up(logits, points, spacing, responses: list[Response], settings: Settings) -> list[Draw]:
-    """The Draws of points (R, M) in [0, 1), ascending in each row, of which the first `count` are
-    those of a response, and the rest is filler. (`find_tokens` finds the token of every point; here
-    equal ones are put together.)"""
+    """The Draws of points (R, M), ascending in each row: first a response's `count` points, then
+    filler. (`find_tokens` finds the token of every point; here equal ones are put together.)"""
     rows_at_once = max(2**24 // logits.shape[1], 1)  # fewer with a large vocabulary
     found = []
     for begin in range(0, len(logits), rows_at_once):
@@ -481,8 +479,8 @@ class Expansion:
         """The Response of the samples that take a token."""
         first_point = draw.first_point
         # If the spacing is above 1, only one point fits into [0, 1), so this sample is alone. With
-        # every stretch its point loses digits of precision. By itself it is uniform in [0, 1), so a
-        # new point changes nothing for this sample; it only becomes independent of the others.
+        # every stretch its point loses digits of precision. A new uniform point keeps this sample's
+        # distribution, and only makes it independent of the others.
         if draw.spacing > 1:
             first_point = self.rng.random()
         return replace(
@@ -553,9 +551,9 @@ class Engine:
 
     The rows of `slot_table` and `logits` belong to the responses of `growing`, in order.
 
-    A slot of the cache is free again when nobody holds it (see Slot in model.py). Its holders are
-    the responses that grow, the samples that have ended, until `Search.advance`, and the states
-    that wait or are expanded, until `finish`.
+    A slot of the cache is free again when nobody holds it (see Slot in model.py). Holders are
+    growing responses; ended samples until `Search.advance`; waiting or expanded states until
+    `finish`.
     """
 
     def __init__(self, model: Llama, tokenizer: Tokenizer, settings: Settings, longest: int):
@@ -697,9 +695,9 @@ class Engine:
                 self.begin([queue.popleft() for _ in range(min(places, len(queue)))])
 
     def free_places(self) -> int:
-        """How many more states may join. There are batch_size places. A state is expected to need
-        slots for one whole response, and 8 more for each sample, because samples share their
-        beginnings. (If it needs still more, see make_room.) Half of all slots are kept free, so
+        """How many more states may join. There are batch_size places. An estimate: a state
+        needs slots for one whole response and 8 more a sample, because samples share beginnings.
+        (If it needs still more, see make_room.) Half of all slots are kept free, so
         that the current states can grow. If there are none, one state may always join."""
         slots_per_state = self.slot_table.shape[1] + 8 * self.settings.samples_per_state()
         spare_slots = len(self.cache.free) - self.cache.kv.shape[2] // 2
@@ -963,7 +961,9 @@ class Tree:
             is_last = child == children[-1]
             branch = indent + ("└─ " if is_last else "├─ ") + child[-1]
             outcomes = "; ".join(self.words_at(child))
-            yield f"{branch[:29]:30}{self.chosen[child]:<5}{outcomes}".rstrip()
+            if len(branch) > 29:
+                branch = branch[:28] + "…"
+            yield f"{branch:30}{self.chosen[child]:<5}{outcomes}".rstrip()
             yield from self.lines(child, indent + ("   " if is_last else "│  "), most)
         if children[most:]:
             not_shown = sum(self.chosen[child] for child in children[most:])
@@ -972,9 +972,11 @@ class Tree:
     def words_at(self, node: tuple[str, ...]) -> Iterator[str]:
         """What happens at a node, as much as fits into the line; in colour on a terminal."""
         room = shutil.get_terminal_size((100, 0)).columns - 35
+        following = len(self.outcomes[node])
         for (outcome, colour), count in self.outcomes[node].items():
             room -= len(f"{outcome} x{count}; ")
-            if room < 0:
+            following -= 1
+            if room < (len("...") if following else 0):
                 yield "..."
                 return
             yield f"{paint(outcome, colour)} x{count}"
@@ -983,7 +985,7 @@ class Tree:
 def draw_tree(
     tokenizer: Tokenizer, problem: dict, samples: list[Response], settings: Settings
 ) -> str:
-    """The search as text, as wide as the terminal, or in 100 columns."""
+    """The search as text. The tree's lines fit into the terminal, or 100 columns."""
     tree = Tree(tokenizer, problem, samples, settings)
     header = f"numbers {problem['nums']}  target {problem['target']}"
     if select(samples, tokenizer, settings.last_line) is None:
@@ -996,7 +998,7 @@ def draw_tree(
 
 
 def why_it_ended(tokenizer: Tokenizer, samples: list[Response], settings: Settings) -> list[str]:
-    """A line that says why a search ended before its last round, if it did."""
+    """None or one line: why a search ended before its last round."""
     last_round = max(sample.round for sample in samples)
     if settings.decoder != "self_backtrack" or last_round == settings.b:
         return []
@@ -1059,12 +1061,17 @@ def write_page(model, tokenizer, problem: dict, samples, settings: Settings, pat
 
 
 def settings_line(settings: Settings) -> str:
-    steps_back = f", b = {settings.b}" if settings.decoder == "self_backtrack" else ""
-    sampling = ""
+    """The decoder and the rules that it follows."""
+    words = [settings.decoder, f"n = {settings.samples_per_state()}"]
     if settings.decoder in ("best_of_n", "self_backtrack"):
         manner = "independent" if settings.independent else "evenly spread"
-        sampling = f", {manner} samples at temperature {settings.temperature}"
-    return f"{settings.decoder}, n = {settings.samples_per_state()}{steps_back}{sampling}"
+        words.append(f"{manner} samples at temperature {settings.temperature}")
+    if settings.decoder == "self_backtrack":
+        words.append(f"b = {settings.b}")
+        words += ["the prompt once more"] if settings.prompt_again else []
+        words += [f"ends above {settings.stop_above}"] if settings.stop_above < 0 else []
+    words += ["score with the last line"] if settings.last_line else []
+    return ", ".join(words)
 
 
 def in_drawing_order(tree: Tree, node: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -1118,8 +1125,8 @@ def solver_says(nums: list[int], target: int, actions: tuple[str, ...]) -> tuple
 class AnswerFile:
     """The file of --out. Answers are appended to FILE.part as they come, so that none is lost if
     the run is stopped. When all are there, they replace FILE, in order. The first line of FILE.part
-    has the run's settings: only a run with the same ones can resume it. Raises UserError and
-    OSError."""
+    has the run's settings: only a run with the same ones can resume it (but for --num, --batch_size
+    and --cache_gib). Raises UserError and OSError."""
 
     def __init__(self, path: pathlib.Path, resumes: bool, made_by: dict, problems: dict):
         """made_by: the settings, of JSON's types; problems: {number: problem}."""
@@ -1132,7 +1139,8 @@ class AnswerFile:
         if resumes and not lines and path.exists():
             raise UserError(f"{path} is complete")
         if lines and lines[0] != made_by:
-            differ = [name for name in made_by if lines[0].get(name) != made_by[name]]
+            names = [*made_by, *(name for name in lines[0] if name not in made_by)]
+            differ = [name for name in names if lines[0].get(name) != made_by.get(name)]
             raise UserError(f"{self.part} was made with other settings: {', '.join(differ)}")
         for answer in lines[1:]:
             self.take(answer, problems)
@@ -1234,7 +1242,7 @@ def flags() -> Arguments:
     add("--n", metavar="N", type=number(int, 1), help="samples of each state, or beams")
     add("--limit", metavar="N", type=number(int, 1), help="states in a frontier; else int(sqrt(n))")
     switch = argparse.BooleanOptionalAction
-    add("--prompt_again", action=switch, help="sample the prompt once more")
+    add("--prompt_again", action=switch, help="the prompt may be sampled again")
     add("--last_line", action=switch, help="add log p(last line) to the score")
     add(
         "--stop_above",
@@ -1242,7 +1250,7 @@ def flags() -> Arguments:
         type=number(float, -1e6),
         help="a better score ends a search; 0: never",
     )
-    add("--paper", action="store_true", help="the paper's rule: other defaults (see README)")
+    add("--paper", action="store_true", help="the paper's rule (see --paper --help)")
     add = options.add_argument_group("sampling").add_argument
     add("--independent", action=switch, help="do not spread the samples evenly")
     add(

@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data import KINDS, MASKS, Tokenizer, doubtful_rows, generate, load_record, load_validation
-from data import new_record, read_rows, read_split, whole_path
+from data import new_record, read_rows, read_split, whole_path, warn_of_changed_task
 from model import COUNT, DTYPES, OBJECT, OBJECTS, RESUME, Arguments, Interruptible, Llama
 from model import LlamaConfig, LlamaDecoderLayer, UserError, best_dtype, check_fields, cli
 from model import device_rank_world, in_worker, no_bar, note, number, read_config, read_json
@@ -68,8 +68,8 @@ def fit(
     world = device_rank_world()[2]
     device = model.lm_head.weight.device
     model.model.compiled_layer = torch.compile(LlamaDecoderLayer.forward) if compiled else None
-    # In fp16 GradScaler may skip a step (see Stepper). It leaves that to the optimizer if this is
-    # fused, and Muon's part of the step cannot do it.
+    # In fp16 GradScaler may skip a step (see Stepper). A fused optimizer must do that by itself,
+    # which Muon's part of the step cannot.
     optimizer = make_optimizer(model, muon, lr, weight_decay, fused=dtype != torch.float16)
     first_step = state["step"] if state else 0
     stepper = Stepper(model, optimizer, dtype)
@@ -326,8 +326,8 @@ def load_optimizer(optimizer, saved: dict) -> None:
 class Muon(torch.optim.AdamW):
     """Muon (Jordan et al., 2024) for the parameter groups that say "orthogonal"; AdamW for others.
 
-    The update of a matrix is the moving average of its gradients, made orthogonal. So all of its
-    singular directions change at the same rate, and a model from scratch needs far fewer steps. The
+    The update of a matrix is the moving average of its gradients, made orthogonal. So all
+    singular directions change equally fast, and training from scratch needs far fewer steps. The
     entries of an update are about 0.2 * lr in size, as with AdamW (Liu et al., 2025). (Why not
     torch.optim.Muon? It always multiplies in bf16, which is slow on CPUs without units for it. Here
     autocast decides.)
@@ -447,6 +447,8 @@ def load_state(folder: Path, needed=("step", "optimizer")) -> dict:
     if not needed <= state.keys():
         raise UserError(f"cannot resume from {path}: it holds no run of this program")
     check_fields(state, STATE_FIELDS, f"cannot resume: {path}")
+    if "source" in state["record"]:
+        warn_of_changed_task(state["record"], str(path))
     return state
 
 
@@ -550,7 +552,7 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     add("--mask", choices=MASKS, help="which part of mistakes and detours carries no loss")
     add = options.add_argument_group("the loop").add_argument
     add("--steps", metavar="N", type=number(int, 1), help="optimizer steps")
-    add("--epochs", metavar="N", type=number(int, 1), help="passes over the rows, not --steps")
+    add("--epochs", metavar="N", type=number(int, 1), help="passes over the rows (or: --steps)")
     add("--batch_size", metavar="N", type=number(int, 1), help="rows of a part on each device")
     add("--grad_accum", metavar="N", type=number(int, 1), default=1, help="parts of a step")
     add("--lr", metavar="X", type=number(float, 0, strict=True), help="the peak learning rate")

@@ -782,7 +782,7 @@ BAD_SEARCHES = [
     ("--numbers 3 4 --target 7 --data val", "--numbers and --target"),
     ("--data nosuchsplit", "nosuchsplit is none of them"),
     ("--ckpt no/such", "no model at no/such"),
-    ("--ckpt checkpoint", "no folder checkpoint: run train.py first"),
+    ("--ckpt checkpoint", "no folder checkpoint: train.py makes it"),
     ("--ckpt /no/such/folder", "no such file or folder: /no/such/folder"),
     ("--ckpt {tmp}/empty", "cannot be read"),
     ("--data val --out /proc/no/rows.jsonl --num 1 --n 1", "/proc/no"),
@@ -884,7 +884,7 @@ def test_help_fits_a_screen_and_says_no_default_that_is_none(monkeypatch, capsys
 
 def test_improvement_asks_for_training_first(complaint, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert "no folder checkpoint: run train.py first" in complaint(improve)
+    assert "no folder checkpoint: train.py makes it" in complaint(improve)
 
 
 BAD_DATA = [
@@ -905,7 +905,7 @@ BAD_IMPROVEMENTS = [
     ("--rounds 0", "--rounds: 0 is not at least 1"),
     ("--lr 0", "--lr: 0 is not above 0"),
     ("--ckpt no/such", "no model at no/such"),
-    ("--ckpt checkpoint", "no folder checkpoint: run train.py first"),
+    ("--ckpt checkpoint", "no folder checkpoint: train.py makes it"),
     ("--out {tmp}/good.jsonl", "cannot write"),
 ]
 

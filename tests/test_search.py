@@ -942,6 +942,7 @@ def test_a_long_action_is_cut_so_that_its_count_stands_in_its_column():
     samples = [sampled("\n".join(actions) + "\n", count=7)]
     lines = search.draw_tree(TOK, PRODUCT, samples, Settings(b=0)).splitlines()
     assert [line[29:31] for line in lines[3:]] == [" 7"] * 3
+    assert [line[28] for line in lines[3:]] == [" ", "…", "…"]
 
 
 WORSE = finished("1+2=3\n3*4=12\nGoal Reached!", -0.25)
@@ -968,9 +969,12 @@ def test_the_tree_says_why_a_search_ended_before_its_last_round(samples, setting
 
 def test_the_page_says_what_its_decoder_depends_on():
     told = search.settings_line(Settings(b=2, n=8, temperature=0.7, independent=True))
-    assert told == "self_backtrack, n = 8, b = 2, independent samples at temperature 0.7"
-    assert search.settings_line(Settings(decoder="greedy")) == "greedy, n = 1"
-    assert search.settings_line(Settings(decoder="beam", n=4)) == "beam, n = 4"
+    rules = "the prompt once more, ends above -0.2, score with the last line"
+    assert told == f"self_backtrack, n = 8, independent samples at temperature 0.7, b = 2, {rules}"
+    told = search.settings_line(Settings(**search.PAPER_SEARCH))
+    assert told == "self_backtrack, n = 32, independent samples at temperature 0.7, b = 1"
+    assert search.settings_line(Settings(decoder="greedy", last_line=False)) == "greedy, n = 1"
+    assert search.settings_line(Settings(decoder="beam", n=4, last_line=False)) == "beam, n = 4"
 
 
 def test_the_prompts_second_round_is_told_above_the_tree():
