@@ -127,9 +127,9 @@ def verify(nums: list[int], target: int, response: str) -> Verdict:
     The last line must be `Goal Reached!`, and each line before it an action: `a-b=c` (or + * /)
     with the right result, where a and b are numbers that are left. (A number that occurs twice can
     be used twice.) At the end only the target must be left. The reason says what is wrong, in these
-    words: "'5+' is no action", "2-39=1: there is no 39 (left)", "2-5=1: the rules do not allow it",
-    "4*5=10: false, it is 20", "it ends in '...', not in 'Goal Reached!'", "[6, 2] left, not 62
-    alone". It is checked in this order, action by action.
+    words: "'5+' is no action", "there is no 39 (left)", "the rules do not allow it", "false, it is
+    20", "it ends in '...', not in 'Goal Reached!'", "[6, 2] left, not 62 alone". It is checked in
+    this order, action by action.
     """
     *actions, end = response.split("\n")
     numbers_left = Counter(nums)
@@ -140,13 +140,13 @@ def verify(nums: list[int], target: int, response: str) -> Verdict:
         a, operator, b, claimed = match.groups()
         for operand in (int(a), int(b)):
             if numbers_left[operand] == 0:
-                return Verdict(False, f"{action}: there is no {operand} (left)", action_number)
+                return Verdict(False, f"there is no {operand} (left)", action_number)
             numbers_left[operand] -= 1
         result, legal = calculate(int(a), operator, int(b))
         if not legal:
-            return Verdict(False, f"{action}: the rules do not allow it", action_number)
+            return Verdict(False, "the rules do not allow it", action_number)
         if result != int(claimed):
-            return Verdict(False, f"{action}: false, it is {result}", action_number)
+            return Verdict(False, f"false, it is {result}", action_number)
         numbers_left[result] += 1
     if end != GOAL:
         return Verdict(False, f"it ends in {end!r}, not in {GOAL!r}")
@@ -1037,7 +1037,7 @@ def warn_of_changed_task(record: dict, place: str) -> None:
     now = new_record(0, [])
     for field, unless_said in FIRST_TASK.items():
         before = record.get(field, unless_said)
-        if record["source"] == "generated" and before != now[field]:
+        if record.get("source") == "generated" and before != now[field]:
             changed = f"{field} {before}, but data.py now has {now[field]}"
             note(f"{place} says {changed}: that is another task, with other validation problems")
 
@@ -1227,8 +1227,14 @@ def main() -> None:
     add("--seed", metavar="N", type=number(int, 0), default=0, help="seed of the training rows")
     add("--out", metavar="DIR", default="data", help="the folder to write to, as JSON Lines")
     add = options.add_argument_group("or only to look at").add_argument
-    of_each_kind = {"nargs": "?", "const": len(KINDS) + 2, "type": number(int, 1)}
-    add("--show", metavar="N", **of_each_kind, help="print N training rows, the kinds in turn")
+    add(
+        "--show",
+        metavar="N",
+        type=number(int, 1),
+        nargs="?",
+        const=len(KINDS) + 2,  # a solution, a detour, and each mistake
+        help="print N training rows, the kinds in turn",
+    )
     add("--mask", choices=MASKS, default="action", help="the loss mask that --show uses")
     options = options.parse_args()
     record = new_record(options.seed, options.sizes)

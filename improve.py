@@ -205,9 +205,15 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     add("--paper", action="store_true", help="sample and select as the paper does")
     add("--seed", metavar="N", type=number(int, 0), default=0, help="seed of problems and samples")
     add = options.add_argument_group("training on what it kept").add_argument
-    add("--epochs", metavar="N", type=number(int, 1), default=3, help="passes over these rows")
+    add("--epochs", metavar="N", type=number(int, 1), default=Tuning.epochs, help="over these rows")
     add("--lr", metavar="X", type=number(float, 0, True), help="default: 2e-4, or AdamW's 1e-5")
-    add("--batch_size", metavar="N", type=number(int, 1), default=64, help="rows on each device")
+    add(
+        "--batch_size",
+        metavar="N",
+        type=number(int, 1),
+        default=Tuning.batch_size,
+        help="rows on each device",
+    )
     switch = argparse.BooleanOptionalAction
     add("--gradient_checkpointing", action=switch, help="saves memory")
     known = options.parse_known_args()[0]

@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # noqa: F401  imported later, it would keep a process group alive
+import torch.distributed.nn.functional  # noqa: F401  imported later, it keeps a group alive
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict, snapshot_download
@@ -622,10 +622,9 @@ def checkpoint_folder(
         with suppress(OSError):  # it may be read-only
             settle(Path(name))
         return Path(name)
-    if Path(name) == Path("checkpoint"):
-        raise UserError("no folder checkpoint: train.py makes it")
-    if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
-        raise UserError(f"no such file or folder: {name}")
+    if str(name).startswith((".", "/", "~")) or str(name).strip("/").count("/") != 1:
+        hint = "train.py makes the folder checkpoint; a Hub id is OWNER/NAME"
+        raise UserError(f"no such file or folder: {name} ({hint})")
     try:
         patterns = patterns or NEEDED
         return Path(snapshot_download(str(name), repo_type=repo_type, allow_patterns=patterns))

@@ -122,8 +122,7 @@ def self_backtrack(
     visited = set() if prompt_again else {()}  # () is the prompt
     samples = yield [State(count=n)]  # round 0: n samples of the prompt, with no tokens after it
     for round_number in range(1, b + 1):
-        best = select(samples, tokenizer, last_line)
-        if best and rate(best, tokenizer, last_line) > stop_above:
+        if is_sure(samples, tokenizer, last_line, stop_above):
             return
         gave_up = [sample for sample in samples if sample.tokens[-1] == tokenizer.backtrack]
         frontier = []
@@ -194,6 +193,14 @@ def candidates(samples: list[Response], tokenizer: Tokenizer, last_line: bool) -
 def select(samples: list[Response], tokenizer: Tokenizer, last_line: bool) -> Response | None:
     """The answer: the candidate with the best score."""
     return next(iter(candidates(samples, tokenizer, last_line)), None)
+
+
+def is_sure(
+    samples: list[Response], tokenizer: Tokenizer, last_line: bool, stop_above: float
+) -> bool:
+    """Has a candidate among these samples a score above stop_above?"""
+    best = select(samples, tokenizer, last_line)
+    return best is not None and rate(best, tokenizer, last_line) > stop_above
 
 
 @dataclass(frozen=True)
@@ -431,6 +438,9 @@ class Search:
     expansions: list["Expansion"] = field(default_factory=list)  # one for each frontier state
     all_samples: list[Response] = field(default_factory=list)
 
+    def frontier_has_ended(self) -> bool:
+        return all(expansion.finished for expansion in self.expansions)
+
     def advance(self) -> None:
         """Send the algorithm the samples that it waits for. It yields the next frontier, or ends:
         then there are no expansions."""
@@ -624,7 +634,7 @@ class Engine:
             expansion.finished = True
             expansion.state.slots = ()
         searches = dict.fromkeys(expansion.search for expansion in finished)  # each once, in order
-        return [search for search in searches if all(one.finished for one in search.expansions)]
+        return [search for search in searches if search.frontier_has_ended()]
 
     def begin(self, expansions: list[Expansion]) -> None:
         """Begin to expand states, *either* new prompts *or* branches. A new prompt is fed to the
@@ -945,7 +955,7 @@ class Tree:
             return "no goal", "stopped"  # it was too long, or ended without `Goal Reached!`
         verdict = verify(nums, target, text)
         score = self.scores[self.node_of(text)]
-        judgement = "right" if verdict.correct else verdict.reason.split(": ")[-1]
+        judgement = "right" if verdict.correct else verdict.reason
         is_answer = self.node_of(text) == self.answer
         words = f"goal {score:.3f}, {judgement}" + (", chosen" if is_answer else "")
         return words, "right" if verdict.correct else "wrong"
@@ -969,17 +979,15 @@ class Tree:
             not_shown = sum(self.chosen[child] for child in children[most:])
             yield f"{indent}└─ {len(children) - most} more, x{not_shown}"
 
-    def words_at(self, node: tuple[str, ...]) -> Iterator[str]:
+    def words_at(self, node: tuple[str, ...]) -> list[str]:
         """What happens at a node, as much as fits into the line; in colour on a terminal."""
-        room = shutil.get_terminal_size((100, 0)).columns - 35
-        following = len(self.outcomes[node])
+        room = max(shutil.get_terminal_size((100, 0)).columns - 35, len("..."))
+        told = []  # [(words, colour), ...]
         for (outcome, colour), count in self.outcomes[node].items():
-            room -= len(f"{outcome} x{count}; ")
-            following -= 1
-            if room < (len("...") if following else 0):
-                yield "..."
-                return
-            yield f"{paint(outcome, colour)} x{count}"
+            told.append((f"{outcome} x{count}", colour))
+        while len("; ".join(words for words, _ in told)) > room:
+            told[-2:] = [("...", "dim")]  # in place of the last, and of an earlier ...
+        return [paint(words, colour) for words, colour in told]
 
 
 def draw_tree(
@@ -993,21 +1001,22 @@ def draw_tree(
     for words in tree.words_at(()):  # of the prompt, sampled again
         header += f"  ({words})"
     lines = [header, solver_line(problem["nums"], problem["target"])]
-    lines += why_it_ended(tokenizer, samples, settings)
+    ended_early = why_it_ended_early(tokenizer, samples, settings)
+    if ended_early:
+        lines.append(f"search: {ended_early}")
     return "\n".join([*lines, f"{'action':30}samples", *tree.lines()])
 
 
-def why_it_ended(tokenizer: Tokenizer, samples: list[Response], settings: Settings) -> list[str]:
-    """None or one line: why a search ended before its last round."""
+def why_it_ended_early(tokenizer: Tokenizer, samples: list[Response], settings: Settings) -> str:
+    """Why a search ended before round b; empty if it did not."""
     last_round = max(sample.round for sample in samples)
     if settings.decoder != "self_backtrack" or last_round == settings.b:
-        return []
+        return ""
     of_last_round = [sample for sample in samples if sample.round == last_round]
-    best = select(of_last_round, tokenizer, settings.last_line)
     reason = "there is no new state"
-    if best and rate(best, tokenizer, settings.last_line) > settings.stop_above:
+    if is_sure(of_last_round, tokenizer, settings.last_line, settings.stop_above):
         reason = f"an answer scores above {settings.stop_above}"
-    return [f"search: it ended after round {last_round}, because {reason}"]
+    return f"it ended after round {last_round}, because {reason}"
 
 
 def solver_is_asked(nums: list[int]) -> bool:
@@ -1037,22 +1046,24 @@ def write_page(model, tokenizer, problem: dict, samples, settings: Settings, pat
     """The search as a single HTML file: the tree after each round, the model's P(<backtrack>) after
     every action, and what the exact solver says about it. Raises OSError."""
     nums, target = problem["nums"], problem["target"]
-    ended = why_it_ended(tokenizer, samples, settings)
     tree = Tree(tokenizer, problem, samples, settings)
     nodes = [(), *in_drawing_order(tree)]
     prompt = prompt_text(nums, target)
-    texts = [prompt + "".join(f"{action}\n" for action in node) for node in nodes]
+    texts = [prompt + "\n".join([*node, ""]) for node in nodes]
+    chances = backtrack_chances(model, tokenizer, texts)
     rounds = []
     for last_round in range(1 + max(sample.round for sample in samples)):
         so_far = [sample for sample in samples if sample.round <= last_round]
         tree = Tree(tokenizer, problem, so_far, settings)
         rounds.append([[tree.chosen[node], list_outcomes(tree, node)] for node in nodes])
+    rules = settings_line(settings)
+    ended_early = why_it_ended_early(tokenizer, samples, settings)
     page = {
         "title": f"numbers {nums}  target {target}",
         "solver": solver_line(nums, target),
-        "settings": "; ".join([settings_line(settings), *ended]),
-        "nodes": [[*node] for node in nodes],
-        "chances": [round(chance, 4) for chance in backtrack_chances(model, tokenizer, texts)],
+        "settings": f"{rules}; {ended_early}" if ended_early else rules,
+        "nodes": nodes,
+        "chances": chances,
         "solver_says": [solver_says(nums, target, node) for node in nodes],
         "rounds": rounds,
     }
@@ -1068,9 +1079,12 @@ def settings_line(settings: Settings) -> str:
         words.append(f"{manner} samples at temperature {settings.temperature}")
     if settings.decoder == "self_backtrack":
         words.append(f"b = {settings.b}")
-        words += ["the prompt once more"] if settings.prompt_again else []
-        words += [f"ends above {settings.stop_above}"] if settings.stop_above < 0 else []
-    words += ["score with the last line"] if settings.last_line else []
+        if settings.prompt_again:
+            words.append("the prompt once more")
+        if settings.stop_above < 0:
+            words.append(f"ends above {settings.stop_above}")
+    if settings.last_line:
+        words.append("score with the last line")
     return ", ".join(words)
 
 
@@ -1104,7 +1118,7 @@ def solver_says(nums: list[int], target: int, actions: tuple[str, ...]) -> tuple
     COLOURS)."""
     verdict = verify(nums, target, "\n".join([*actions, GOAL]))
     if verdict.failed_action:
-        return verdict.reason.split(": ")[-1], "wrong"
+        return verdict.reason, "wrong"
     left = Counter(nums)
     for action in actions:
         a, b, result = map(int, ACTION.fullmatch(action).group(1, 3, 4))
@@ -1139,7 +1153,7 @@ class AnswerFile:
         if resumes and not lines and path.exists():
             raise UserError(f"{path} is complete")
         if lines and lines[0] != made_by:
-            names = [*made_by, *(name for name in lines[0] if name not in made_by)]
+            names = made_by | lines[0]
             differ = [name for name in names if lines[0].get(name) != made_by.get(name)]
             raise UserError(f"{self.part} was made with other settings: {', '.join(differ)}")
         for answer in lines[1:]:

@@ -447,8 +447,7 @@ def load_state(folder: Path, needed=("step", "optimizer")) -> dict:
     if not needed <= state.keys():
         raise UserError(f"cannot resume from {path}: it holds no run of this program")
     check_fields(state, STATE_FIELDS, f"cannot resume: {path}")
-    if "source" in state["record"]:
-        warn_of_changed_task(state["record"], str(path))
+    warn_of_changed_task(state["record"], str(path))
     return state
 
 

@@ -671,6 +671,14 @@ def test_answers_of_other_settings_are_not_gone_on_with(
     program(search, *args, "--batch_size", 1, "--resume")  # which changes no answer
 
 
+def test_a_setting_that_is_no_more_is_named(complaint, tmp_path, stopped_evaluation):
+    """As an older version may have written it."""
+    part = tmp_path / "rows.jsonl.part"
+    made_by, *answers = part.read_text().splitlines(keepends=True)
+    part.write_text("".join([json.dumps({**json.loads(made_by), "old": 2}) + "\n", *answers]))
+    assert complaint(search, *stopped_evaluation, "--resume").endswith("other settings: old")
+
+
 def test_answers_of_another_checkpoint_are_not_gone_on_with(
     complaint, tmp_path, trained, stopped_evaluation
 ):
@@ -782,7 +790,7 @@ BAD_SEARCHES = [
     ("--numbers 3 4 --target 7 --data val", "--numbers and --target"),
     ("--data nosuchsplit", "nosuchsplit is none of them"),
     ("--ckpt no/such", "no model at no/such"),
-    ("--ckpt checkpoint", "no folder checkpoint: train.py makes it"),
+    ("--ckpt checkpoint", "no such file or folder: checkpoint (train.py makes"),
     ("--ckpt /no/such/folder", "no such file or folder: /no/such/folder"),
     ("--ckpt {tmp}/empty", "cannot be read"),
     ("--data val --out /proc/no/rows.jsonl --num 1 --n 1", "/proc/no"),
@@ -884,7 +892,7 @@ def test_help_fits_a_screen_and_says_no_default_that_is_none(monkeypatch, capsys
 
 def test_improvement_asks_for_training_first(complaint, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert "no folder checkpoint: train.py makes it" in complaint(improve)
+    assert "no such file or folder: checkpoint (train.py makes" in complaint(improve)
 
 
 BAD_DATA = [
@@ -905,7 +913,7 @@ BAD_IMPROVEMENTS = [
     ("--rounds 0", "--rounds: 0 is not at least 1"),
     ("--lr 0", "--lr: 0 is not above 0"),
     ("--ckpt no/such", "no model at no/such"),
-    ("--ckpt checkpoint", "no folder checkpoint: train.py makes it"),
+    ("--ckpt checkpoint", "no such file or folder: checkpoint (train.py makes"),
     ("--out {tmp}/good.jsonl", "cannot write"),
 ]
 

@@ -191,7 +191,7 @@ def test_a_dataset_is_read_by_its_name(online):
 
 def test_names_that_lead_nowhere_are_named(online):
     assert "no model at me/nothing" in online["nothing"]
-    assert "no model at no name" in online["no name"]
+    assert "no such file or folder: no name" in online["no name"]
     assert "parquet becomes JSON by" in online["parquet"]
 
 

@@ -945,6 +945,19 @@ def test_a_long_action_is_cut_so_that_its_count_stands_in_its_column():
     assert [line[28] for line in lines[3:]] == [" ", "…", "…"]
 
 
+@pytest.mark.parametrize("columns", [50, 70, 100])
+def test_a_line_of_the_tree_is_no_wider_than_the_terminal(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    begun = ids("1+2=3\n")
+    samples = [sampled("1+2=3\n<backtrack>", count=3)]
+    for round_number in (1, 2):
+        text = "1+2=3\n<backtrack>" if round_number == 2 else "1+2=3\n"
+        samples.append(replace(sampled(text, 99), inherited=len(begun), round=round_number))
+    [line] = search.draw_tree(TOK, PRODUCT, samples, Settings(b=2)).splitlines()[3:]
+    assert len(line) <= columns
+    assert line.endswith("...")
+
+
 WORSE = finished("1+2=3\n3*4=12\nGoal Reached!", -0.25)
 SURE = finished("1+2=3\n3*4=12\nGoal Reached!", -0.01)
 LATER = finished("1+2=3\n3*4=12\nGoal Reached!", -0.01, round=1)
