@@ -28,9 +28,9 @@ So the model learns to notice mistakes, but is not trained to make them. Detours
 near misses are ours.
 
 Most problems have several solutions. The model learns the simplest one, with few * and / and small
-results. It is called the canonical solution. A detour is an action that is right, but not the
-canonical one. Without detours in its training rows, the model comes to treat every unusual action
-as a mistake. The choice of a detour carries no loss, so that the model still answers with the
+results. It is called the canonical solution. A detour is a right action that takes more effort than
+the canonical one. Without detours in its training rows, the model comes to treat every unusual
+action as a mistake. A detour is masked like a mistake, so that the model still answers with the
 canonical solution. A row of D_back may begin with a detour.
 
     python data.py --show
@@ -75,9 +75,9 @@ def prompt_text(nums: list[int], target: int) -> str:
 
 
 # The rule of each operator: (the result of a operator b, is it allowed?), for whole numbers or,
-# elementwise, for arrays of them. A response may write the two numbers in either order, but the
-# solver always puts the larger one first. So the other order must give the same result (3+5), or be
-# forbidden (3-5, 3/5), or equal what another operator gives (0/5=0 is 5*0=0).
+# elementwise, for arrays of them. The solver tries only the order in which the larger number comes
+# first. This loses nothing: the other order of + and * gives the same, 3-5 and 3/5 are forbidden,
+# and 0/5 is 5*0. (An operator that you add must be like this, too.)
 
 
 def add(a, b):
@@ -158,9 +158,9 @@ def verify(nums: list[int], target: int, response: str) -> Verdict:
 # ---- Rows (paper, section 4.1) -------------------------------------------------------------------
 # Everything here is about one response to one problem. The exact solver, which comes later, has
 # already tried every choice at every position. A choice is an operator and two of the numbers that
-# are left. Of each choice the solver knows whether it is `legal`, and the `effort` of the simplest
-# solution that continues with it, which is inf if the target can no longer be reached. Take this on
-# trust for now. For example, with the numbers 5, 3, 2 and the target 13, the first choices:
+# are left. Of each choice the solver knows whether it is `legal`, and the least `effort` that this
+# choice and those after it need to reach the target: inf if it is out of reach. Take this on trust
+# for now. For example, with the numbers 5, 3, 2 and the target 13, the first choices:
 #
 #     choice    0      1      2      3      4      5      6       7       8      9      10     11
 #     action    5+3    5+2    3+2    5-3    5-2    3-2    5*3     5*2     3*2    5/3    5/2    3/2
@@ -192,7 +192,7 @@ class SolvedProblem(NamedTuple):
     nums: list[int]
     target: int
     index: int  # its place in the block
-    steps: list["Step"]  # of the whole block: this problem's is [index, ...]
+    steps: list["Step"]  # arrays of the whole block, in which [index] is this problem
     efforts: list[np.ndarray]  # likewise
 
 
@@ -247,6 +247,8 @@ def make_row(rng: random.Random, problem: SolvedProblem, kinds: Sequence[str]) -
             kind = mistake_kind
             actions = [*actions[: mistake.depth], *mistake.actions]
             no_loss = [depth for depth in no_loss if depth < mistake.depth]
+            # A false goal or a near miss is masked as a whole: any of its actions may have lost the
+            # target, so the row must not teach to go on after one.
             no_loss += range(mistake.depth, len(actions))
             end = BACKTRACK
     return {
@@ -314,7 +316,8 @@ def exploratory(rng: random.Random, position: Position) -> Mistake | None:
 
 def computational(rng: random.Random, position: Position) -> Mistake:
     """An action with a false result. Half of the time, if possible, it is a division that is not
-    exact, because that is the most common false line of small models. Else it is a legal action.
+    exact, because that is the most common false line of small models. Else it is an action that the
+    rules allow, but for its result.
 
     If it is the last action and misses the target, it claims the target with probability 3/4.
     Otherwise the quotient of an inexact division is rounded down with probability 1/2. All other
@@ -414,7 +417,7 @@ def follow(problem: SolvedProblem, choices: list[int]) -> tuple[list[Action], Po
     return actions, position
 
 
-MISTAKES = {  # with their shares, which need not add up to 1 (found by trial, but for the last)
+MISTAKES = {  # with their relative shares (all but the last were found by trial)
     exploratory: 0.45,
     computational: 0.25,
     rule_violation: 0.1,
@@ -447,7 +450,8 @@ MASKS = ("none", "action", "choice")
 
 def no_loss_spans(row: dict, mask: str) -> list[tuple[int, int]]:
     """Which parts of a row's text, prompt + response, carry no loss: [begin, end) in characters.
-    These are the prompt and, of each action in the row's `no_loss`, for instance 25*4=100:
+    The prompt is always one of them. The others are of the actions in the row's `no_loss`. For
+    instance, of 25*4=100:
 
         mask="action"   the whole line 25*4=100 with its newline: the paper's mask
         mask="choice"   25*4= alone, which was chosen. The result is learned. (But a line that is
@@ -698,8 +702,8 @@ def solvable(nums: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def plan_efforts(steps: list[Step], target: np.ndarray) -> list[np.ndarray]:
-    """For each step (..., choices) float32: the effort of the simplest solution that makes this
-    choice, after the choices before; inf if there is none, and target (problems,) is out of reach.
+    """For each step (..., choices) float32: the least effort that this choice and those after it
+    need to reach target (problems,); inf if it is out of reach.
 
     The effort of a solution is 4 for each * and /, and log2(result + 2) for each intermediate
     result. One canonical solution, the simplest, is far easier to learn than a random one of many.
@@ -743,8 +747,8 @@ def solve(nums: list[int], target: int) -> tuple[int, int, list[Action]]:
 # ---- Problems ------------------------------------------------------------------------------------
 
 TARGETS = range(10, 101)
-# Ours: a share of the training problems (--any_target) have any of these targets. Only 82 TARGETS
-# are not held out: in a long training a model learns them by heart, and fails on new ones.
+# Ours: the targets of a share of the training problems (--any_target) are drawn from these. Only 82
+# TARGETS are not held out: in a long training a model learns them by heart, and fails on new ones.
 ANY_TARGETS = range(1, 300)
 HELD_OUT = (18, 21, 28, 42, 56, 81, 89, 96, 98)  # a tenth of the targets, never trained on: "new"
 SPLITS = ("train", "val", "val_new")  # val: validation problems of seen targets; val_new: of new

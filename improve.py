@@ -7,12 +7,13 @@ the answer at once, by greedy decoding.
 
 A round searches training problems and keeps three kinds of rows:
 
-- D_op: for each problem that was solved, the best right answer. This is the paper's.
+- D_op: for each problem with right candidates, the best of them. This is the paper's.
 - D_back: answers that were selected but are wrong, cut after the action that fails, if one fails.
-- D_back: a few rows of the usual training data, so that stepping back is not forgotten.
+  (Not those that stop while numbers are left, and at most as many as there are rows of D_op.)
+- D_back: rows of the usual training data, a tenth as many, so that stepping back is not forgotten.
 
-For example, two problems have the numbers 2, 4, 10, 25 and the target 60. `evaluate` (in
-search.py) returns, among other things:
+For example, the numbers 2, 4, 10, 25 and the target 60, with a right answer and with a wrong one.
+`evaluate` (in search.py) returns, among other things:
 
     response      4-2=2 25*2=50 50+10=60 Goal Reached!      4-2=2 25*2=52 52+8=60 Goal Reached!
     correct       True                                      False
@@ -44,9 +45,9 @@ from train import Batches, as_flags, fit, load_state, rebuild, save, typed_flags
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a round trains on the rows that it keeps. (The command's own: see `tuning_settings`.) The
-    defaults suit a small model that has been trained well. One that has seen few solutions gains
-    more from a larger lr (assets/NOTES.md)."""
+    """How a round trains on the rows that it keeps. The defaults suit a small model that has been
+    trained well. One that has seen few solutions gains more from a larger lr (assets/NOTES.md). The
+    command takes some of them from the checkpoint: see `tuning_settings`."""
 
     epochs: int = 3
     batch_size: int = 64  # rows on each device
@@ -58,8 +59,9 @@ class Tuning:
 def expert_iteration(
     model: Llama, tokenizer: Tokenizer, record: dict, validation: dict, options, rounds_done, log
 ) -> None:
-    """Measure; then, round after round, improve, save, measure and save. Every round continues with
-    the model of the round before, on the next problems, with a new optimizer.
+    """Measure; then, round after round, improve, save the weights, measure, and save again with
+    this measurement. Every round continues with the model of the round before, on the next
+    problems, with a new optimizer.
 
     record: the source of the problems, unless --data gives another. validation: {split: problems}
     to measure on. log: a line for every measurement. Raises UserError."""
@@ -246,8 +248,8 @@ def main() -> None:
         model = Llama.from_pretrained(options.ckpt, device, torch.float32)
         record = load_record(options.ckpt)
         # Generated problems are drawn with another seed than in training. (With three numbers about
-        # half recur from training; none are validation's.) It is saved with the model, so that
-        # improving the improved one uses yet another.
+        # half recur from training; none are validation's.) The new seed is saved with the model, so
+        # that improving the improved one uses yet another.
         record["seed"] = record.get("seed", 0) + 1_000_000 * (options.seed + 1)
     model.model.gradient_checkpointing = options.gradient_checkpointing
     if is_main():

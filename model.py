@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # noqa: F401  imported later, it keeps a group alive
+import torch.distributed.nn.functional  # noqa: F401  imported later, it would keep a group alive
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict, snapshot_download
@@ -268,20 +268,23 @@ class KVCache:
     """The keys and values of every layer, with one slot for each token.
 
     A row of a batch owns no memory. It is a list of slots, one for each of its tokens, and rows
-    that begin with the same tokens share slots. So the search's operations copy no key or value:
+    that were forked from one row share the slots of their common beginning. So the search's
+    operations copy no key or value:
 
         row [3, 5, 6]  takes two different tokens     -> [3, 5, 6, 9] and [3, 5, 6, 4]: a fork
         row [3, 5, 6, 4]  drops its last two tokens   -> [3, 5]: a step back
 
-    (This is paged attention, Kwon et al. 2023, with pages of one token.)
+    (This is the idea of paged attention, Kwon et al. 2023, with pages of one token. But its kernels
+    read keys and values where they are, whereas `read` gathers them first.)
     """
 
     def __init__(self, config: LlamaConfig, slots: int, device, dtype: torch.dtype):
         shape = (config.num_hidden_layers, 2, slots, config.num_key_value_heads, config.head_dim)
-        # On a CPU a large cache takes no more memory than it holds: untouched pages are free.
+        # On a CPU the part of a large cache that is never used takes no memory.
         self.kv = torch.empty(shape, device=device, dtype=dtype)
-        # Slot 0 belongs to no token: padding reads and writes it. Attention gives padding the
-        # weight 0, but 0 * NaN would be NaN, so slot 0 must be finite from the start.
+        # Slot 0 belongs to no token. Padding tokens write to it, and the empty columns of a row
+        # read it. Attention gives these columns the weight 0, but 0 * NaN would be NaN, so slot 0
+        # must be finite from the start.
         self.kv[:, :, 0] = 0
         self.free = list(range(slots - 1, 0, -1))
         self.buffer = self.kv.new_empty(0)  # what `read` returns lies here
@@ -353,7 +356,7 @@ class CachedRows:
             rows = slice(begin, begin + rows_at_once)
             width = int(positions[rows].max()) + 1 if slots.is_cpu else slots.shape[1]
             columns = torch.arange(width, device=slots.device)
-            is_later = columns > positions[rows, None, :, None]  # (b, 1, T, S)
+            is_later = columns > positions[rows, None, :, None]  # (rows, 1, T, width)
             mask = torch.zeros(is_later.shape, device=slots.device, dtype=cache.kv.dtype)
             mask.masked_fill_(is_later, -torch.inf)
             self.blocks.append((rows, slots[rows, :width], mask))
@@ -366,8 +369,8 @@ class CachedRows:
         values[self.new_slots] = v.transpose(1, 2)
         attended = []
         for rows, slots, mask in self.blocks:
-            k, v = self.cache.read(layer_idx, slots).transpose(2, 3)  # (b, K, S, D)
-            attended.append(attend(q[rows], k, v, mask))
+            all_k, all_v = self.cache.read(layer_idx, slots).transpose(2, 3)  # (rows, K, width, D)
+            attended.append(attend(q[rows], all_k, all_v, mask))
         return torch.cat(attended)
 
 

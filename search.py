@@ -5,9 +5,10 @@ The model says `<backtrack>` when its last action was a mistake, and the search 
 
 1. Round 0: sample n continuations of the prompt. Each goes on until the model ends it, normally
    after `Goal Reached!`, or says `<backtrack>`, or until it is too long.
-2. Rounds 1 to b: the samples that end in `<backtrack>` drop their last action. What is left is a
-   state to branch from. The frontier is at most `limit` states that have not been visited before.
-   Sample n continuations of each. (Ours: a search ends early if it has a confident answer.)
+2. Rounds 1 to b: those samples of the round before that end in `<backtrack>` drop their last
+   action. What is left is a state to branch from. The frontier is at most `limit` states that have
+   not been visited before. Sample n continuations of each. (Ours: a search ends early if it has a
+   confident answer.)
 3. Of all rounds, the samples that reached the goal are candidates. The candidate with the best
    score is the answer. The verifier is not used.
 
@@ -77,17 +78,17 @@ class State:
 
 @dataclass(eq=False)
 class Response:
-    """A group of samples that have the same tokens so far, with their count. Below, the variable
-    `sample` is such a group; in the text a sample is a single draw."""
+    """What samples of a state have written so far. Samples with the same tokens are one Response,
+    with their count."""
 
     # what the algorithm uses
     tokens: tuple[int, ...] = ()  # those after the prompt; its state's come first
     logps: tuple[float, ...] = ()  # as in State
-    count: int = 1  # how many samples are in the group
+    count: int = 1  # how many samples have written it
     round: int = 0  # in which round it was sampled
     inherited: int = 0  # how many of its tokens, the first, come from its state
     # what the engine needs, below
-    slots: tuple[Slot, ...] = ()  # of the prompt and the tokens (its final token has none)
+    slots: tuple[Slot, ...] = ()  # of the prompt and the tokens (but not of the one that ends it)
     expansion: "Expansion | None" = None  # which it belongs to, while it grows
     first_point: float = 0.0  # the lowest of its samples' points, see `spread`
     spacing: float = 1.0  # the distance from one point to the next
@@ -103,31 +104,32 @@ def self_backtrack(
     stop_above: float = 0.0,
 ) -> Generator[list[State], list[Response], None]:
     """Search one problem. This is a generator, so that the samples of many problems can be drawn
-    together: it yields a frontier, is sent the samples of its states, and continues.
+    together: it yields a frontier, is sent the responses to its states, and continues.
 
         search = self_backtrack(tokenizer, b, n, limit)
         frontier = next(search)            # runs to the first `yield`: the prompt alone
-        frontier = search.send(samples)    # `samples = yield frontier` receives them, and the
+        frontier = search.send(responses)  # `responses = yield frontier` receives them, and the
                                            # search runs to the next `yield`, or to its end, which
                                            # raises StopIteration
 
-    The caller keeps the samples: `select` chooses among all of them. A frontier holds at most
+    The caller keeps the responses: `select` chooses among all of them. A frontier holds at most
     `limit` states. A search ends if there is no new state, and at the latest after round b.
 
-    The paper takes states in the order of the samples. Ours are groups, and the largest come first:
-    see `branching_order`. Two more rules are ours, and off by default. Stepping back from a first
-    action leads to the prompt: with prompt_again it may be sampled once more. And a search ends if
-    the best candidate of a round has a score (`rate`) above stop_above. (No score is above 0.)
+    The paper takes states in the order of the samples. Here responses that most samples share come
+    first: see `branching_order`. Two more rules are ours, off in this function, on in `Settings`.
+    Stepping back from a first action leads to the prompt: with prompt_again it may be sampled once
+    more. And a search ends if the best candidate of a round has a score (`rate`) above stop_above.
+    (No score is above 0.)
     """
     visited = set() if prompt_again else {()}  # () is the prompt
-    samples = yield [State(count=n)]  # round 0: n samples of the prompt, with no tokens after it
+    responses = yield [State(count=n)]  # round 0: n samples of the prompt, with no tokens after it
     for round_number in range(1, b + 1):
-        if is_sure(samples, tokenizer, last_line, stop_above):
+        if is_sure(responses, tokenizer, last_line, stop_above):
             return
-        gave_up = [sample for sample in samples if sample.tokens[-1] == tokenizer.backtrack]
+        gave_up = [response for response in responses if steps_back(response, tokenizer)]
         frontier = []
-        for sample in sorted(gave_up, key=branching_order):
-            state = roll_back(sample, tokenizer)  # trust the model: drop its last action
+        for response in sorted(gave_up, key=branching_order):
+            state = roll_back(response, tokenizer)  # trust the model: drop its last action
             if state.tokens not in visited:
                 visited.add(state.tokens)
                 state.count = n
@@ -137,24 +139,30 @@ def self_backtrack(
                 break
         if not frontier:
             return
-        samples = yield frontier  # n samples of each state, each until it ends
+        responses = yield frontier  # n samples of each state, each until it ends
 
 
-def branching_order(sample: Response) -> float:
-    """A sort key: a frontier takes states from the largest groups first, and of equal ones from the
-    first that ended. (Groups that step back to the same state are not added up.)"""
-    return -sample.count
+def steps_back(response: Response, tokenizer: Tokenizer) -> bool:
+    return response.tokens[-1] == tokenizer.backtrack
 
 
-def roll_back(sample: Response, tokenizer: Tokenizer) -> State:
+def branching_order(response: Response) -> float:
+    """A sort key: a frontier takes its states from the responses of most samples first, and of
+    equally many from the first that ended. (Different responses that step back to the same state
+    are not added up.)"""
+    return -response.count
+
+
+def roll_back(response: Response, tokenizer: Tokenizer) -> State:
     """Drop `<backtrack>` and the last action: of the lines 4-2=2, 25*2=52, <backtrack> the first is
     kept. An unfinished action is dropped in the same way: 4-2=2, 25*<backtrack>. The state has the
     logps and the slots of the tokens that are kept."""
-    kept = line_begin(sample.tokens[:-1], tokenizer)
-    # It has slots for the prompt and for all of its tokens but `<backtrack>`, which ended it.
-    dropped_slots = len(sample.tokens) - 1 - kept
-    slots = sample.slots[: len(sample.slots) - dropped_slots]
-    return State(sample.tokens[:kept], sample.logps[:kept], slots)
+    kept = line_begin(response.tokens[:-1], tokenizer)
+    # It has slots for the prompt and for all of its tokens but `<backtrack>`, which ended it; or
+    # none at all, in a search without a cache.
+    dropped_slots = len(response.tokens) - 1 - kept
+    slots = response.slots[: len(response.slots) - dropped_slots]
+    return State(response.tokens[:kept], response.logps[:kept], slots)
 
 
 def line_begin(tokens: tuple[int, ...], tokenizer: Tokenizer) -> int:
@@ -166,40 +174,40 @@ def line_begin(tokens: tuple[int, ...], tokenizer: Tokenizer) -> int:
     return begin
 
 
-def reached_goal(sample: Response, tokenizer: Tokenizer) -> bool:
-    """Is this sample a candidate? (One that was cut because it became too long is not.)"""
-    if sample.tokens[-1] != tokenizer.eos:
+def reached_goal(response: Response, tokenizer: Tokenizer) -> bool:
+    """Is this response a candidate? (One that was cut because it became too long is not.)"""
+    if response.tokens[-1] != tokenizer.eos:
         return False
-    return tokenizer.decode(sample.tokens).split("\n")[-1] == GOAL
+    return tokenizer.decode(response.tokens).split("\n")[-1] == GOAL
 
 
-def rate(sample: Response, tokenizer: Tokenizer, last_line: bool) -> float:
+def rate(response: Response, tokenizer: Tokenizer, last_line: bool) -> float:
     """The score: the mean log-probability of the response's tokens, end-of-text included, as in the
     paper. Ours, with last_line: plus the log-probability of the whole last line. There the model
     preferred `Goal Reached!` to `<backtrack>`, and this says how surely. (A sum, not a mean,
     because it is the log of one probability: that of being done.)"""
-    score = sum(sample.logps) / len(sample.logps)
+    score = sum(response.logps) / len(response.logps)
     if last_line:
-        score += sum(sample.logps[line_begin(sample.tokens, tokenizer) :])
+        score += sum(response.logps[line_begin(response.tokens, tokenizer) :])
     return score
 
 
-def candidates(samples: list[Response], tokenizer: Tokenizer, last_line: bool) -> list[Response]:
-    """The samples that reached the goal, with the best score first."""
-    found = [sample for sample in samples if reached_goal(sample, tokenizer)]
-    return sorted(found, key=lambda sample: -rate(sample, tokenizer, last_line))
+def candidates(responses: list[Response], tokenizer: Tokenizer, last_line: bool) -> list[Response]:
+    """The responses that reached the goal, with the best score first."""
+    found = [response for response in responses if reached_goal(response, tokenizer)]
+    return sorted(found, key=lambda response: -rate(response, tokenizer, last_line))
 
 
-def select(samples: list[Response], tokenizer: Tokenizer, last_line: bool) -> Response | None:
+def select(responses: list[Response], tokenizer: Tokenizer, last_line: bool) -> Response | None:
     """The answer: the candidate with the best score."""
-    return next(iter(candidates(samples, tokenizer, last_line)), None)
+    return next(iter(candidates(responses, tokenizer, last_line)), None)
 
 
 def is_sure(
-    samples: list[Response], tokenizer: Tokenizer, last_line: bool, stop_above: float
+    responses: list[Response], tokenizer: Tokenizer, last_line: bool, stop_above: float
 ) -> bool:
-    """Has a candidate among these samples a score above stop_above?"""
-    best = select(samples, tokenizer, last_line)
+    """Has a candidate among these responses a score above stop_above?"""
+    best = select(responses, tokenizer, last_line)
     return best is not None and rate(best, tokenizer, last_line) > stop_above
 
 
@@ -261,13 +269,13 @@ PAPER_SEARCH = {
 
 
 # ---- 2. One step: which tokens the samples take --------------------------------------------------
-# A sampling rule gets R responses and, for each, the logits (R, V) of the next token. It returns a
-# Draw for every different continuation: samples of a response that take the same token stay
-# together. A Draw's logp enters the score, so it is taken before temperature and filters.
+# A sampling rule gets R responses and the logits (R, V) of their next tokens. It returns a Draw for
+# every different continuation: samples of a response that take the same token stay together. A
+# Draw's logp enters the score, so it is taken before temperature and filters.
 #
 # The tokens, in the order of their ids, divide [0, 1) into intervals. The length of an interval is
-# the probability of its token. A sample is a point in [0, 1): it takes the token in whose interval
-# it lies.
+# the token's share: its probability after temperature and filters. A sample is a point in [0, 1):
+# it takes the token in whose interval it lies.
 
 
 class Draw(NamedTuple):
@@ -275,7 +283,7 @@ class Draw(NamedTuple):
     token: int
     count: int  # how many of its samples take this token
     logp: float  # the token's log-probability, at temperature 1
-    first_point: float = 0.0  # where these samples are now, as in Response
+    first_point: float = 0.0  # of these samples, after the stretch; see `spread`
     spacing: float = 1.0
 
 
@@ -296,17 +304,17 @@ def independently(
 def spread(logits: torch.Tensor, responses: list[Response], settings: Settings) -> list[Draw]:
     """Samples spread evenly (arithmetic sampling, Vilnis et al., 2023).
 
-    The n samples of a state are n points, 1 / n apart. The interval of a token that is taken is
-    stretched to [0, 1), together with its points. These choose the next token. Only two things are
-    random: the first point, in [0, 1 / n), and the points of lone samples, whose spacing is above 1
-    (see `Expansion.extend`).
+    The n samples of a state are n points, 1 / n apart. The samples in a token's interval take this
+    token. Then the interval, with its points in it, is stretched to [0, 1), and the points choose
+    the next token in the same way. Only two things are random: the first point, in [0, 1 / n), and
+    the points of samples whose spacing has grown above 1 (see `Expansion.extend`).
 
     Four samples at 0.1, 0.35, 0.6, 0.85, and two tokens of probabilities 0.4 and 0.6: the first two
     samples take the first token. Its interval [0, 0.4) is stretched to [0, 1), and they are at 0.25
     and 0.875: their first point is 0.25, and their spacing is 0.25 / 0.4 = 0.625.
 
-    So a whole response of probability p (after temperature and min_p) is taken by floor(n p) or
-    ceil(n p) samples, whereas independent samples might all take the same one."""
+    So a whole response of probability p (the product of its tokens' shares) is taken by floor(n p)
+    or ceil(n p) samples, whereas independent samples might all take the same one."""
     most = max(response.count for response in responses)
     first_point = np.array([response.first_point for response in responses])
     spacing = np.array([response.spacing for response in responses])
@@ -421,9 +429,9 @@ def beams(logits: torch.Tensor, responses: list[Response], settings: Settings) -
 # ---- 3. One problem, slowly ----------------------------------------------------------------------
 # Who holds whom:
 #
-#     Search           one problem: runs `self_backtrack`, and keeps all of its samples
+#     Search           one problem: runs `self_backtrack`, and keeps all of its responses
 #       Expansion      one state of the current frontier, and its random numbers
-#         Response     samples of the state that have the same tokens so far. At each step its Draws
+#         Response     what some of the state's samples have written so far. At each step its Draws
 #                      replace it by others, one for each different token that its samples take.
 
 
@@ -436,24 +444,24 @@ class Search:
     key: int  # the seed of the problem's random numbers
     algorithm: Generator[list[State], list[Response], None]
     expansions: list["Expansion"] = field(default_factory=list)  # one for each frontier state
-    all_samples: list[Response] = field(default_factory=list)
+    all_responses: list[Response] = field(default_factory=list)
 
     def frontier_has_ended(self) -> bool:
         return all(expansion.finished for expansion in self.expansions)
 
     def advance(self) -> None:
-        """Send the algorithm the samples that it waits for. It yields the next frontier, or ends:
+        """Send the algorithm the responses that it waits for. It yields the next frontier, or ends:
         then there are no expansions."""
-        samples = []
+        responses = []
         for expansion in self.expansions:
-            samples += expansion.ended
-        self.all_samples += samples
+            responses += expansion.ended
+        self.all_responses += responses
         try:
-            frontier = self.algorithm.send(samples or None)  # None starts a generator
+            frontier = self.algorithm.send(responses or None)  # None starts a generator
         except StopIteration:
             frontier = []
-        for sample in samples:  # the new states have taken over the slots that they need
-            sample.slots = ()
+        for response in responses:  # the new states have taken over the slots that they need
+            response.slots = ()
         self.expansions = [Expansion(self, state, place) for place, state in enumerate(frontier)]
 
 
@@ -465,7 +473,7 @@ class Expansion:
     state: State
     place: int  # its index in the frontier
     rng: np.random.Generator | None = None
-    ended: list[Response] = field(default_factory=list)  # the samples that have ended
+    ended: list[Response] = field(default_factory=list)  # the responses that are complete
     finished: bool = False  # have all samples ended?
 
     def first_response(self, seed: int) -> Response:
@@ -488,9 +496,10 @@ class Expansion:
     def extend(self, parent: Response, draw: Draw) -> Response:
         """The Response of the samples that take a token."""
         first_point = draw.first_point
-        # If the spacing is above 1, only one point fits into [0, 1), so this sample is alone. With
-        # every stretch its point loses digits of precision. A new uniform point keeps this sample's
-        # distribution, and only makes it independent of the others.
+        # If the spacing is above 1, only one point fits into [0, 1), and it may be anywhere there:
+        # a new uniform point has the same distribution. From now on this sample draws a new point
+        # for every token, because a point that is stretched again and again runs out of digits.
+        # (Independent samples have the spacing 0, and beams 1: they never come here.)
         if draw.spacing > 1:
             first_point = self.rng.random()
         return replace(
@@ -513,8 +522,8 @@ def has_ended(response: Response, tokenizer: Tokenizer, settings: Settings) -> b
 def search_slowly(
     model: Llama, tokenizer: Tokenizer, prompt: list[int], key: int, settings: Settings
 ) -> list[Response]:
-    """All samples of one problem's search, state by state and without a cache. The engine below
-    gives the same samples, for many problems at once; the tests compare them."""
+    """All responses of one problem's search, state by state and without a cache. The engine below
+    gives the same ones, for many problems at once; the tests compare them."""
     device = model.lm_head.weight.device
     no_tokens = tokenizer.ids_without_token(len(model.lm_head.weight))
     sampling_rule = settings.sampling_rule()
@@ -537,7 +546,7 @@ def search_slowly(
                     else:
                         growing.append(child)
         search.advance()
-    return search.all_samples
+    return search.all_responses
 
 
 # ==== You now know the whole search. What follows makes it fast ===================================
@@ -553,7 +562,12 @@ def search_slowly(
 #               "7+"    x1   [1, 2, 3, 5]       takes "5"
 #     step 4    "7*5"   x2   [1, 2, 3, 4, 6]
 #               "7*6"   x1   [1, 2, 3, 4, 7]
-#               "7+5"   x1   [1, 2, 3, 5, 8]
+#               "7+5"   x1   [1, 2, 3, 5, 8]    takes `<backtrack>`
+#     step 5    "7*5"   x2   ...
+#
+# When "7+5" says `<backtrack>`, its row leaves the table, and the state that it steps back to, the
+# prompt, keeps the slots 1 and 2. In the next round the state's row is, for instance, [1, 9]: its
+# last token is fed once more, into a new slot.
 
 
 class Engine:
@@ -562,7 +576,7 @@ class Engine:
     The rows of `slot_table` and `logits` belong to the responses of `growing`, in order.
 
     A slot of the cache is free again when nobody holds it (see Slot in model.py). Holders are
-    growing responses; ended samples until `Search.advance`; waiting or expanded states until
+    growing responses; ended ones until `Search.advance`; waiting or expanded states until
     `finish`.
     """
 
@@ -576,13 +590,13 @@ class Engine:
         cache_bytes = int(settings.cache_gib * 2**30)
         slots = cache_bytes // KVCache.bytes_per_slot(model.config, head.dtype)
         self.cache = KVCache(model.config, max(slots, 1), head.device, head.dtype)
-        self.new_prompts = deque()  # expansions that wait: of prompts,
-        self.branches = deque()  # and of states that are in the cache already
+        self.new_prompts = deque()  # waiting: expansions of prompts
+        self.branches = deque()  # waiting: expansions of states that are in the cache already
         self.expansions = []  # those whose samples are being drawn, the oldest first
         self.growing = []  # the R unfinished responses
         width = longest + settings.max_new_tokens
         no_slots = torch.zeros(0, width, dtype=torch.int64, device=head.device)
-        self.slot_table = no_slots  # (R, width): the slot numbers of each response
+        self.slot_table = no_slots  # (R, width): the numbers of each response's slots
         self.logits = head.new_zeros(0, len(head))  # (R, V): of each response's next token
         no_tokens = tokenizer.ids_without_token(len(head))  # these are never drawn
         self.no_tokens = torch.tensor(no_tokens, dtype=torch.int64, device=head.device)
@@ -705,10 +719,10 @@ class Engine:
                 self.begin([queue.popleft() for _ in range(min(places, len(queue)))])
 
     def free_places(self) -> int:
-        """How many more states may join. There are batch_size places. An estimate: a state
-        needs slots for one whole response and 8 more a sample, because samples share beginnings.
-        (If it needs still more, see make_room.) Half of all slots are kept free, so
-        that the current states can grow. If there are none, one state may always join."""
+        """How many more states may join. There are batch_size places. An estimate: a state needs
+        slots for one whole response, and only 8 more a sample, because samples share beginnings.
+        (If it needs still more, see make_room.) Half of all slots are kept free, so that the
+        current states can grow. If no state is being expanded, one may always join."""
         slots_per_state = self.slot_table.shape[1] + 8 * self.settings.samples_per_state()
         spare_slots = len(self.cache.free) - self.cache.kv.shape[2] // 2
         places = self.settings.batch_size - len(self.expansions)
@@ -719,7 +733,7 @@ class Engine:
         """A step needs at most one new slot for each unfinished sample or beam."""
         ended = 0
         for expansion in self.expansions:
-            ended += sum(sample.count for sample in expansion.ended)
+            ended += sum(response.count for response in expansion.ended)
         return len(self.expansions) * self.settings.samples_per_state() - ended
 
     def make_room(self) -> None:
@@ -750,9 +764,10 @@ def search_all(
     keys: Sequence[int],
     settings: Settings,
 ) -> Iterator[tuple[int, list[Response]]]:
-    """Search many problems, each {nums, target}. Yields (i, all samples of problem i) as soon as
+    """Search many problems, each {nums, target}. Yields (i, all responses of problem i) as soon as
     its search is done. The random numbers of a state depend only on the seed, keys[i], its round
-    and its place in the frontier, and not on the other states in the batch. Raises UserError."""
+    and its place in the frontier, and not on the other states in the batch. (In bf16 and fp16 the
+    batch may still change a sample, by rounding.) Raises UserError."""
     prompts = tokenizer.prompts(problems)
     tokenizer.check_fits(len(model.lm_head.weight))
     engine = Engine(model, tokenizer, settings, longest=max(map(len, prompts), default=0))
@@ -770,18 +785,20 @@ def search_all(
             search.advance()
             engine.submit(search.expansions)
             if not search.expansions:
-                yield search.index, search.all_samples
+                yield search.index, search.all_responses
 
 
 # ---- 6. Measuring --------------------------------------------------------------------------------
 
 
-def judge(tokenizer: Tokenizer, problem: dict, samples: list[Response], settings: Settings) -> dict:
+def judge(
+    tokenizer: Tokenizer, problem: dict, responses: list[Response], settings: Settings
+) -> dict:
     """The answer to a problem, and whether it is right. `verified`: is at least one candidate
     right? `solutions`: the candidates that are right, the best first. `tokens`: how many the
-    samples drew, counted without any sharing."""
+    samples drew, each sample by itself."""
     nums, target = problem["nums"], problem["target"]
-    ranked = candidates(samples, tokenizer, settings.last_line)
+    ranked = candidates(responses, tokenizer, settings.last_line)
     texts = [tokenizer.decode(candidate.tokens) for candidate in ranked]
     verdicts = [verify(nums, target, text) for text in texts]
     solutions = [text for text, verdict in zip(texts, verdicts) if verdict.correct]
@@ -796,8 +813,12 @@ def judge(tokenizer: Tokenizer, problem: dict, samples: list[Response], settings
         "failed_action": verdict.failed_action,
         "verified": bool(solutions),
         "solutions": list(dict.fromkeys(solutions)),
-        "tokens": sum(sample.count * (len(sample.tokens) - sample.inherited) for sample in samples),
+        "tokens": sum(map(tokens_drawn, responses)),
     }
+
+
+def tokens_drawn(response: Response) -> int:
+    return response.count * (len(response.tokens) - response.inherited)
 
 
 def evaluate(
@@ -809,9 +830,8 @@ def evaluate(
     answer_file: "AnswerFile | None" = None,
 ) -> list[dict]:
     """`judge`'s answer to every problem. Each has a "number", offset + its index, which seeds its
-    samples: so they depend neither on the batch size nor on the number of ranks (except for
-    rounding in bf16 and fp16). New answers are added to answer_file, which may hold some already.
-    """
+    samples: so they depend neither on the batch size nor on the number of ranks, but for rounding.
+    New answers are added to answer_file, which may hold some already."""
     _, rank, world = device_rank_world()
     answers = dict(answer_file.answers) if answer_file else {}
     numbers = range(offset, offset + len(problems))
@@ -821,8 +841,8 @@ def evaluate(
     progress = tqdm(
         searches, settings.decoder, len(own), leave=False, unit=" problems", disable=no_bar()
     )
-    for i, samples in progress:
-        answer = {"number": own_numbers[i], **judge(tokenizer, own[i], samples, settings)}
+    for i, responses in progress:
+        answer = {"number": own_numbers[i], **judge(tokenizer, own[i], responses, settings)}
         answers[own_numbers[i]] = answer
         if answer_file:
             answer_file.add(answer)
@@ -909,49 +929,49 @@ def percent(share: float, problems: int) -> str:
 
 
 class Tree:
-    """The actions of all samples of one search. A node is a tuple of actions."""
+    """The actions of all responses of one search. A node is a tuple of actions."""
 
     def __init__(
-        self, tokenizer: Tokenizer, problem: dict, samples: list[Response], settings: Settings
+        self, tokenizer: Tokenizer, problem: dict, responses: list[Response], settings: Settings
     ):
         self.chosen = Counter()  # node: how many samples chose its last action
         self.outcomes = defaultdict(Counter)  # node: {(what happens, colour): how many samples}
         self.children = defaultdict(list)
         self.tokenizer = tokenizer
         self.last_line = settings.last_line
-        answer = select(samples, tokenizer, self.last_line)
+        answer = select(responses, tokenizer, self.last_line)
         self.answer = self.node_of(tokenizer.decode(answer.tokens)) if answer else ()
-        self.scores = {}  # node: its best score (equal samples may differ by rounding)
-        for candidate in candidates(samples, tokenizer, self.last_line):
+        self.scores = {}  # node: its best score (equal responses may differ by rounding)
+        for candidate in candidates(responses, tokenizer, self.last_line):
             node = self.node_of(tokenizer.decode(candidate.tokens))
             self.scores.setdefault(node, rate(candidate, tokenizer, self.last_line))
-        for sample in samples:
-            text = tokenizer.decode(sample.tokens)
+        for response in responses:
+            text = tokenizer.decode(response.tokens)
             node = self.node_of(text)
-            inherited_actions = tokenizer.decode(sample.tokens[: sample.inherited]).count("\n")
+            inherited_actions = tokenizer.decode(response.tokens[: response.inherited]).count("\n")
             for depth in range(inherited_actions + 1, len(node) + 1):
-                self.chosen[node[:depth]] += sample.count
-            if sample.round:
-                branched = f"round {sample.round} from here", "branched"
-                self.outcomes[node[:inherited_actions]][branched] += sample.count
-            words, colour = self.outcome_of(sample, problem["nums"], problem["target"], text)
-            if sample.round and inherited_actions == len(node):  # it wrote no action
+                self.chosen[node[:depth]] += response.count
+            if response.round:
+                branched = f"round {response.round} from here", "branched"
+                self.outcomes[node[:inherited_actions]][branched] += response.count
+            words, colour = self.outcome_of(response, problem["nums"], problem["target"], text)
+            if response.round and inherited_actions == len(node):  # it wrote no action
                 words += " at once"
-            self.outcomes[node][words, colour] += sample.count
+            self.outcomes[node][words, colour] += response.count
         for node in sorted(self.chosen, key=self.drawing_order):
             self.children[node[:-1]].append(node)
 
-    def node_of(self, response: str) -> tuple[str, ...]:
-        actions = response.removesuffix(BACKTRACK).removesuffix(GOAL).removesuffix("\n")
+    def node_of(self, text: str) -> tuple[str, ...]:
+        actions = text.removesuffix(BACKTRACK).removesuffix(GOAL).removesuffix("\n")
         return tuple(actions.split("\n")) if actions else ()
 
     def outcome_of(
-        self, sample: Response, nums: list[int], target: int, text: str
+        self, response: Response, nums: list[int], target: int, text: str
     ) -> tuple[str, str]:
-        """How a sample ended: (words, a key of COLOURS)."""
-        if sample.tokens[-1] == self.tokenizer.backtrack:
+        """How a response ended: (words, a key of COLOURS)."""
+        if steps_back(response, self.tokenizer):
             return BACKTRACK, "stopped"
-        if not reached_goal(sample, self.tokenizer):
+        if not reached_goal(response, self.tokenizer):
             return "no goal", "stopped"  # it was too long, or ended without `Goal Reached!`
         verdict = verify(nums, target, text)
         score = self.scores[self.node_of(text)]
@@ -991,28 +1011,28 @@ class Tree:
 
 
 def draw_tree(
-    tokenizer: Tokenizer, problem: dict, samples: list[Response], settings: Settings
+    tokenizer: Tokenizer, problem: dict, responses: list[Response], settings: Settings
 ) -> str:
     """The search as text. The tree's lines fit into the terminal, or 100 columns."""
-    tree = Tree(tokenizer, problem, samples, settings)
+    tree = Tree(tokenizer, problem, responses, settings)
     header = f"numbers {problem['nums']}  target {problem['target']}"
-    if select(samples, tokenizer, settings.last_line) is None:
+    if select(responses, tokenizer, settings.last_line) is None:
         header += "  (no sample reached the goal)"
     for words in tree.words_at(()):  # of the prompt, sampled again
         header += f"  ({words})"
     lines = [header, solver_line(problem["nums"], problem["target"])]
-    ended_early = why_it_ended_early(tokenizer, samples, settings)
+    ended_early = why_it_ended_early(tokenizer, responses, settings)
     if ended_early:
         lines.append(f"search: {ended_early}")
     return "\n".join([*lines, f"{'action':30}samples", *tree.lines()])
 
 
-def why_it_ended_early(tokenizer: Tokenizer, samples: list[Response], settings: Settings) -> str:
+def why_it_ended_early(tokenizer: Tokenizer, responses: list[Response], settings: Settings) -> str:
     """Why a search ended before round b; empty if it did not."""
-    last_round = max(sample.round for sample in samples)
+    last_round = max(response.round for response in responses)
     if settings.decoder != "self_backtrack" or last_round == settings.b:
         return ""
-    of_last_round = [sample for sample in samples if sample.round == last_round]
+    of_last_round = [response for response in responses if response.round == last_round]
     reason = "there is no new state"
     if is_sure(of_last_round, tokenizer, settings.last_line, settings.stop_above):
         reason = f"an answer scores above {settings.stop_above}"
@@ -1042,22 +1062,22 @@ def solver_line(nums: list[int], target: int) -> str:
 TEMPLATE = pathlib.Path(__file__).parent / "assets" / "page.html"
 
 
-def write_page(model, tokenizer, problem: dict, samples, settings: Settings, path) -> None:
+def write_page(model, tokenizer, problem: dict, responses, settings: Settings, path) -> None:
     """The search as a single HTML file: the tree after each round, the model's P(<backtrack>) after
     every action, and what the exact solver says about it. Raises OSError."""
     nums, target = problem["nums"], problem["target"]
-    tree = Tree(tokenizer, problem, samples, settings)
+    tree = Tree(tokenizer, problem, responses, settings)
     nodes = [(), *in_drawing_order(tree)]
     prompt = prompt_text(nums, target)
     texts = [prompt + "\n".join([*node, ""]) for node in nodes]
     chances = backtrack_chances(model, tokenizer, texts)
     rounds = []
-    for last_round in range(1 + max(sample.round for sample in samples)):
-        so_far = [sample for sample in samples if sample.round <= last_round]
+    for last_round in range(1 + max(response.round for response in responses)):
+        so_far = [response for response in responses if response.round <= last_round]
         tree = Tree(tokenizer, problem, so_far, settings)
         rounds.append([[tree.chosen[node], list_outcomes(tree, node)] for node in nodes])
     rules = settings_line(settings)
-    ended_early = why_it_ended_early(tokenizer, samples, settings)
+    ended_early = why_it_ended_early(tokenizer, responses, settings)
     page = {
         "title": f"numbers {nums}  target {target}",
         "solver": solver_line(nums, target),
@@ -1264,7 +1284,7 @@ def flags() -> Arguments:
         type=number(float, -1e6),
         help="a better score ends a search; 0: never",
     )
-    add("--paper", action="store_true", help="the paper's rule (see --paper --help)")
+    add("--paper", action="store_true", help="the paper's rule: --paper --help shows its values")
     add = options.add_argument_group("sampling").add_argument
     add("--independent", action=switch, help="do not spread the samples evenly")
     add(
@@ -1313,10 +1333,10 @@ def main() -> None:
             warn_of_unlike(record, [problem])
         else:
             problem = example(record)
-        [(_, samples)] = search_all(model, tokenizer, [problem], [0], settings)
-        print(draw_tree(tokenizer, problem, samples, settings), end="\n\n")
+        [(_, responses)] = search_all(model, tokenizer, [problem], [0], settings)
+        print(draw_tree(tokenizer, problem, responses, settings), end="\n\n")
         if options.html:
-            write_page(model, tokenizer, problem, samples, settings, options.html)
+            write_page(model, tokenizer, problem, responses, settings, options.html)
             print(f"wrote {options.html}: open it in a browser")
     if options.numbers or options.html:
         return

@@ -68,8 +68,8 @@ def fit(
     world = device_rank_world()[2]
     device = model.lm_head.weight.device
     model.model.compiled_layer = torch.compile(LlamaDecoderLayer.forward) if compiled else None
-    # In fp16 GradScaler may skip a step (see Stepper). A fused optimizer must do that by itself,
-    # which Muon's part of the step cannot.
+    # In fp16 GradScaler may skip a step (see Stepper). It leaves the skipping to an optimizer that
+    # is fused, but Muon's part of the step cannot skip.
     optimizer = make_optimizer(model, muon, lr, weight_decay, fused=dtype != torch.float16)
     first_step = state["step"] if state else 0
     stepper = Stepper(model, optimizer, dtype)
@@ -148,8 +148,9 @@ class Stepper:
         return sum_over_ranks(loss)
 
     def add_gradients(self, parts: list[torch.Tensor], num_labels: torch.Tensor) -> torch.Tensor:
-        """Forward and backward. The gradients of all parts and ranks have to be added up. DDP takes
-        the mean over ranks, so multiply by their number. Returns this rank's share of the loss."""
+        """Forward and backward. The loss of a part is its sum over num_labels, the labels of all
+        parts and ranks. So the gradients of all parts and ranks must be added up. DDP takes the
+        mean over ranks, so multiply by their number. Returns this rank's share of the loss."""
         loss = torch.zeros((), device=num_labels.device)
         for part_number, (input_ids, labels) in enumerate(parts):
             if self.world > 1:  # ranks exchange gradients once a step, at its last part
@@ -201,8 +202,8 @@ class Batches(Dataset):
     A worker process makes one item at a time. The rows of an item are sorted by length before they
     are divided into steps, so that there is little padding. (Rows of D_back are shorter: some steps
     have far more of them than others.) All ranks draw the same rows, batch_size * accum * world a
-    step, and each takes its share: the gradient of a step does not depend on how it is split over
-    ranks and parts.
+    step, and each takes its share. So the gradient of a step depends only on this product, not on
+    how it is split over ranks and parts.
 
     rows: a list, read epoch after epoch, and shuffled for each; or the record of generated data, an
         endless random stream.
@@ -251,7 +252,8 @@ class Batches(Dataset):
         return drawn_rows
 
     def pad_rows(self, encoded: list[tuple[list[int], list[int]]]) -> torch.Tensor:
-        """(2, B, T), padded on the right, to which causal attention does not attend."""
+        """(2, B, T). Padding is on the right, where causal attention lets no token see it, and has
+        no label."""
         longest = min(max(len(input_ids) for input_ids, _ in encoded), self.CONTEXT)
         eos = [self.tokenizer.eos] * longest
         no_label = [-100] * longest
@@ -262,7 +264,7 @@ class Batches(Dataset):
 
 def stream_batches(batches: Batches, first_step: int, steps: int, device: torch.device):
     """Yields the parts of one step after another, from first_step on. If there is a GPU, worker
-    processes on the other cores make them."""
+    processes make them, on all cores but one."""
     on_gpu = device.type == "cuda"
     cores_per_rank = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     loader = DataLoader(

@@ -62,6 +62,7 @@ from search import (  # noqa: E402
     gather,
     judge,
     search_all,
+    steps_back,
     wilson_interval,
 )
 
@@ -123,15 +124,14 @@ def measure_decoder(model: Llama, tokenizer: Tokenizer, problems: list[dict], fl
     begin = time.perf_counter()
     rows = []
     mistakes = Counter()
-    for i, samples in search_all(model, tokenizer, problems, range(len(problems)), settings):
-        row = judge(tokenizer, problems[i], samples, settings)
-        row["stepped_back"] = all(sample.tokens[-1] == tokenizer.backtrack for sample in samples)
+    for i, responses in search_all(model, tokenizer, problems, range(len(problems)), settings):
+        row = judge(tokenizer, problems[i], responses, settings)
+        row["stepped_back"] = all(steps_back(response, tokenizer) for response in responses)
         rows.append(row)
         if flags == LOOKED_INTO:
-            for sample in samples:
-                mistakes[first_mistake(problems[i], tokenizer.decode(sample.tokens))] += (
-                    sample.count
-                )
+            for response in responses:
+                text = tokenizer.decode(response.tokens)
+                mistakes[first_mistake(problems[i], text)] += response.count
     line = {
         "num": len(rows),
         "selected": percentage(rows, "correct"),
@@ -161,13 +161,13 @@ def first_mistake(problem: dict, response: str) -> tuple[str, int, bool]:
     that action (or of the last one) from 1, and whether `<backtrack>` follows it at once."""
     text = response.removesuffix(BACKTRACK).removesuffix(GOAL).removesuffix("\n")
     actions = text.split("\n")
-    steps_back = response.endswith(BACKTRACK)
+    gives_up = response.endswith(BACKTRACK)
     left = Counter(problem["nums"])
     for step, action in enumerate(actions, 1):
         kind = mistake_of(action, left, problem["target"])
         if kind != "none":
-            return kind, step, steps_back and step == len(actions)
-    return "none", len(actions), steps_back
+            return kind, step, gives_up and step == len(actions)
+    return "none", len(actions), gives_up
 
 
 def mistake_of(action: str, left: Counter, target: int) -> str:

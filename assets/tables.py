@@ -72,6 +72,7 @@ PRETRAINED = [
 ]
 SPLITS = {"val": "seen targets", "val_new": "new targets"}
 KINDS = ("none", "exploratory", "computational", "rule violation", "no action")
+WORDS = {"none": "none (false alarms)", "no action": "an unreadable line"}
 
 
 def accuracy(lines: list[dict], asked: list[tuple[str, dict]], first_column: str) -> list[str]:
@@ -106,19 +107,21 @@ def judgement(lines: list[dict]) -> list[str]:
 def mistakes(lines: list[dict]) -> list[str]:
     """Of the samples of best of 32: the kinds of their first mistakes, and how many of these said
     `<backtrack>` at once; of mistakes in the first and in the second action, too."""
-    table = ["| first mistake | seen: samples | `<backtrack>` at once | new: samples | at once |"]
-    table.append("|---|---|---|---|---|")
+    columns = "samples | `<backtrack>` at once | action 1, 2"
+    table = [
+        f"| first mistake | seen: {columns} | new: {columns} |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for kind in KINDS:
-        cells = ["none (false alarms)" if kind == "none" else kind]
+        cells = [WORDS.get(kind, kind)]
         for line in lines:
             if "first_mistake" in line:
                 made_of_all = sum(made for made, _ in line["first_mistake"].values())
                 made, caught = line["first_mistake"].get(kind, [0, 0])
                 cells += [percent(made, made_of_all), percent(caught, made)]
                 by_action = line["first_mistake_by_action"].get(kind, [])[:2]
-                if kind != "none" and by_action:
-                    shares = ", ".join(percent(caught, made) for made, caught in by_action)
-                    cells[-1] += f" (actions 1, 2: {shares})"
+                shares = [percent(caught, made) for made, caught in by_action]
+                cells.append("" if kind == "none" else ", ".join(shares))
         table.append(f"| {' | '.join(cells)} |")
     return table
 

@@ -171,8 +171,8 @@ def peer_search(
 def search(model: Llama, tokenizer: Tokenizer, problems: list[dict], settings: Settings) -> int:
     """Our way. Returns the number of tokens sampled, those that samples share once for each."""
     total = 0
-    for _, samples in search_all(model, tokenizer, problems, range(len(problems)), settings):
-        total += sum(path.count * (len(path.tokens) - path.inherited) for path in samples)
+    for _, responses in search_all(model, tokenizer, problems, range(len(problems)), settings):
+        total += sum(path.count * (len(path.tokens) - path.inherited) for path in responses)
     return total
 
 

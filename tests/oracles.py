@@ -188,18 +188,18 @@ def self_backtrack(model, tokenizer, problem: dict, key: int, limit: int, settin
     algorithm = search.self_backtrack(
         tokenizer, b, n, limit, settings.prompt_again, settings.last_line, settings.stop_above
     )
-    all_samples = []
+    all_responses = []
     frontier = next(algorithm)
     while frontier:
         samples = []
         for place, state in enumerate(frontier):
             samples += expand(model, tokenizer, prompt, state, place, key, settings)
-        all_samples += samples
+        all_responses += samples
         try:
             frontier = algorithm.send(samples)
         except StopIteration:
             frontier = []
-    return all_samples
+    return all_responses
 
 
 def beam_search(model, tokenizer, problem: dict, n: int, longest: int) -> list[tuple]:

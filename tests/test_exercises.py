@@ -59,8 +59,8 @@ EXPLORATORY = """
         return Mistake(len(position.path), [position.action(rng.choice(losing))])
 """
 ROLL_BACK = """
-    kept = list(sample.tokens)
-    slots = list(sample.slots)
+    kept = list(response.tokens)
+    slots = list(response.slots)
     kept.pop()  # `<backtrack>`, which has no slot
     while kept:
         kept.pop()
@@ -69,7 +69,7 @@ ROLL_BACK = """
         if kept and kept[-1] in tokenizer.line_ends:
             break
     count = len(kept)
-    return State(tuple(kept), sample.logps[:count], tuple(slots))
+    return State(tuple(kept), response.logps[:count], tuple(slots))
 """
 SPREAD = """
     most = max(response.count for response in responses)

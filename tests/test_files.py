@@ -233,12 +233,12 @@ def test_ids_without_a_token_are_never_drawn(decoder):
         direction = llama.model(torch.randint(0, 20, (8, 8))).mean((0, 1))
         llama.lm_head.weight[TOK.vocab_size :] = 5 * direction / direction.norm()
     settings = Settings(decoder=decoder, n=4, max_new_tokens=8, cache_gib=0.01)
-    for _, samples in search.search_all(llama, TOK, [ROW], [0], settings):
-        drawn = {token for sample in samples for token in sample.tokens}
+    for _, responses in search.search_all(llama, TOK, [ROW], [0], settings):
+        drawn = {token for response in responses for token in response.tokens}
         assert max(drawn) < TOK.vocab_size
     [prompt] = TOK.prompts([ROW])
-    for sample in search.search_slowly(llama, TOK, prompt, 0, settings):
-        assert max(sample.tokens) < TOK.vocab_size
+    for response in search.search_slowly(llama, TOK, prompt, 0, settings):
+        assert max(response.tokens) < TOK.vocab_size
 
 
 @pytest.mark.parametrize("umask,mode", [(0o022, 0o644), (0o077, 0o600)])

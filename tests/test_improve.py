@@ -20,14 +20,14 @@ def problem(path: str = "45-39=7\n" + BACKTRACK, target: int = 62) -> dict:
     return {"nums": [2, 39, 45, 10], "target": target, "search_path": path}
 
 
-def answer_to(row: dict, *responses: str) -> dict:
-    """judge's row of a search that found these responses; the first has the best score."""
-    samples = []
-    for rank, text in enumerate(responses):
+def answer_to(row: dict, *texts: str) -> dict:
+    """judge's row of a search that found these texts; the first has the best score."""
+    responses = []
+    for rank, text in enumerate(texts):
         tokens = (*TOKENIZER.backend.encode(text).ids, TOKENIZER.eos)
         logps = (-0.1 * (rank + 1),) * len(tokens)
-        samples.append(Response(tokens=tokens, logps=logps))
-    return judge(TOKENIZER, row, samples, Settings())
+        responses.append(Response(tokens=tokens, logps=logps))
+    return judge(TOKENIZER, row, responses, Settings())
 
 
 def learned_tokens(row: dict) -> list[int]:

@@ -27,15 +27,15 @@ def searched() -> tuple:
     """The shipped model, its tokenizer and the samples of a search."""
     tokenizer = Tokenizer.from_pretrained(search.SHIPPED)
     model = Llama.from_pretrained(search.SHIPPED, dtype=torch.float32).eval()
-    [(_, samples)] = search.search_all(model, tokenizer, [PROBLEM], [0], SETTINGS)
-    return model, tokenizer, samples
+    [(_, responses)] = search.search_all(model, tokenizer, [PROBLEM], [0], SETTINGS)
+    return model, tokenizer, responses
 
 
 @pytest.fixture(scope="module")
 def page_file(searched, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("page") / "page.html"
-    model, tokenizer, samples = searched
-    search.write_page(model, tokenizer, PROBLEM, samples, SETTINGS, path)
+    model, tokenizer, responses = searched
+    search.write_page(model, tokenizer, PROBLEM, responses, SETTINGS, path)
     return path
 
 
@@ -46,15 +46,15 @@ def page(page_file) -> dict:
 
 
 def test_a_round_of_the_page_is_the_tree_of_the_samples_so_far(searched, page):
-    _, tokenizer, samples = searched
+    _, tokenizer, responses = searched
     assert len(page["rounds"]) == 2
     for last_round, shown in enumerate(page["rounds"]):
-        so_far = [sample for sample in samples if sample.round <= last_round]
+        so_far = [response for response in responses if response.round <= last_round]
         tree = search.Tree(tokenizer, PROBLEM, so_far, SETTINGS)
         counts = {tuple(node): count for node, (count, _) in zip(page["nodes"], shown) if count}
         assert counts == {node: count for node, count in tree.chosen.items() if count}
         ended = sum(count for _, told in shown for _, colour, count in told if colour != "branched")
-        assert ended == sum(sample.count for sample in so_far)
+        assert ended == sum(response.count for response in so_far)
 
 
 def test_the_page_tells_what_the_model_thinks_after_each_action(searched, page):
@@ -100,9 +100,9 @@ def test_the_solver_counts_programs_and_is_not_asked_for_too_many_numbers():
 
 
 def test_no_text_of_the_model_ends_the_script(searched, tmp_path):
-    model, tokenizer, samples = searched
+    model, tokenizer, responses = searched
     path = tmp_path / "page.html"
-    search.write_page(model, tokenizer, PROBLEM, samples, SETTINGS, path)
+    search.write_page(model, tokenizer, PROBLEM, responses, SETTINGS, path)
     assert path.read_text().count("<script") == path.read_text().count("</script>") == 1
     assert "<backtrack>" not in path.read_text().split("<script>")[1].split("\n")[1]
     assert "http" not in path.read_text()  # it needs no network
@@ -157,11 +157,11 @@ def test_the_browser_shows_actions_of_a_single_sample_if_asked(page_file, page, 
 
 
 def test_the_answers_way_is_marked(searched, page_file, tmp_path):
-    _, tokenizer, samples = searched
+    _, tokenizer, responses = searched
     rows = rows_of(dom(page_file, key("ArrowRight"), tmp_path))
     marked = [row for row in rows if 'class="node way"' in row]
-    answer = search.select(samples, tokenizer, SETTINGS.last_line)
-    tree = search.Tree(tokenizer, PROBLEM, samples, SETTINGS)
+    answer = search.select(responses, tokenizer, SETTINGS.last_line)
+    tree = search.Tree(tokenizer, PROBLEM, responses, SETTINGS)
     actions = tree.node_of(tokenizer.decode(answer.tokens))
     assert len(marked) == len(actions) + 1
     assert all(action in row for action, row in zip(["the prompt", *actions], marked))

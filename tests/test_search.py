@@ -75,9 +75,9 @@ def decode(model, problems: list[dict], keys, settings: Settings) -> list[list[R
     return [found[number] for number in range(len(problems))]
 
 
-def facts(samples: list[Response]) -> list[tuple]:
+def facts(responses: list[Response]) -> list[tuple]:
     """All that is exact about samples."""
-    return [(path.tokens, path.count, path.round, path.inherited) for path in samples]
+    return [(path.tokens, path.count, path.round, path.inherited) for path in responses]
 
 
 def ids(text: str) -> tuple[int, ...]:
@@ -104,10 +104,10 @@ def texts_of(frontier: list[Response]) -> list[str]:
     return [TOK.decode(state.tokens) for state in frontier]
 
 
-def ends(algorithm, samples: list[Response]) -> bool:
+def ends(algorithm, responses: list[Response]) -> bool:
     """Does the algorithm end when it is sent these samples, in place of asking for more?"""
     try:
-        algorithm.send(samples)
+        algorithm.send(responses)
     except StopIteration:
         return True
     return False
@@ -121,20 +121,20 @@ def test_a_state_is_what_a_backtracking_sample_had_before_its_last_action():
 
 
 def test_states_that_most_samples_lead_to_come_first():
-    samples = [
+    responses = [
         sampled("1+1=2\n9-9=0\n<backtrack>", count=1),
         sampled("2+2=4\n9-9=0\n<backtrack>", count=2),
         sampled("3+3=6\n9-9=0\n<backtrack>", count=3),
         sampled("4+4=8\n9-9=0\n<backtrack>", count=2),
     ]
-    frontier = backtracking(limit=4).send(samples)
+    frontier = backtracking(limit=4).send(responses)
     assert texts_of(frontier) == ["3+3=6\n", "2+2=4\n", "4+4=8\n", "1+1=2\n"]
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3])
 def test_a_frontier_holds_at_most_the_limit(limit):
-    samples = [sampled(f"{digit}+1=2\n9-9=0\n<backtrack>") for digit in range(3)]
-    frontier = backtracking(limit=limit).send(samples)
+    responses = [sampled(f"{digit}+1=2\n9-9=0\n<backtrack>") for digit in range(3)]
+    frontier = backtracking(limit=limit).send(responses)
     assert texts_of(frontier) == ["0+1=2\n", "1+1=2\n", "2+1=2\n"][:limit]
 
 
@@ -151,14 +151,14 @@ def test_a_state_is_visited_once():
 def test_it_steps_back_at_most_b_times(b):
     algorithm = backtracking(b=b)
     for digit in range(b):
-        sample = sampled(f"{digit}+1=2\n9-9=0\n<backtrack>")
-        assert texts_of(algorithm.send([sample])) == [f"{digit}+1=2\n"]
+        response = sampled(f"{digit}+1=2\n9-9=0\n<backtrack>")
+        assert texts_of(algorithm.send([response])) == [f"{digit}+1=2\n"]
     assert ends(algorithm, [sampled("7+1=8\n9-9=0\n<backtrack>")])
 
 
 def test_in_the_paper_the_prompt_has_been_visited():
-    sample = sampled("1+1=2\n<backtrack>")
-    assert ends(backtracking(prompt_again=False), [sample])
+    response = sampled("1+1=2\n<backtrack>")
+    assert ends(backtracking(prompt_again=False), [response])
 
 
 def test_the_prompt_may_be_sampled_once_more():
@@ -173,14 +173,14 @@ def test_the_prompt_may_be_sampled_once_more():
 def test_a_search_keeps_all_samples_without_slots_and_states_with_theirs():
     one = search.Search(0, [], 0, search.self_backtrack(TOK, 1, 5, 2, False))
     one.advance()
-    sample = sampled("1+1=2\n2+2=4\n<backtrack>")
-    sample.slots = tuple(range(100, 100 + 4 + 12))  # of a prompt of 4 tokens and of 12 of its own
-    one.expansions[0].ended = [sample]
+    response = sampled("1+1=2\n2+2=4\n<backtrack>")
+    response.slots = tuple(range(100, 100 + 4 + 12))  # of a prompt of 4 tokens and of 12 of its own
+    one.expansions[0].ended = [response]
     one.advance()
     [expansion] = one.expansions
     assert expansion.state.slots == tuple(range(100, 100 + 4 + 6))
-    assert one.all_samples == [sample]
-    assert sample.slots == ()
+    assert one.all_responses == [response]
+    assert response.slots == ()
 
 
 # ---- Stepping back -------------------------------------------------------------------------------
@@ -198,18 +198,18 @@ STEPS_BACK = [
 
 @pytest.mark.parametrize("text,state", STEPS_BACK)
 def test_rolling_back_drops_the_last_action(text, state):
-    sample = sampled(text)
-    sample.logps = tuple(range(len(sample.tokens)))
-    rolled = search.roll_back(sample, TOK)
+    response = sampled(text)
+    response.logps = tuple(range(len(response.tokens)))
+    rolled = search.roll_back(response, TOK)
     assert rolled.tokens == ids(state)
-    assert rolled.logps == sample.logps[: len(rolled.tokens)]
+    assert rolled.logps == response.logps[: len(rolled.tokens)]
 
 
 @pytest.mark.parametrize("text,state", STEPS_BACK)
 def test_rolling_back_keeps_the_slots_of_the_prompt_and_the_state(text, state):
-    sample = sampled(text)
-    sample.slots = tuple(range(4 + len(sample.tokens) - 1))  # `<backtrack>` has none
-    assert search.roll_back(sample, TOK).slots == tuple(range(4 + len(ids(state))))
+    response = sampled(text)
+    response.slots = tuple(range(4 + len(response.tokens) - 1))  # `<backtrack>` has none
+    assert search.roll_back(response, TOK).slots == tuple(range(4 + len(ids(state))))
 
 
 # ---- Candidates, their scores, the answer --------------------------------------------------------
@@ -326,8 +326,8 @@ def test_a_right_candidate_that_was_not_selected_is_verified():
 
 def test_solutions_are_different_and_the_best_comes_first():
     other = "5+3=8\nGoal Reached!"
-    samples = [finished(RIGHT, -1.0), finished(other, -0.5), finished(RIGHT, -1.0, round=1)]
-    assert search.judge(TOK, SUM, samples, Settings())["solutions"] == [other, RIGHT]
+    responses = [finished(RIGHT, -1.0), finished(other, -0.5), finished(RIGHT, -1.0, round=1)]
+    assert search.judge(TOK, SUM, responses, Settings())["solutions"] == [other, RIGHT]
 
 
 def test_a_right_answer_is_correct():
@@ -349,8 +349,8 @@ def test_the_judge_scores_by_the_papers_rule_where_asked():
 
 def test_only_sampled_tokens_are_counted():
     """Those of every sample, without what it inherited."""
-    samples = [finished(RIGHT, count=3), finished(RIGHT, inherited=6, count=2)]
-    assert search.judge(TOK, SUM, samples, Settings())["tokens"] == 3 * 8 + 2 * 2
+    responses = [finished(RIGHT, count=3), finished(RIGHT, inherited=6, count=2)]
+    assert search.judge(TOK, SUM, responses, Settings())["tokens"] == 3 * 8 + 2 * 2
 
 
 # ---- Sampling rules ------------------------------------------------------------------------------
@@ -393,10 +393,10 @@ def test_temperature_and_min_p_change_what_is_drawn_and_no_log_probability():
     assert torch.tensor([first.logp, second.logp]).exp().tolist() == pytest.approx([0.5, 0.3])
 
 
-def prefix_counts(samples: list[Response]) -> Counter:
+def prefix_counts(responses: list[Response]) -> Counter:
     """How many samples took each path, whatever its length."""
     counts = Counter()
-    for path in samples:
+    for path in responses:
         for length in range(len(path.tokens) + 1):
             counts[path.tokens[:length]] += path.count
     return counts
@@ -445,10 +445,10 @@ def test_top_k_and_top_p_leave_out_what_transformers_leaves_out(cut, temperature
 def test_what_is_left_out_is_never_drawn(precise):
     """By the command's own path, not by the shares alone."""
     settings = replace(SHORT, b=0, n=64, temperature=5.0, top_k=2)
-    [(_, samples)] = search.search_all(precise, TOK, PROBLEMS[:1], [0], settings)
-    for sample in samples:
+    [(_, responses)] = search.search_all(precise, TOK, PROBLEMS[:1], [0], settings)
+    for response in responses:
         tokens = TOK.prompts(PROBLEMS[:1])[0]
-        for token in sample.tokens:
+        for token in response.tokens:
             best_two = np.argsort(logits_after(precise, tokens))[-2:]
             assert token in best_two
             tokens = [*tokens, token]
@@ -460,9 +460,9 @@ def test_samples_are_spread_as_evenly_as_can_be(precise, min_p):
     ceil(n p) times: probabilities by the model without a cache, multiplied."""
     n = 3000
     settings = replace(SHORT, b=0, n=n, temperature=0.9, min_p=min_p, max_new_tokens=4)
-    [samples] = decode(precise, PROBLEMS[:1], [4], settings)
+    [responses] = decode(precise, PROBLEMS[:1], [4], settings)
     [prompt] = TOK.prompts(PROBLEMS[:1])
-    counts = prefix_counts(samples)
+    counts = prefix_counts(responses)
     chances = {(): 1.0}
     goes_on = [()]
     for path in goes_on:
@@ -495,12 +495,12 @@ def test_independent_samples_follow_the_model(precise):
     """First tokens of 20,000 samples against the softmax at the temperature."""
     n = 20_000
     settings = replace(PAPER, b=0, n=n, temperature=0.7, max_new_tokens=1)
-    [samples] = decode(precise, PROBLEMS[:1], [0], settings)
+    [responses] = decode(precise, PROBLEMS[:1], [0], settings)
     [prompt] = TOK.prompts(PROBLEMS[:1])
     expected = n * torch.tensor(shares_of(logits_after(precise, prompt), 0.7, 0.0))
     counts = torch.zeros(TOK.vocab_size)
-    for sample in samples:
-        counts[sample.tokens[0]] += sample.count
+    for response in responses:
+        counts[response.tokens[0]] += response.count
     assert chi_squared(counts, expected) < 60  # 23 degrees of freedom
 
 
@@ -515,10 +515,10 @@ def test_a_samples_place_is_never_spent(model, monkeypatch, chances):
         search.Engine, "feed", lambda self, paths, *rest: share.log().expand(len(paths), -1)
     )
     settings = replace(SHORT, b=0, n=n, temperature=1.0, max_new_tokens=60, cache_gib=0.1)
-    [samples] = decode(model, PROBLEMS[:1], [0], settings)
+    [responses] = decode(model, PROBLEMS[:1], [0], settings)
     expected = n * (share[:, None] * share).flatten()
-    tokens = torch.tensor([sample.tokens for sample in samples])
-    counts = torch.tensor([sample.count for sample in samples])
+    tokens = torch.tensor([response.tokens for response in responses])
+    counts = torch.tensor([response.count for response in responses])
     for length in range(20, 60):
         pair = tokens[:, length - 1] * TOK.vocab_size + tokens[:, length]
         pairs = torch.bincount(pair, counts, minlength=len(expected))
@@ -530,15 +530,15 @@ def test_a_samples_place_is_never_spent(model, monkeypatch, chances):
 
 def test_samples_of_the_random_model_end_in_every_way(precise):
     """Else what follows would not say much."""
-    samples = sum(decode(precise, PROBLEMS, range(8), SHORT), [])
-    ends = Counter(path.tokens[-1] for path in samples if len(path.tokens) < SHORT.max_new_tokens)
+    responses = sum(decode(precise, PROBLEMS, range(8), SHORT), [])
+    ends = Counter(path.tokens[-1] for path in responses if len(path.tokens) < SHORT.max_new_tokens)
     assert ends.keys() == {TOK.eos, TOK.backtrack}
-    assert sum(ends.values()) < len(samples)  # the length limit cut off the others
+    assert sum(ends.values()) < len(responses)  # the length limit cut off the others
 
 
-def assert_same_samples(samples: list[Response], expected: list[Response]) -> None:
-    assert facts(samples) == facts(expected)
-    for path, other in zip(samples, expected):
+def assert_same_samples(responses: list[Response], expected: list[Response]) -> None:
+    assert facts(responses) == facts(expected)
+    for path, other in zip(responses, expected):
         assert path.logps == pytest.approx(other.logps, abs=1e-9)
 
 
@@ -552,9 +552,9 @@ def test_self_backtracking_equals_the_plain_version(precise, rule, b, n, asked, 
     settings = replace(SHORT, **rule, b=b, n=n, limit=asked, seed=3)
     keys = range(10, 16)
     found = decode(precise, PROBLEMS[:6], keys, settings)
-    for key, problem, samples in zip(keys, PROBLEMS, found):
+    for key, problem, responses in zip(keys, PROBLEMS, found):
         expected = self_backtrack(precise, TOK, problem, key, limit, settings)
-        assert_same_samples(samples, expected)
+        assert_same_samples(responses, expected)
     assert {path.round for path in sum(found, [])} == set(range(b + 1))
 
 
@@ -562,28 +562,28 @@ def test_self_backtracking_equals_the_plain_version(precise, rule, b, n, asked, 
 def test_the_plain_version_agrees_on_min_p_and_temperature(precise, min_p, temperature):
     settings = replace(SHORT, b=1, n=8, min_p=min_p, temperature=temperature)
     found = decode(precise, PROBLEMS[:4], range(4), settings)
-    for key, samples in enumerate(found):
+    for key, responses in enumerate(found):
         expected = self_backtrack(precise, TOK, PROBLEMS[key], key, 2, settings)
-        assert_same_samples(samples, expected)
+        assert_same_samples(responses, expected)
 
 
 @pytest.mark.parametrize("rule", [RULE, {}], ids=["independent", "evenly"])
 def test_the_plain_version_agrees_where_samples_end_the_same(precise, rule):
     settings = replace(SHORT, b=1, n=16, temperature=0.3, **rule)
     found = decode(precise, PROBLEMS[:2], range(2), settings)
-    for key, samples in enumerate(found):
+    for key, responses in enumerate(found):
         expected = self_backtrack(precise, TOK, PROBLEMS[key], key, 4, settings)
-        assert_same_samples(samples, expected)
-        assert any(path.count > 1 for path in samples)
+        assert_same_samples(responses, expected)
+        assert any(path.count > 1 for path in responses)
 
 
 @pytest.mark.parametrize("n", [1, 3, 8])
 def test_beam_search_equals_the_plain_version(precise, n):
     settings = replace(SHORT, decoder="beam", n=n, max_new_tokens=14)
-    for problem, samples in zip(PROBLEMS, decode(precise, PROBLEMS, range(8), settings)):
+    for problem, responses in zip(PROBLEMS, decode(precise, PROBLEMS, range(8), settings)):
         expected = beam_search(precise, TOK, problem, n, 14)
-        assert [path.tokens for path in samples] == [tokens for tokens, _ in expected]
-        totals = [sum(path.logps) for path in samples]
+        assert [path.tokens for path in responses] == [tokens for tokens, _ in expected]
+        totals = [sum(path.logps) for path in responses]
         assert totals == pytest.approx([total for _, total in expected], abs=1e-3)
 
 
@@ -591,7 +591,7 @@ def test_greedy_decoding_equals_transformers(model, tmp_path):
     model.save_pretrained(tmp_path, torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     found = decode(model, PROBLEMS, range(8), replace(SHORT, decoder="greedy", max_new_tokens=20))
-    for prompt, [sample] in zip(TOK.prompts(PROBLEMS), found):
+    for prompt, [response] in zip(TOK.prompts(PROBLEMS), found):
         expected = theirs.generate(
             torch.tensor([prompt]),
             max_new_tokens=20,
@@ -599,7 +599,7 @@ def test_greedy_decoding_equals_transformers(model, tmp_path):
             pad_token_id=0,
             eos_token_id=[TOK.eos, TOK.backtrack],
         )
-        assert sample.tokens == tuple(expected[0, len(prompt) :].tolist())
+        assert response.tokens == tuple(expected[0, len(prompt) :].tolist())
 
 
 def test_best_of_n_is_a_search_that_never_steps_back(precise):
@@ -704,10 +704,10 @@ def test_no_problems_no_samples(model):
 # ---- What passes the model, and what the cache holds ---------------------------------------------
 
 
-def branches_of(samples: list[Response]) -> dict[tuple, list[Response]]:
+def branches_of(responses: list[Response]) -> dict[tuple, list[Response]]:
     """{(round, state): its samples}"""
     branches = {}
-    for path in samples:
+    for path in responses:
         state = path.tokens[: path.inherited]
         branches.setdefault((path.round, state), []).append(path)
     return branches
@@ -728,8 +728,8 @@ def test_every_prefix_passes_the_model_once(model, monkeypatch, rule):
     monkeypatch.setattr(Llama, "forward", counting)
     found = decode(model, PROBLEMS, range(8), replace(SHORT, n=16, **rule))
     expected = sum(map(len, TOK.prompts(PROBLEMS)))
-    for samples in found:
-        for (round, state), paths in branches_of(samples).items():
+    for responses in found:
+        for (round, state), paths in branches_of(responses).items():
             prefixes = set()
             for path in paths:
                 for length in range(len(state) + 1, len(path.tokens)):
@@ -906,11 +906,11 @@ def test_the_tree_is_drawn_with_the_most_chosen_first(monkeypatch):
 
 
 def test_the_tree_is_drawn_with_the_way_to_the_answer_first():
-    samples = [
+    responses = [
         sampled("1*2=2\n<backtrack>", count=9),
         finished("1+2=3\n3*4=12\nGoal Reached!", -0.25, count=1),
     ]
-    lines = search.draw_tree(TOK, PRODUCT, samples, Settings(b=0)).splitlines()
+    lines = search.draw_tree(TOK, PRODUCT, responses, Settings(b=0)).splitlines()
     assert [line.split()[1] for line in lines[3:]] == ["1+2=3", "└─", "1*2=2"]
 
 
@@ -931,16 +931,16 @@ def test_the_solver_says_where_nobody_can_reach_the_goal():
 
 
 def test_a_wide_tree_is_cut():
-    samples = [sampled(f"{number}+1=2\n", count=20 - number) for number in range(8)]
-    lines = search.draw_tree(TOK, PRODUCT, samples, Settings(b=0)).splitlines()
+    responses = [sampled(f"{number}+1=2\n", count=20 - number) for number in range(8)]
+    lines = search.draw_tree(TOK, PRODUCT, responses, Settings(b=0)).splitlines()
     assert len(lines) == 3 + 5 + 1
     assert lines[-1] == "└─ 3 more, x42"
 
 
 def test_a_long_action_is_cut_so_that_its_count_stands_in_its_column():
     actions = ["1+2=3", "9" * 40, "8" * 40]
-    samples = [sampled("\n".join(actions) + "\n", count=7)]
-    lines = search.draw_tree(TOK, PRODUCT, samples, Settings(b=0)).splitlines()
+    responses = [sampled("\n".join(actions) + "\n", count=7)]
+    lines = search.draw_tree(TOK, PRODUCT, responses, Settings(b=0)).splitlines()
     assert [line[29:31] for line in lines[3:]] == [" 7"] * 3
     assert [line[28] for line in lines[3:]] == [" ", "…", "…"]
 
@@ -949,11 +949,11 @@ def test_a_long_action_is_cut_so_that_its_count_stands_in_its_column():
 def test_a_line_of_the_tree_is_no_wider_than_the_terminal(monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     begun = ids("1+2=3\n")
-    samples = [sampled("1+2=3\n<backtrack>", count=3)]
+    responses = [sampled("1+2=3\n<backtrack>", count=3)]
     for round_number in (1, 2):
         text = "1+2=3\n<backtrack>" if round_number == 2 else "1+2=3\n"
-        samples.append(replace(sampled(text, 99), inherited=len(begun), round=round_number))
-    [line] = search.draw_tree(TOK, PRODUCT, samples, Settings(b=2)).splitlines()[3:]
+        responses.append(replace(sampled(text, 99), inherited=len(begun), round=round_number))
+    [line] = search.draw_tree(TOK, PRODUCT, responses, Settings(b=2)).splitlines()[3:]
     assert len(line) <= columns
     assert line.endswith("...")
 
@@ -964,7 +964,7 @@ LATER = finished("1+2=3\n3*4=12\nGoal Reached!", -0.01, round=1)
 
 
 @pytest.mark.parametrize(
-    "samples,settings,reason",
+    "responses,settings,reason",
     [
         ([SURE, WORSE], {}, "round 0, because an answer scores above -0.2"),
         ([WORSE], {}, "round 0, because there is no new state"),
@@ -974,8 +974,8 @@ LATER = finished("1+2=3\n3*4=12\nGoal Reached!", -0.01, round=1)
         ([SURE], {"decoder": "best_of_n"}, None),
     ],
 )
-def test_the_tree_says_why_a_search_ended_before_its_last_round(samples, settings, reason):
-    drawn = search.draw_tree(TOK, PRODUCT, samples, Settings(**settings)).splitlines()
+def test_the_tree_says_why_a_search_ended_before_its_last_round(responses, settings, reason):
+    drawn = search.draw_tree(TOK, PRODUCT, responses, Settings(**settings)).splitlines()
     told = [line for line in drawn if line.startswith("search: ")]
     assert told == ([f"search: it ended after {reason}"] if reason else [])
 
@@ -991,6 +991,6 @@ def test_the_page_says_what_its_decoder_depends_on():
 
 
 def test_the_prompts_second_round_is_told_above_the_tree():
-    samples = [sampled("1+2=4\n<backtrack>"), finished("1+2=3\n", count=4, round=1)]
-    head = search.draw_tree(TOK, PRODUCT, samples, Settings()).splitlines()[0]
+    responses = [sampled("1+2=4\n<backtrack>"), finished("1+2=3\n", count=4, round=1)]
+    head = search.draw_tree(TOK, PRODUCT, responses, Settings()).splitlines()[0]
     assert head.endswith("  (no sample reached the goal)  (round 1 from here x4)")
