@@ -56,9 +56,9 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tqdm import tqdm
 
-from model import COUNT, MOST_TOKENS, OBJECT, TEXT, Arguments, UserError, check_fields
-from model import checkpoint_folder, cli, in_worker, is_list, is_whole, note, number, read_json
-from model import replacing
+from model import CARRIED, COUNT, MOST_TOKENS, OBJECT, TEXT, Arguments, UserError, at_least
+from model import check_fields, checkpoint_folder, cli, in_worker, is_list, is_whole, note
+from model import read_json, replacing
 
 # ---- The task ------------------------------------------------------------------------------------
 
@@ -604,8 +604,8 @@ class Tokenizer:
         files = {**self.carried, "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
         with replacing(folder) as staging:
             self.backend.save(str(staging / "tokenizer.json"))
-            for name in CARRIED:  # an empty file means: delete the old one
-                (staging / name).write_text(files.get(name, ""), encoding="utf-8")
+            for name, text in files.items():
+                (staging / name).write_text(text, encoding="utf-8")
 
 
 # ---- The exact solver: all programs of a block of problems, as arrays ----------------------------
@@ -786,6 +786,9 @@ def draw_problems(
 # ---- Streams of rows -----------------------------------------------------------------------------
 
 
+THIS_TASK = {"operators": "".join(OPERATORS), "max_number": MAX_NUMBER}
+
+
 def new_record(
     seed: int, sizes: list[int], mistakes: Sequence[str] = KINDS, any_target: float = 0.0
 ) -> dict:
@@ -797,8 +800,7 @@ def new_record(
         "held_out": list(HELD_OUT),
         "mistakes": list(mistakes),
         "any_target": any_target,  # the share of training problems with ANY_TARGETS
-        "operators": "".join(OPERATORS),
-        "max_number": MAX_NUMBER,
+        **THIS_TASK,
     }
 
 
@@ -1038,11 +1040,10 @@ def load_record(name: str, repo_type: str = "model") -> dict:
 
 def warn_of_changed_task(record: dict, place: str) -> None:
     """Warn if operators or numbers have changed since: then validation problems have, too."""
-    now = new_record(0, [])
-    for field, unless_said in FIRST_TASK.items():
-        before = record.get(field, unless_said)
-        if record.get("source") == "generated" and before != now[field]:
-            changed = f"{field} {before}, but data.py now has {now[field]}"
+    for field, now in THIS_TASK.items():
+        before = record.get(field, FIRST_TASK[field])
+        if record.get("source") == "generated" and before != now:
+            changed = f"{field} {before}, but data.py now has {now}"
             note(f"{place} says {changed}: that is another task, with other validation problems")
 
 
@@ -1140,10 +1141,6 @@ def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-# only other programs use these
-CARRIED = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
-
-
 def read_carried(folder: Path) -> dict[str, str]:
     """The content of the files that are saved again as they were read."""
     found = {}
@@ -1225,16 +1222,16 @@ def show_rows(record: dict, num: int, mask: str) -> None:
 def main() -> None:
     options = Arguments("Generate Countdown data: training rows and two validation splits.")
     add = options.add_argument_group("what to generate").add_argument
-    add("--num", metavar="N", type=number(int, 1), default=500_000, help="training rows")
-    add("--num_val", metavar="N", type=number(int, 1), default=5_000, help="problems in each split")
+    add("--num", metavar="N", type=at_least(1), default=500_000, help="training rows")
+    add("--num_val", metavar="N", type=at_least(1), default=5_000, help="problems in each split")
     add("--sizes", type=int, choices=range(2, 6), nargs="+", default=[4], help="how many numbers")
-    add("--seed", metavar="N", type=number(int, 0), default=0, help="seed of the training rows")
+    add("--seed", metavar="N", type=at_least(0), default=0, help="seed of the training rows")
     add("--out", metavar="DIR", default="data", help="the folder to write to, as JSON Lines")
     add = options.add_argument_group("or only to look at").add_argument
     add(
         "--show",
         metavar="N",
-        type=number(int, 1),
+        type=at_least(1),
         nargs="?",
         const=len(KINDS) + 2,  # a solution, a detour, and each mistake
         help="print N training rows, the kinds in turn",

@@ -31,29 +31,23 @@ Accuracy is reported on validation problems, which are never trained on.
 import argparse
 import copy
 import sys
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from data import BACKTRACK, Tokenizer, load_record, load_rows, load_validation, whole_path
-from model import RESUME, Arguments, Llama, UserError, best_dtype, cli, device_rank_world, is_main
-from model import note, number, replacing
+from model import RESUME, Arguments, Llama, UserError, above, at_least, best_dtype, cli
+from model import device_rank_world, is_main, note, replacing
 from search import PAPER_SEARCH, Settings, compare, evaluate
-from train import Batches, as_flags, fit, load_state, rebuild, save, typed_flags
+from train import PAPER_TRAINING, Batches, Training, as_flags, fit, load_state, rebuild, save
+from train import typed_flags
 
-
-@dataclass(frozen=True)
-class Tuning:
-    """How a round trains on the rows that it keeps. The defaults suit a small model that has been
-    trained well. One that has seen few solutions gains more from a larger lr (assets/NOTES.md). The
-    command takes some of them from the checkpoint: see `tuning_settings`."""
-
-    epochs: int = 3
-    batch_size: int = 64  # rows on each device
-    lr: float = 2e-4
-    muon: bool = True  # else AdamW
-    mask: str = "choice"  # the loss mask, see data.py
+# How a round trains on the rows that it keeps; without weight decay, as in the reference. It suits
+# a small model that has been trained well. One that has seen few solutions gains more from a larger
+# lr (assets/NOTES.md). The command takes a part of it from the checkpoint: see `training_settings`.
+TUNING = Training(lr=2e-4, warmup=10, weight_decay=0.0)
+EPOCHS = 3
 
 
 def expert_iteration(
@@ -66,7 +60,7 @@ def expert_iteration(
     record: the source of the problems, unless --data gives another. validation: {split: problems}
     to measure on. log: a line for every measurement. Raises UserError."""
     settings = search_settings(options)
-    tuning = tuning_settings(options, record)
+    training = training_settings(options, record)
     source = {"source": options.data} if options.data else record
     for done in range(rounds_done, options.rounds + 1):  # rounds that are complete
         if len(log) <= done:  # else the resumed run has measured it already
@@ -74,11 +68,19 @@ def expert_iteration(
             save_round(model, tokenizer, record, log, options, done)
         if done < options.rounds:
             rows = load_rows("train", source, options.num, options.num * done)
-            improve(model, tokenizer, rows, settings, tuning, done + 1)
+            improve(model, tokenizer, rows, settings, training, options.epochs, done + 1)
             save_round(model, tokenizer, record, log, options, done + 1)
 
 
-def improve(model, tokenizer, rows, settings: Settings, tuning: Tuning, round_number: int) -> None:
+def improve(
+    model: Llama,
+    tokenizer: Tokenizer,
+    rows: list[dict],
+    settings: Settings,
+    training: Training = TUNING,
+    epochs: int = EPOCHS,
+    round_number: int = 1,
+) -> None:
     """One round: search the problems of `rows`, keep three kinds of rows, fine-tune on them. Raises
     UserError if the search solved none."""
     answers = evaluate(copy_to_search(model), tokenizer, rows, settings)
@@ -89,7 +91,7 @@ def improve(model, tokenizer, rows, settings: Settings, tuning: Tuning, round_nu
     back = [row for row in rows if row.get("search_path", "").endswith(BACKTRACK)]
     # at most as many mistakes as solutions, and a tenth as many of the usual D_back
     kept_rows = solved + mistakes[: len(solved)] + back[: len(solved) // 10]
-    fine_tune(model, tokenizer, kept_rows, tuning, settings.seed + round_number)
+    fine_tune(model, tokenizer, kept_rows, training, epochs, settings.seed + round_number)
     if is_main():
         found = f"solved {len(solved)} of {len(rows)}, trained on {len(kept_rows)} rows"
         print(f"round {round_number}: {found}", flush=True)
@@ -138,13 +140,16 @@ def training_row(problem: dict, response: str, no_loss: list[int]) -> dict:
     return {"nums": nums, "target": target, "search_path": response, "no_loss": no_loss}
 
 
-def fine_tune(model, tokenizer, kept_rows: list[dict], tuning: Tuning, seed: int) -> None:
-    """A few epochs over the rows that a round has kept. No weight decay, as in the reference."""
+def fine_tune(
+    model, tokenizer, kept_rows: list[dict], training: Training, epochs: int, seed: int
+) -> None:
+    """A few epochs over the rows that a round has kept."""
     device, rank, world = device_rank_world()
-    batches = Batches(kept_rows, tokenizer, tuning.batch_size, 1, seed, rank, world, tuning.mask)
-    steps = -(-len(kept_rows) * tuning.epochs // batches.rows_per_step)  # rounded up
-    dtype = best_dtype(device)
-    fit(model, batches, steps, tuning.lr, 10, weight_decay=0.0, muon=tuning.muon, dtype=dtype)
+    batches = Batches(
+        kept_rows, tokenizer, training.batch_size, 1, seed, rank, world, training.mask
+    )
+    steps = -(-len(kept_rows) * epochs // batches.rows_per_step)  # rounded up
+    fit(model, batches, steps, training, dtype=best_dtype(device))
 
 
 # ==== Plumbing: a first reading may stop here =====================================================
@@ -157,14 +162,14 @@ def search_settings(options: argparse.Namespace) -> Settings:
     return Settings(b=options.b, n=options.n, seed=options.seed, **chosen)
 
 
-def tuning_settings(options: argparse.Namespace, record: dict) -> Tuning:
+def training_settings(options: argparse.Namespace, record: dict) -> Training:
     """The optimizer and the mask are those of the checkpoint's own training, if its record has
     them, and else the paper's."""
-    training = record.get("settings", {})
-    uses_muon = training.get("optimizer") == "muon"
-    lr = options.lr or (Tuning.lr if uses_muon else 1e-5)
-    mask = training.get("mask", "action")
-    return Tuning(options.epochs, options.batch_size, lr, uses_muon, mask)
+    trained_with = record.get("settings", {})
+    optimizer = trained_with.get("optimizer", PAPER_TRAINING.optimizer)
+    mask = trained_with.get("mask", PAPER_TRAINING.mask)
+    lr = options.lr or (TUNING.lr if optimizer == "muon" else PAPER_TRAINING.lr)
+    return replace(TUNING, batch_size=options.batch_size, lr=lr, optimizer=optimizer, mask=mask)
 
 
 def measure(model, tokenizer, validation: dict, settings: Settings, rounds_done: int) -> dict:
@@ -197,23 +202,23 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     add("--data", type=whole_path, help="problems; default: drawn like its own")
     add("--out", metavar="DIR", type=Path, default="improved", help="the folder to save to")
     add("--resume", action="store_true", help="continue after --out's last round")
-    add("--rounds", metavar="N", type=number(int, 1), default=3, help="rounds of improvement")
-    add("--num_eval", metavar="N", type=number(int, 1), default=300, help="problems in each split")
+    add("--rounds", metavar="N", type=at_least(1), default=3, help="rounds of improvement")
+    add("--num_eval", metavar="N", type=at_least(1), default=300, help="problems in each split")
     add = options.add_argument_group("the search of a round").add_argument
-    add("--num", metavar="N", type=number(int, 1), default=15_000, help="problems of each round")
-    add("--b", metavar="B", type=number(int, 0), default=1, help="rounds of stepping back")
-    add("--n", metavar="N", type=number(int, 1), default=16, help="samples of each state")
-    add("--temperature", metavar="X", type=number(float, 0.001), help="default: search.py's")
+    add("--num", metavar="N", type=at_least(1), default=15_000, help="problems of each round")
+    add("--b", metavar="B", type=at_least(0), default=1, help="rounds of stepping back")
+    add("--n", metavar="N", type=at_least(1), default=16, help="samples of each state")
+    add("--temperature", metavar="X", type=at_least(0.001), help="default: search.py's")
     add("--paper", action="store_true", help="sample and select as the paper does")
-    add("--seed", metavar="N", type=number(int, 0), default=0, help="seed of problems and samples")
+    add("--seed", metavar="N", type=at_least(0), default=0, help="seed of problems and samples")
     add = options.add_argument_group("training on what it kept").add_argument
-    add("--epochs", metavar="N", type=number(int, 1), default=Tuning.epochs, help="over these rows")
-    add("--lr", metavar="X", type=number(float, 0, True), help="default: 2e-4, or AdamW's 1e-5")
+    add("--epochs", metavar="N", type=at_least(1), default=EPOCHS, help="over these rows")
+    add("--lr", metavar="X", type=above(0.0), help="default: 2e-4, or AdamW's 1e-5")
     add(
         "--batch_size",
         metavar="N",
-        type=number(int, 1),
-        default=Tuning.batch_size,
+        type=at_least(1),
+        default=TUNING.batch_size,
         help="rows on each device",
     )
     switch = argparse.BooleanOptionalAction
@@ -238,8 +243,9 @@ def main() -> None:
     options, state = arguments()
     device = device_rank_world()[0]
     tokenizer = Tokenizer.from_pretrained(options.out if state else options.ckpt)
-    with replacing(options.out):
-        pass  # raises now if it cannot be written to
+    if is_main():
+        with replacing(options.out):
+            pass  # raises now if it cannot be written to
     if state:
         model = rebuild(options.out, state).to(device)
         record = state["record"]

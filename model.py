@@ -29,11 +29,11 @@ import sys
 import tempfile
 from contextlib import contextmanager, suppress
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # noqa: F401  imported later, it would keep a group alive
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict, snapshot_download
@@ -653,8 +653,11 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
-# Files of an older save that would be mistaken for parts of a new one, if it has none of that name.
-STALE = (RESUME, INDEX, "model.safetensors")
+# only other programs use these; Tokenizer saves them again as it read them
+CARRIED = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+# If a new save has files like the first, these files of an older save are removed, unless they are
+# replaced: they would be mistaken for parts of the new one.
+STALE = {"model*.safetensors": (RESUME, INDEX, "model.safetensors"), "tokenizer.json": CARRIED}
 UNFINISHED = re.compile(r"\.(saving|saved)-(\d+)-\w{8}")  # state, number of the process
 
 
@@ -677,9 +680,10 @@ def replacing(folder: str | Path):
                 file.chmod(staging.stat().st_mode & 0o666)
                 if (folder / file.name).is_dir():
                     raise IsADirectoryError(f"{file.name} there is a folder")
-            if list(staging.glob("model*.safetensors")):
-                for name in STALE:
-                    (staging / name).touch()  # an empty file means: delete the old one
+            for pattern, names in STALE.items():
+                if list(staging.glob(pattern)):
+                    for name in names:
+                        (staging / name).touch()  # an empty file means: delete the old one
             complete = staging.rename(folder / Path(own).name.replace(".saving", ".saved"))
             move(complete, folder)
     except BrokenPipeError:  # of what was printed meanwhile
@@ -703,14 +707,16 @@ def move(complete: Path, folder: Path) -> None:
 
 def settle(folder: Path, sweeps: bool = False) -> None:
     """Finish the saves that killed processes left behind in a folder: complete ones are moved to
-    their places. sweeps: incomplete ones are removed."""
+    their places. sweeps, before a new save: incomplete ones are removed, and complete ones are
+    moved even if their process may be running, lest they replace the new save later."""
     for left_behind in folder.glob(".sav*-*-*"):
         name = UNFINISHED.fullmatch(left_behind.name)
-        if not name or (int(name[2]) != os.getpid() and is_running(int(name[2]))):
+        if not name:
             continue
-        if name[1] == "saved":
+        is_alive = int(name[2]) != os.getpid() and is_running(int(name[2]))
+        if name[1] == "saved" and (sweeps or not is_alive):
             move(left_behind, folder)
-        elif sweeps:
+        elif name[1] == "saving" and sweeps and not is_alive:
             shutil.rmtree(left_behind, ignore_errors=True)
 
 
@@ -740,13 +746,15 @@ def device_rank_world() -> tuple[torch.device, int, int]:
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
+        # imported first, for if PyTorch does so later, the group outlives its end
+        import_module("torch.distributed.nn.functional")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device, rank, world
 
 
 def is_main() -> bool:
     """Is this rank 0, which prints and saves?"""
-    return device_rank_world()[1] == 0
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def no_bar() -> bool | None:
@@ -799,18 +807,25 @@ class Arguments(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")  # one line, in place of the whole usage
 
 
-def number(whole_or_real: type, low: float, strict: bool = False):
-    """An argparse type: an int or a finite float that is at least `low` (`strict`: above it)."""
+def at_least(low: int | float):
+    """An argparse type: numbers of low's type that are at least low."""
+    return number_type(type(low), lambda value: value >= low, f"at least {low:g}")
+
+
+def above(low: float):
+    """An argparse type: floats above low."""
+    return number_type(float, lambda value: value > low, f"above {low:g}")
+
+
+def number_type(whole_or_real: type, fits, bound: str):
     high = 2**40 if whole_or_real is int else 1e7
 
     def parse(text: str):
         value = whole_or_real(text)  # argparse turns a ValueError into a line of its own
         if value >= high:
             raise argparse.ArgumentTypeError(f"{text} is too large")
-        is_enough = value > low if strict else value >= low  # nan is not, either way
-        if not is_enough:
-            bound = "above" if strict else "at least"
-            raise argparse.ArgumentTypeError(f"{text} is not {bound} {low}")
+        if not fits(value):  # nan never does
+            raise argparse.ArgumentTypeError(f"{text} is not {bound}")
         return value
 
     parse.__name__ = "whole number" if whole_or_real is int else "number"
@@ -850,11 +865,14 @@ class Interruptible:
 
 
 def in_worker(*_) -> None:
-    """What a worker process does first: leave Ctrl-C to its parent, which will end it, and exempt
+    """What a worker process does first: leave signals to its parent, which will end it, and exempt
     the objects it inherited from garbage collection (see stream_batches in train.py)."""
     gc.freeze()
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # a terminal, and `timeout`, signal the whole group of processes
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for signum in SIGNALS[1:]:
+        signal.signal(signum, signal.SIG_DFL)
 
 
 def in_one_line(error: Exception) -> str:

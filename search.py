@@ -58,9 +58,9 @@ from tqdm import tqdm
 
 from data import ACTION, BACKTRACK, GOAL, Tokenizer, Verdict, load_record, load_rows
 from data import load_validation, paint, prompt_text, solve, verify, warn_of_unlike
-from model import BOOL, COUNT, DTYPES, Arguments, CachedRows, KVCache, Llama, Slot, UserError
-from model import best_dtype, check_fields, cli, device_rank_world, fingerprint, is_main, no_bar
-from model import number
+from model import BOOL, COUNT, DTYPES, Arguments, CachedRows, KVCache, Llama, Slot, UserError, above
+from model import at_least, best_dtype, check_fields, cli, device_rank_world, fingerprint, is_main
+from model import no_bar
 
 # ---- 1. The algorithm, for one problem (paper, section 4.2) --------------------------------------
 
@@ -69,11 +69,18 @@ from model import number
 class State:
     """Where samples begin: at the prompt, or after the actions that a step back has kept."""
 
+    # what the algorithm uses
     tokens: tuple[int, ...] = ()  # those after the prompt
     logps: tuple[float, ...] = ()  # the log-probability of each token, at temperature 1
-    slots: tuple[Slot, ...] = ()  # in the cache, of the prompt and of these tokens
     count: int = 1  # how many samples to draw
     round: int = 0  # in which round
+    # what the engine needs, below
+    slots: tuple[Slot, ...] = ()  # in the cache, of the prompt and of these tokens
+    search: "Search | None" = None  # which it belongs to
+    place: int = 0  # its index in the frontier
+    rng: np.random.Generator | None = None
+    ended: list["Response"] = field(default_factory=list)  # the responses that are complete
+    finished: bool = False  # are all of its responses complete?
 
 
 @dataclass(eq=False)
@@ -87,9 +94,10 @@ class Response:
     count: int = 1  # how many samples have written it
     round: int = 0  # in which round it was sampled
     inherited: int = 0  # how many of its tokens, the first, come from its state
+    score: float | None = None  # of a complete response that has reached the goal, see `rate`
     # what the engine needs, below
     slots: tuple[Slot, ...] = ()  # of the prompt and the tokens (but not of the one that ends it)
-    expansion: "Expansion | None" = None  # which it belongs to, while it grows
+    state: State | None = None  # where it began, while it grows
     first_point: float = 0.0  # the lowest of its samples' points, see `spread`
     spacing: float = 1.0  # the distance from one point to the next
 
@@ -100,7 +108,6 @@ def self_backtrack(
     n: int,
     limit: int,
     prompt_again: bool = False,
-    last_line: bool = False,
     stop_above: float = 0.0,
 ) -> Generator[list[State], list[Response], None]:
     """Search one problem. This is a generator, so that the samples of many problems can be drawn
@@ -112,8 +119,9 @@ def self_backtrack(
                                            # search runs to the next `yield`, or to its end, which
                                            # raises StopIteration
 
-    The caller keeps the responses: `select` chooses among all of them. A frontier holds at most
-    `limit` states. A search ends if there is no new state, and at the latest after round b.
+    The caller rates the responses (`rate_candidates`) before it sends them, and keeps them:
+    `select` chooses among all of them. A frontier holds at most `limit` states. A search ends if
+    there is no new state, and at the latest after round b.
 
     The paper takes states in the order of the samples. Here responses that most samples share come
     first: see `branching_order`. Two more rules are ours, off in this function, on in `Settings`.
@@ -124,7 +132,7 @@ def self_backtrack(
     visited = set() if prompt_again else {()}  # () is the prompt
     responses = yield [State(count=n)]  # round 0: n samples of the prompt, with no tokens after it
     for round_number in range(1, b + 1):
-        if is_sure(responses, tokenizer, last_line, stop_above):
+        if is_sure(responses, stop_above):
             return
         gave_up = [response for response in responses if steps_back(response, tokenizer)]
         frontier = []
@@ -143,6 +151,7 @@ def self_backtrack(
 
 
 def steps_back(response: Response, tokenizer: Tokenizer) -> bool:
+    """Does this response end in `<backtrack>`?"""
     return response.tokens[-1] == tokenizer.backtrack
 
 
@@ -162,7 +171,7 @@ def roll_back(response: Response, tokenizer: Tokenizer) -> State:
     # none at all, in a search without a cache.
     dropped_slots = len(response.tokens) - 1 - kept
     slots = response.slots[: len(response.slots) - dropped_slots]
-    return State(response.tokens[:kept], response.logps[:kept], slots)
+    return State(response.tokens[:kept], response.logps[:kept], slots=slots)
 
 
 def line_begin(tokens: tuple[int, ...], tokenizer: Tokenizer) -> int:
@@ -192,23 +201,28 @@ def rate(response: Response, tokenizer: Tokenizer, last_line: bool) -> float:
     return score
 
 
-def candidates(responses: list[Response], tokenizer: Tokenizer, last_line: bool) -> list[Response]:
+def rate_candidates(responses: list[Response], tokenizer: Tokenizer, last_line: bool) -> None:
+    """Give every response that reached the goal its score."""
+    for response in responses:
+        if reached_goal(response, tokenizer):
+            response.score = rate(response, tokenizer, last_line)
+
+
+def candidates(responses: list[Response]) -> list[Response]:
     """The responses that reached the goal, with the best score first."""
-    found = [response for response in responses if reached_goal(response, tokenizer)]
-    return sorted(found, key=lambda response: -rate(response, tokenizer, last_line))
+    found = [response for response in responses if response.score is not None]
+    return sorted(found, key=lambda response: -response.score)
 
 
-def select(responses: list[Response], tokenizer: Tokenizer, last_line: bool) -> Response | None:
+def select(responses: list[Response]) -> Response | None:
     """The answer: the candidate with the best score."""
-    return next(iter(candidates(responses, tokenizer, last_line)), None)
+    return next(iter(candidates(responses)), None)
 
 
-def is_sure(
-    responses: list[Response], tokenizer: Tokenizer, last_line: bool, stop_above: float
-) -> bool:
+def is_sure(responses: list[Response], stop_above: float) -> bool:
     """Has a candidate among these responses a score above stop_above?"""
-    best = select(responses, tokenizer, last_line)
-    return best is not None and rate(best, tokenizer, last_line) > stop_above
+    best = select(responses)
+    return best is not None and best.score > stop_above
 
 
 @dataclass(frozen=True)
@@ -247,7 +261,6 @@ class Settings:
             self.samples_per_state(),
             self.limit or math.isqrt(self.n),
             self.prompt_again,
-            self.last_line,
             self.stop_above,
         )
 
@@ -278,6 +291,9 @@ PAPER_SEARCH = {
 # it takes the token in whose interval it lies.
 
 
+NOT_FINITE = "the model's logits are not finite: try another --dtype"
+
+
 class Draw(NamedTuple):
     parent: int  # which of the R responses continues
     token: int
@@ -295,7 +311,7 @@ def independently(
     most = max(response.count for response in responses)
     points = np.ones((len(responses), most))  # (R, M)
     for own_points, response in zip(points, responses):
-        drawn = response.expansion.rng.random(response.count)
+        drawn = response.state.rng.random(response.count)
         own_points[: response.count] = np.sort(drawn)
     no_spacing = np.zeros(len(responses))
     return look_up(logits, points, no_spacing, responses, settings)
@@ -307,7 +323,7 @@ def spread(logits: torch.Tensor, responses: list[Response], settings: Settings) 
     The n samples of a state are n points, 1 / n apart. The samples in a token's interval take this
     token. Then the interval, with its points in it, is stretched to [0, 1), and the points choose
     the next token in the same way. Only two things are random: the first point, in [0, 1 / n), and
-    the points of samples whose spacing has grown above 1 (see `Expansion.extend`).
+    the points of samples whose spacing has grown above 1 (see `extend`).
 
     Four samples at 0.1, 0.35, 0.6, 0.85, and two tokens of probabilities 0.4 and 0.6: the first two
     samples take the first token. Its interval [0, 0.4) is stretched to [0, 1), and they are at 0.25
@@ -332,9 +348,16 @@ def look_up(logits, points, spacing, responses: list[Response], settings: Settin
         found.append(find_tokens(logits[rows], points[rows], settings))
     token, share, stretched, logp = torch.cat(found, 1).cpu().numpy()  # all (R, M)
     token = token.astype(np.int64)
+    if np.isnan(share).any():
+        raise UserError(NOT_FINITE)
 
-    # Points ascend, and so do their tokens: samples that take the same token are neighbours.
-    parent, column, count = runs_of_equals(token, [response.count for response in responses])
+    # Put samples of a response together that take the same token: these pairs are the same number.
+    counts = np.array([response.count for response in responses])
+    parent, column = np.nonzero(np.arange(token.shape[1]) < counts[:, None])  # without filler
+    pairs = parent * logits.shape[1] + token[parent, column]
+    _, first, count = np.unique(pairs, return_index=True, return_counts=True)
+    parent = parent[first]
+    column = column[first]  # of the lowest of these points
     draws = zip(
         parent.tolist(),
         token[parent, column].tolist(),
@@ -361,6 +384,7 @@ def find_tokens(logits: torch.Tensor, points: np.ndarray, settings: Settings) ->
     points = torch.from_numpy(points).to(logits.device, precision).clamp(max=below_one)
     points = points * ends[:, -1:]
     token = torch.searchsorted(ends, points, right=True)  # (R, M): the first that ends beyond it
+    token = token.clamp(max=ends.shape[1] - 1)  # of logits that are no numbers, see `look_up`
     share = shares.gather(1, token)
     stretched = (points - (ends.gather(1, token) - share)) / share
     stretched = stretched.clamp(0, below_one)
@@ -388,19 +412,6 @@ def shares_of_tokens(logps: torch.Tensor, settings: Settings) -> torch.Tensor:
     return tempered.softmax(-1)
 
 
-def runs_of_equals(token: np.ndarray, counts: list[int]):
-    """Row r of token (R, M) holds counts[r] tokens, equal ones side by side, then filler. For every
-    run of equal tokens: its row, the column at which it begins, and its length. Rows [7, 7, 9] and
-    [7, -, -] have runs in the rows [0, 0, 1] that begin at [0, 2, 0] and have lengths [2, 1, 1]."""
-    is_sample = np.arange(token.shape[1]) < np.array(counts)[:, None]  # (R, M)
-    row, column = np.nonzero(is_sample)
-    token = token[row, column]
-    other_row = np.diff(row, prepend=-1) != 0
-    other_token = np.diff(token, prepend=-1) != 0
-    begins = np.flatnonzero(other_row | other_token)
-    return row[begins], column[begins], np.diff(begins, append=len(row))
-
-
 def beams(logits: torch.Tensor, responses: list[Response], settings: Settings) -> list[Draw]:
     """Beam search: not samples, but the n most probable continuations of a state. A beam that ends
     is kept, whatever its probability, and reduces the number of beams by one, until all have ended.
@@ -411,16 +422,18 @@ def beams(logits: torch.Tensor, responses: list[Response], settings: Settings) -
     vocab_size = logits.shape[1]
     chosen = []
     begin = 0
-    for expansion, group in groupby(responses, key=lambda response: response.expansion):
-        end = begin + len(list(group))
+    for state, beams_of_state in groupby(responses, key=lambda response: response.state):
+        end = begin + len(list(beams_of_state))
         own_totals = totals[begin:end].flatten()
-        wanted = min(settings.samples_per_state() - len(expansion.ended), len(own_totals))
+        wanted = min(settings.samples_per_state() - len(state.ended), len(own_totals))
         chosen.append(begin * vocab_size + own_totals.topk(wanted).indices)
         begin = end
     chosen = torch.cat(chosen)  # indices into the flattened totals
     chosen_logps = logps.flatten()[chosen]
     draws = []
     for index, logp in zip(chosen.tolist(), chosen_logps.tolist()):  # one wait for the device
+        if math.isnan(logp):
+            raise UserError(NOT_FINITE)
         parent, token = divmod(index, vocab_size)
         draws.append(Draw(parent, token, 1, logp))
     return draws
@@ -429,87 +442,84 @@ def beams(logits: torch.Tensor, responses: list[Response], settings: Settings) -
 # ---- 3. One problem, slowly ----------------------------------------------------------------------
 # Who holds whom:
 #
-#     Search           one problem: runs `self_backtrack`, and keeps all of its responses
-#       Expansion      one state of the current frontier, and its random numbers
-#         Response     what some of the state's samples have written so far. At each step its Draws
-#                      replace it by others, one for each different token that its samples take.
+#     Search         one problem: runs `self_backtrack`, and keeps all of its responses
+#       State        of the current frontier, with its random numbers
+#         Response   what some of the state's samples have written so far. At each step its Draws
+#                    replace it by others, one for each different token that its samples take.
 
 
 @dataclass(eq=False)
 class Search:
-    """One problem's search: the algorithm, and the expansions that draw samples for it."""
+    """One problem's search: the algorithm, and the frontier whose samples it waits for."""
 
     index: int  # which of the given problems
     prompt: list[int]
     key: int  # the seed of the problem's random numbers
-    algorithm: Generator[list[State], list[Response], None]
-    expansions: list["Expansion"] = field(default_factory=list)  # one for each frontier state
+    tokenizer: Tokenizer
+    settings: Settings
+    frontier: list[State] = field(default_factory=list)
     all_responses: list[Response] = field(default_factory=list)
 
-    def frontier_has_ended(self) -> bool:
-        return all(expansion.finished for expansion in self.expansions)
+    def __post_init__(self):
+        self.algorithm = self.settings.algorithm(self.tokenizer)
 
     def advance(self) -> None:
-        """Send the algorithm the responses that it waits for. It yields the next frontier, or ends:
-        then there are no expansions."""
+        """Send the algorithm the responses that it waits for, when all are complete. It yields the
+        next frontier, or ends: then the frontier is empty."""
         responses = []
-        for expansion in self.expansions:
-            responses += expansion.ended
+        for state in self.frontier:
+            responses += state.ended
+        rate_candidates(responses, self.tokenizer, self.settings.last_line)
         self.all_responses += responses
         try:
-            frontier = self.algorithm.send(responses or None)  # None starts a generator
+            self.frontier = self.algorithm.send(responses or None)  # None starts a generator
         except StopIteration:
-            frontier = []
+            self.frontier = []
         for response in responses:  # the new states have taken over the slots that they need
             response.slots = ()
-        self.expansions = [Expansion(self, state, place) for place, state in enumerate(frontier)]
+        for place, state in enumerate(self.frontier):
+            state.search = self
+            state.place = place
+
+    def frontier_is_finished(self) -> bool:
+        return all(state.finished for state in self.frontier)
 
 
-@dataclass(eq=False)
-class Expansion:
-    """A state of the frontier, and its samples."""
+def first_response(state: State) -> Response:
+    """All samples of a state together, before they draw their first token."""
+    seed = state.search.settings.seed
+    state.rng = np.random.default_rng([seed, state.search.key, state.round, state.place])
+    spacing = 1 / state.count
+    return Response(
+        state.tokens,
+        state.logps,
+        state.count,
+        state.round,
+        inherited=len(state.tokens),
+        slots=state.slots,
+        state=state,
+        first_point=spacing * state.rng.random(),
+        spacing=spacing,
+    )
 
-    search: Search
-    state: State
-    place: int  # its index in the frontier
-    rng: np.random.Generator | None = None
-    ended: list[Response] = field(default_factory=list)  # the responses that are complete
-    finished: bool = False  # have all samples ended?
 
-    def first_response(self, seed: int) -> Response:
-        """All samples of the state together, before they draw their first token."""
-        state = self.state
-        self.rng = np.random.default_rng([seed, self.search.key, state.round, self.place])
-        spacing = 1 / state.count
-        return Response(
-            state.tokens,
-            state.logps,
-            state.count,
-            state.round,
-            inherited=len(state.tokens),
-            slots=state.slots,
-            expansion=self,
-            first_point=spacing * self.rng.random(),
-            spacing=spacing,
-        )
-
-    def extend(self, parent: Response, draw: Draw) -> Response:
-        """The Response of the samples that take a token."""
-        first_point = draw.first_point
-        # If the spacing is above 1, only one point fits into [0, 1), and it may be anywhere there:
-        # a new uniform point has the same distribution. From now on this sample draws a new point
-        # for every token, because a point that is stretched again and again runs out of digits.
-        # (Independent samples have the spacing 0, and beams 1: they never come here.)
-        if draw.spacing > 1:
-            first_point = self.rng.random()
-        return replace(
-            parent,
-            tokens=parent.tokens + (draw.token,),
-            logps=parent.logps + (draw.logp,),
-            count=draw.count,
-            first_point=first_point,
-            spacing=draw.spacing,
-        )
+def extend(parent: Response, draw: Draw) -> Response:
+    """The Response of the samples that take a token."""
+    first_point = draw.first_point
+    # If the spacing is above 1, only one point fits into [0, 1), and it may be anywhere there: a
+    # new uniform point has the same distribution. From now on this sample draws a new point for
+    # every token, because a point that is stretched again and again runs out of digits.
+    # (Independent samples have the spacing 0, and beams 1: they never come here.)
+    if draw.spacing > 1:
+        first_point = parent.state.rng.random()
+    return replace(
+        parent,
+        tokens=parent.tokens + (draw.token,),
+        logps=parent.logps + (draw.logp,),
+        count=draw.count,
+        first_point=first_point,
+        spacing=draw.spacing,
+    )
 
 
 def has_ended(response: Response, tokenizer: Tokenizer, settings: Settings) -> bool:
@@ -527,11 +537,11 @@ def search_slowly(
     device = model.lm_head.weight.device
     no_tokens = tokenizer.ids_without_token(len(model.lm_head.weight))
     sampling_rule = settings.sampling_rule()
-    search = Search(0, prompt, key, settings.algorithm(tokenizer))
+    search = Search(0, prompt, key, tokenizer, settings)
     search.advance()
-    while search.expansions:
-        for expansion in search.expansions:
-            growing = [expansion.first_response(settings.seed)]
+    while search.frontier:
+        for state in search.frontier:
+            growing = [first_response(state)]
             while growing:
                 input_ids = [prompt + list(response.tokens) for response in growing]
                 input_ids = torch.tensor(input_ids, device=device)  # (R, T): all of one length
@@ -540,9 +550,9 @@ def search_slowly(
                 parents = growing
                 growing = []
                 for draw in sampling_rule(logits, parents, settings):
-                    child = expansion.extend(parents[draw.parent], draw)
+                    child = extend(parents[draw.parent], draw)
                     if has_ended(child, tokenizer, settings):
-                        expansion.ended.append(child)
+                        state.ended.append(child)
                     else:
                         growing.append(child)
         search.advance()
@@ -576,8 +586,7 @@ class Engine:
     The rows of `slot_table` and `logits` belong to the responses of `growing`, in order.
 
     A slot of the cache is free again when nobody holds it (see Slot in model.py). Holders are
-    growing responses; ended ones until `Search.advance`; waiting or expanded states until
-    `finish`.
+    growing responses; complete ones until `Search.advance`; states until `finish`.
     """
 
     def __init__(self, model: Llama, tokenizer: Tokenizer, settings: Settings, longest: int):
@@ -590,9 +599,9 @@ class Engine:
         cache_bytes = int(settings.cache_gib * 2**30)
         slots = cache_bytes // KVCache.bytes_per_slot(model.config, head.dtype)
         self.cache = KVCache(model.config, max(slots, 1), head.device, head.dtype)
-        self.new_prompts = deque()  # waiting: expansions of prompts
-        self.branches = deque()  # waiting: expansions of states that are in the cache already
-        self.expansions = []  # those whose samples are being drawn, the oldest first
+        self.new_prompts = deque()  # states that wait: prompts
+        self.branches = deque()  # states that wait and are in the cache already
+        self.expanding = []  # the states whose samples are being drawn, the oldest first
         self.growing = []  # the R unfinished responses
         width = longest + settings.max_new_tokens
         no_slots = torch.zeros(0, width, dtype=torch.int64, device=head.device)
@@ -601,13 +610,13 @@ class Engine:
         no_tokens = tokenizer.ids_without_token(len(head))  # these are never drawn
         self.no_tokens = torch.tensor(no_tokens, dtype=torch.int64, device=head.device)
 
-    def submit(self, expansions: list[Expansion]) -> None:
-        """Put expansions into the queues. They begin when there is room."""
-        for expansion in expansions:
-            self.queue_of(expansion).append(expansion)
+    def submit(self, states: list[State]) -> None:
+        """Put states into the queues. They begin when there is room."""
+        for state in states:
+            self.queue_of(state).append(state)
 
     def is_busy(self) -> bool:
-        return bool(self.expansions or self.branches or self.new_prompts)
+        return bool(self.expanding or self.branches or self.new_prompts)
 
     def step(self) -> list[Search]:
         """One token for every sample. Samples of a response that draw the same token stay
@@ -617,10 +626,10 @@ class Engine:
         parents, children = [], []
         for draw in self.sampling_rule(self.logits, self.growing, self.settings):
             parent = self.growing[draw.parent]
-            child = parent.expansion.extend(parent, draw)
+            child = extend(parent, draw)
             if has_ended(child, self.tokenizer, self.settings):
-                parent.expansion.ended.append(child)
-                child.expansion = None  # no cycle of references may hold slots, see Slot
+                parent.state.ended.append(child)
+                child.state = None  # no cycle of references may hold slots, see Slot
             else:
                 child.slots = parent.slots + (self.cache.lend(),)
                 parents.append(draw.parent)
@@ -639,29 +648,29 @@ class Engine:
         return self.finish()
 
     def finish(self) -> list[Search]:
-        """Remove the expansions whose samples have all ended. Returns the searches whose whole
-        frontier has ended with them."""
-        going_on = {response.expansion for response in self.growing}
-        finished = [expansion for expansion in self.expansions if expansion not in going_on]
-        self.expansions = [expansion for expansion in self.expansions if expansion in going_on]
-        for expansion in finished:
-            expansion.finished = True
-            expansion.state.slots = ()
-        searches = dict.fromkeys(expansion.search for expansion in finished)  # each once, in order
-        return [search for search in searches if search.frontier_has_ended()]
+        """Remove the states whose samples have all ended. Returns the searches whose whole
+        frontier is finished with them."""
+        going_on = {response.state for response in self.growing}
+        finished = [state for state in self.expanding if state not in going_on]
+        self.expanding = [state for state in self.expanding if state in going_on]
+        for state in finished:
+            state.finished = True
+            state.slots = ()
+        searches = dict.fromkeys(state.search for state in finished)  # each once, in order
+        return [search for search in searches if search.frontier_is_finished()]
 
-    def begin(self, expansions: list[Expansion]) -> None:
+    def begin(self, states: list[State]) -> None:
         """Begin to expand states, *either* new prompts *or* branches. A new prompt is fed to the
         model as a whole. A branch has its keys and values in the cache, but the logits after its
         last token are gone, so this token is fed once more. It gets a new slot, because others may
         share the old one. (Prompts and branches are not mixed, because a branch that is padded to
         the length of a prompt might be longer than the table is wide.)"""
         beginnings, new_tokens = [], []
-        slot_table = torch.zeros(len(expansions), self.slot_table.shape[1], dtype=torch.int64)
-        for own_slots, expansion in zip(slot_table, expansions):
-            beginning = expansion.first_response(self.settings.seed)
+        slot_table = torch.zeros(len(states), self.slot_table.shape[1], dtype=torch.int64)
+        for own_slots, state in zip(slot_table, states):
+            beginning = first_response(state)
             reused_slots = beginning.slots[:-1]  # a new prompt has none
-            tokens = expansion.search.prompt + list(beginning.tokens)
+            tokens = state.search.prompt + list(beginning.tokens)
             to_feed = tokens[len(reused_slots) :]
             new_slots = tuple(self.cache.lend() for _ in to_feed)
             beginning.slots = reused_slots + new_slots
@@ -671,7 +680,7 @@ class Engine:
             new_tokens.append(to_feed)
         slot_table = slot_table.to(self.slot_table.device)
         logits = self.feed(beginnings, new_tokens, slot_table)
-        self.expansions += expansions
+        self.expanding += states
         self.growing += beginnings
         self.slot_table = torch.cat([self.slot_table, slot_table])
         self.logits = torch.cat([self.logits, logits])
@@ -705,8 +714,8 @@ class Engine:
 
     # Memory: how many states are expanded together. A first reading may skip this.
 
-    def queue_of(self, expansion: Expansion) -> deque:
-        return self.branches if expansion.state.slots else self.new_prompts
+    def queue_of(self, state: State) -> deque:
+        return self.branches if state.slots else self.new_prompts
 
     def let_join(self) -> None:
         """Begin to expand waiting states: branches first, because they hold slots."""
@@ -714,7 +723,7 @@ class Engine:
             places = self.free_places()
             # A call of the model costs almost as much for one state as for many: so wait until a
             # quarter of all places is free.
-            worth_a_call = places > (places + len(self.expansions)) // 4
+            worth_a_call = places > (places + len(self.expanding)) // 4
             if queue and worth_a_call:
                 self.begin([queue.popleft() for _ in range(min(places, len(queue)))])
 
@@ -725,29 +734,27 @@ class Engine:
         current states can grow. If no state is being expanded, one may always join."""
         slots_per_state = self.slot_table.shape[1] + 8 * self.settings.samples_per_state()
         spare_slots = len(self.cache.free) - self.cache.kv.shape[2] // 2
-        places = self.settings.batch_size - len(self.expansions)
+        places = self.settings.batch_size - len(self.expanding)
         places = min(places, spare_slots // slots_per_state)
-        return places if self.expansions else max(places, 1)
+        return places if self.expanding else max(places, 1)
 
     def most_new_slots(self) -> int:
         """A step needs at most one new slot for each unfinished sample or beam."""
         ended = 0
-        for expansion in self.expansions:
-            ended += sum(response.count for response in expansion.ended)
-        return len(self.expansions) * self.settings.samples_per_state() - ended
+        for state in self.expanding:
+            ended += sum(response.count for response in state.ended)
+        return len(self.expanding) * self.settings.samples_per_state() - ended
 
     def make_room(self) -> None:
-        """While fewer slots are free than a step may need, stop the youngest expansion and put it
-        back into its queue. Later it draws the same samples, because these depend only on the seed.
-        Raises UserError if a single expansion is left."""
+        """While fewer slots are free than a step may need, stop expanding the youngest state and
+        put it back into its queue. Later it draws the same samples, because these depend only on
+        the seed. Raises UserError if a single state is left."""
         while self.most_new_slots() > len(self.cache.free):
-            if len(self.expansions) == 1:
+            if len(self.expanding) == 1:
                 raise UserError("the cache is too small for one state: increase --cache_gib")
-            youngest = self.expansions.pop()
+            youngest = self.expanding.pop()
             youngest.ended = []  # its slots are free again
-            self.growing = [
-                response for response in self.growing if response.expansion is not youngest
-            ]
+            self.growing = [response for response in self.growing if response.state is not youngest]
             self.slot_table = self.slot_table[: len(self.growing)]  # its rows were the last ones
             self.logits = self.logits[: len(self.growing)]
             self.queue_of(youngest).appendleft(youngest)
@@ -776,29 +783,27 @@ def search_all(
         # start no more searches than can join, so that memory does not grow with the problems
         wanted = max(settings.batch_size - len(engine.new_prompts), 0)
         for index, (prompt, key) in islice(numbered, wanted):
-            search = Search(index, prompt, key, settings.algorithm(tokenizer))
+            search = Search(index, prompt, key, tokenizer, settings)
             search.advance()
-            engine.submit(search.expansions)
+            engine.submit(search.frontier)
         if not engine.is_busy():
             return
         for search in engine.step():
             search.advance()
-            engine.submit(search.expansions)
-            if not search.expansions:
+            engine.submit(search.frontier)
+            if not search.frontier:
                 yield search.index, search.all_responses
 
 
 # ---- 6. Measuring --------------------------------------------------------------------------------
 
 
-def judge(
-    tokenizer: Tokenizer, problem: dict, responses: list[Response], settings: Settings
-) -> dict:
+def judge(tokenizer: Tokenizer, problem: dict, responses: list[Response]) -> dict:
     """The answer to a problem, and whether it is right. `verified`: is at least one candidate
     right? `solutions`: the candidates that are right, the best first. `tokens`: how many the
     samples drew, each sample by itself."""
     nums, target = problem["nums"], problem["target"]
-    ranked = candidates(responses, tokenizer, settings.last_line)
+    ranked = candidates(responses)
     texts = [tokenizer.decode(candidate.tokens) for candidate in ranked]
     verdicts = [verify(nums, target, text) for text in texts]
     solutions = [text for text, verdict in zip(texts, verdicts) if verdict.correct]
@@ -807,7 +812,7 @@ def judge(
         "nums": nums,
         "target": target,
         "response": texts[0] if ranked else "",
-        "score": rate(ranked[0], tokenizer, settings.last_line) if ranked else None,
+        "score": ranked[0].score if ranked else None,
         "correct": verdict.correct,
         "reason": verdict.reason,
         "failed_action": verdict.failed_action,
@@ -842,7 +847,7 @@ def evaluate(
         searches, settings.decoder, len(own), leave=False, unit=" problems", disable=no_bar()
     )
     for i, responses in progress:
-        answer = {"number": own_numbers[i], **judge(tokenizer, own[i], responses, settings)}
+        answer = {"number": own_numbers[i], **judge(tokenizer, own[i], responses)}
         answers[own_numbers[i]] = answer
         if answer_file:
             answer_file.add(answer)
@@ -873,7 +878,7 @@ def compare(
     """Evaluate every decoder on the problems of every split, and print a table with a line for
     each. Returns {(split, decoder): answers}."""
     results = {}
-    prints = is_main()
+    prints = is_main() and len(problems_by_split) > 0
     if prints:
         shares = f"{'selected % [95 %]':>20}{'verified % [95 %]':>20}"
         print(
@@ -931,23 +936,20 @@ def percent(share: float, problems: int) -> str:
 class Tree:
     """The actions of all responses of one search. A node is a tuple of actions."""
 
-    def __init__(
-        self, tokenizer: Tokenizer, problem: dict, responses: list[Response], settings: Settings
-    ):
+    MOST_CHILDREN = 5  # are drawn of a node
+
+    def __init__(self, tokenizer: Tokenizer, problem: dict, responses: list[Response]):
         self.chosen = Counter()  # node: how many samples chose its last action
         self.outcomes = defaultdict(Counter)  # node: {(what happens, colour): how many samples}
         self.children = defaultdict(list)
         self.tokenizer = tokenizer
-        self.last_line = settings.last_line
-        answer = select(responses, tokenizer, self.last_line)
-        self.answer = self.node_of(tokenizer.decode(answer.tokens)) if answer else ()
         self.scores = {}  # node: its best score (equal responses may differ by rounding)
-        for candidate in candidates(responses, tokenizer, self.last_line):
-            node = self.node_of(tokenizer.decode(candidate.tokens))
-            self.scores.setdefault(node, rate(candidate, tokenizer, self.last_line))
+        for candidate in candidates(responses):
+            self.scores.setdefault(node_of(tokenizer.decode(candidate.tokens)), candidate.score)
+        self.answer = next(iter(self.scores), None)  # the node that is selected, or None
         for response in responses:
             text = tokenizer.decode(response.tokens)
-            node = self.node_of(text)
+            node = node_of(text)
             inherited_actions = tokenizer.decode(response.tokens[: response.inherited]).count("\n")
             for depth in range(inherited_actions + 1, len(node) + 1):
                 self.chosen[node[:depth]] += response.count
@@ -961,43 +963,47 @@ class Tree:
         for node in sorted(self.chosen, key=self.drawing_order):
             self.children[node[:-1]].append(node)
 
-    def node_of(self, text: str) -> tuple[str, ...]:
-        actions = text.removesuffix(BACKTRACK).removesuffix(GOAL).removesuffix("\n")
-        return tuple(actions.split("\n")) if actions else ()
-
     def outcome_of(
         self, response: Response, nums: list[int], target: int, text: str
     ) -> tuple[str, str]:
         """How a response ended: (words, a key of COLOURS)."""
         if steps_back(response, self.tokenizer):
             return BACKTRACK, "stopped"
-        if not reached_goal(response, self.tokenizer):
+        if response.score is None:
             return "no goal", "stopped"  # it was too long, or ended without `Goal Reached!`
         verdict = verify(nums, target, text)
-        score = self.scores[self.node_of(text)]
+        node = node_of(text)
         judgement = "right" if verdict.correct else verdict.reason
-        is_answer = self.node_of(text) == self.answer
-        words = f"goal {score:.3f}, {judgement}" + (", chosen" if is_answer else "")
+        selected = ", selected" if node == self.answer else ""
+        words = f"goal {self.scores[node]:.3f}, {judgement}{selected}"
         return words, "right" if verdict.correct else "wrong"
 
     def drawing_order(self, node: tuple[str, ...]) -> tuple[bool, int]:
         """A sort key: the path to the answer first, then what most samples chose."""
-        return node != self.answer[: len(node)], -self.chosen[node]
+        leads_to_answer = self.answer is not None and node == self.answer[: len(node)]
+        return not leads_to_answer, -self.chosen[node]
 
-    def lines(self, node: tuple[str, ...] = (), indent: str = "", most: int = 5) -> Iterator[str]:
-        """The lines of all nodes below a node, at most `most` children of each."""
+    def in_drawing_order(self, node: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+        """A node, and all nodes below it."""
+        yield node
+        for child in self.children[node]:
+            yield from self.in_drawing_order(child)
+
+    def lines(self, node: tuple[str, ...] = (), indent: str = "") -> Iterator[str]:
+        """The lines of all nodes below a node."""
         children = self.children[node]
-        for child in children[:most]:
+        for child in children[: self.MOST_CHILDREN]:
             is_last = child == children[-1]
             branch = indent + ("└─ " if is_last else "├─ ") + child[-1]
             outcomes = "; ".join(self.words_at(child))
             if len(branch) > 29:
                 branch = branch[:28] + "…"
             yield f"{branch:30}{self.chosen[child]:<5}{outcomes}".rstrip()
-            yield from self.lines(child, indent + ("   " if is_last else "│  "), most)
-        if children[most:]:
-            not_shown = sum(self.chosen[child] for child in children[most:])
-            yield f"{indent}└─ {len(children) - most} more, x{not_shown}"
+            yield from self.lines(child, indent + ("   " if is_last else "│  "))
+        others = children[self.MOST_CHILDREN :]
+        if others:
+            not_shown = sum(self.chosen[child] for child in others)
+            yield f"{indent}└─ {len(others)} more, x{not_shown}"
 
     def words_at(self, node: tuple[str, ...]) -> list[str]:
         """What happens at a node, as much as fits into the line; in colour on a terminal."""
@@ -1010,31 +1016,36 @@ class Tree:
         return [paint(words, colour) for words, colour in told]
 
 
+def node_of(text: str) -> tuple[str, ...]:
+    actions = text.removesuffix(BACKTRACK).removesuffix(GOAL).removesuffix("\n")
+    return tuple(actions.split("\n")) if actions else ()
+
+
 def draw_tree(
     tokenizer: Tokenizer, problem: dict, responses: list[Response], settings: Settings
 ) -> str:
     """The search as text. The tree's lines fit into the terminal, or 100 columns."""
-    tree = Tree(tokenizer, problem, responses, settings)
+    tree = Tree(tokenizer, problem, responses)
     header = f"numbers {problem['nums']}  target {problem['target']}"
-    if select(responses, tokenizer, settings.last_line) is None:
+    if tree.answer is None:
         header += "  (no sample reached the goal)"
     for words in tree.words_at(()):  # of the prompt, sampled again
         header += f"  ({words})"
     lines = [header, solver_line(problem["nums"], problem["target"])]
-    ended_early = why_it_ended_early(tokenizer, responses, settings)
+    ended_early = why_it_ended_early(responses, settings)
     if ended_early:
         lines.append(f"search: {ended_early}")
     return "\n".join([*lines, f"{'action':30}samples", *tree.lines()])
 
 
-def why_it_ended_early(tokenizer: Tokenizer, responses: list[Response], settings: Settings) -> str:
+def why_it_ended_early(responses: list[Response], settings: Settings) -> str:
     """Why a search ended before round b; empty if it did not."""
     last_round = max(response.round for response in responses)
     if settings.decoder != "self_backtrack" or last_round == settings.b:
         return ""
     of_last_round = [response for response in responses if response.round == last_round]
     reason = "there is no new state"
-    if is_sure(of_last_round, tokenizer, settings.last_line, settings.stop_above):
+    if is_sure(of_last_round, settings.stop_above):
         reason = f"an answer scores above {settings.stop_above}"
     return f"it ended after round {last_round}, because {reason}"
 
@@ -1066,26 +1077,31 @@ def write_page(model, tokenizer, problem: dict, responses, settings: Settings, p
     """The search as a single HTML file: the tree after each round, the model's P(<backtrack>) after
     every action, and what the exact solver says about it. Raises OSError."""
     nums, target = problem["nums"], problem["target"]
-    tree = Tree(tokenizer, problem, responses, settings)
-    nodes = [(), *in_drawing_order(tree)]
+    trees = []
+    for last_round in range(1 + max(response.round for response in responses)):
+        so_far = [response for response in responses if response.round <= last_round]
+        trees.append(Tree(tokenizer, problem, so_far))
+    nodes = list(trees[-1].in_drawing_order())
+    solver_said = [solver_says(nums, target, node) for node in nodes]
+    rounds = []
+    for tree in trees:
+        rounds.append([told_of(tree, node) for node in nodes])
     prompt = prompt_text(nums, target)
     texts = [prompt + "\n".join([*node, ""]) for node in nodes]
     chances = backtrack_chances(model, tokenizer, texts)
-    rounds = []
-    for last_round in range(1 + max(response.round for response in responses)):
-        so_far = [response for response in responses if response.round <= last_round]
-        tree = Tree(tokenizer, problem, so_far, settings)
-        rounds.append([[tree.chosen[node], list_outcomes(tree, node)] for node in nodes])
     rules = settings_line(settings)
-    ended_early = why_it_ended_early(tokenizer, responses, settings)
+    ended_early = why_it_ended_early(responses, settings)
+    if ended_early:
+        rules += f"; {ended_early}"
     page = {
         "title": f"numbers {nums}  target {target}",
         "solver": solver_line(nums, target),
-        "settings": f"{rules}; {ended_early}" if ended_early else rules,
+        "settings": rules,
         "nodes": nodes,
         "chances": chances,
-        "solver_says": [solver_says(nums, target, node) for node in nodes],
+        "solver_says": solver_said,
         "rounds": rounds,
+        "answers": [tree.answer for tree in trees],
     }
     data = json.dumps(page).replace("<", "\\u003c")  # so that no text can end the script
     path.write_text(TEMPLATE.read_text(encoding="utf-8").replace("PAGE_DATA", data), "utf-8")
@@ -1108,14 +1124,10 @@ def settings_line(settings: Settings) -> str:
     return ", ".join(words)
 
 
-def in_drawing_order(tree: Tree, node: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    for child in tree.children[node]:
-        yield child
-        yield from in_drawing_order(tree, child)
-
-
-def list_outcomes(tree: Tree, node: tuple[str, ...]) -> list:
-    return [[words, colour, count] for (words, colour), count in tree.outcomes[node].items()]
+def told_of(tree: Tree, node: tuple[str, ...]) -> list:
+    """How many samples chose a node, and what happens there."""
+    outcomes = tree.outcomes[node].items()
+    return [tree.chosen[node], [[words, colour, count] for (words, colour), count in outcomes]]
 
 
 @torch.inference_mode()
@@ -1198,7 +1210,7 @@ class AnswerFile:
         """Keep an answer that was read, if it belongs to one of the problems."""
         fields = {"number": COUNT, "correct": BOOL, "verified": BOOL, "tokens": COUNT}
         check_fields(answer, fields, f"an answer in {self.part}", needed=fields)
-        problem = problems.get(str(answer["number"]))
+        problem = problems.get(answer["number"])
         asked = answer.get("nums"), answer.get("target")
         if problem is None or asked != (problem["nums"], problem["target"]):
             raise UserError(f"{self.part} holds answers to other problems")
@@ -1265,23 +1277,23 @@ def flags() -> Arguments:
     )
     add = options.add_argument_group("what to search").add_argument
     add("--ckpt", metavar="C", default=str(SHIPPED), help="a folder or Hub id")
-    add("--numbers", metavar="A", type=number(int, 1), nargs="+", help="one problem's numbers")
-    add("--target", metavar="T", type=number(int, 0), help="its target")
+    add("--numbers", metavar="A", type=at_least(1), nargs="+", help="one problem's numbers")
+    add("--target", metavar="T", type=at_least(0), help="its target")
     add("--data", help="val (seen targets), val_new (new ones), or a file")
-    add("--num", metavar="N", type=number(int, 1), default=200, help="how many problems")
-    add("--offset", metavar="N", type=number(int, 0), default=0, help="problems to skip")
+    add("--num", metavar="N", type=at_least(1), default=200, help="how many problems")
+    add("--offset", metavar="N", type=at_least(0), default=0, help="problems to skip")
     add = options.add_argument_group("the search (paper, section 4.2)").add_argument
     add("--decoder", choices=DECODERS, help="only self_backtrack steps back")
-    add("--b", metavar="B", type=number(int, 0), help="rounds of stepping back")
-    add("--n", metavar="N", type=number(int, 1), help="samples of each state, or beams")
-    add("--limit", metavar="N", type=number(int, 1), help="states in a frontier; else int(sqrt(n))")
+    add("--b", metavar="B", type=at_least(0), help="rounds of stepping back")
+    add("--n", metavar="N", type=at_least(1), help="samples of each state, or beams")
+    add("--limit", metavar="N", type=at_least(1), help="states in a frontier; else int(sqrt(n))")
     switch = argparse.BooleanOptionalAction
     add("--prompt_again", action=switch, help="the prompt may be sampled again")
     add("--last_line", action=switch, help="add log p(last line) to the score")
     add(
         "--stop_above",
         metavar="X",
-        type=number(float, -1e6),
+        type=at_least(-1e6),
         help="a better score ends a search; 0: never",
     )
     add("--paper", action="store_true", help="the paper's rule: --paper --help shows its values")
@@ -1290,31 +1302,31 @@ def flags() -> Arguments:
     add(
         "--temperature",
         metavar="X",
-        type=number(float, 0.001),
+        type=at_least(0.001),
         help="above 1: more rare tokens",
     )
     add(
         "--min_p",
         metavar="P",
-        type=number(float, 0),
+        type=at_least(0.0),
         help="drop tokens rarer than P times the best",
     )
-    add("--top_k", metavar="N", type=number(int, 0), help="keep the N most probable tokens; 0: all")
+    add("--top_k", metavar="N", type=at_least(0), help="keep the N most probable tokens; 0: all")
     add(
         "--top_p",
         metavar="P",
-        type=number(float, 0, True),
+        type=above(0.0),
         help="keep the most probable tokens that add up to P",
     )
-    add("--max_new_tokens", metavar="N", type=number(int, 1), help="maximum length of a response")
-    add("--seed", metavar="N", type=number(int, 0), help="seed of the samples")
+    add("--max_new_tokens", metavar="N", type=at_least(1), help="maximum length of a response")
+    add("--seed", metavar="N", type=at_least(0), help="seed of the samples")
     add = options.add_argument_group("what is written").add_argument
     add("--html", metavar="FILE", type=pathlib.Path, help="write the tree as a page to this file")
     add("--out", metavar="FILE", type=pathlib.Path, help="write a JSON line a problem to this file")
     add("--resume", action="store_true", help="continue --out's FILE.part")
     add = options.add_argument_group("the machine").add_argument
-    add("--batch_size", metavar="N", type=number(int, 1), help="states expanded together")
-    add("--cache_gib", metavar="X", type=number(float, 0, True), help="for keys and values")
+    add("--batch_size", metavar="N", type=at_least(1), help="states expanded together")
+    add("--cache_gib", metavar="X", type=above(0.0), help="for keys and values")
     add("--dtype", choices=DTYPES, help="default: the device's best")
     return options
 
@@ -1327,40 +1339,59 @@ def main() -> None:
     record = load_record(options.ckpt)
     model = Llama.from_pretrained(options.ckpt, device, dtype).eval()
     settings = Settings(**{name: getattr(options, name) for name in asdict(Settings())})
-    if options.data is None and rank == 0:
-        if options.numbers:
-            problem = {"nums": options.numbers, "target": options.target}
-            warn_of_unlike(record, [problem])
-        else:
-            problem = example(record)
-        [(_, responses)] = search_all(model, tokenizer, [problem], [0], settings)
-        print(draw_tree(tokenizer, problem, responses, settings), end="\n\n")
-        if options.html:
-            write_page(model, tokenizer, problem, responses, settings, options.html)
-            print(f"wrote {options.html}: open it in a browser")
-    if options.numbers or options.html:
-        return
     if options.data:
-        rows = load_rows(options.data, record, options.num, options.offset)
-        warn_of_unlike(record, rows)
-        splits, decoders = {options.data: rows}, [options.decoder]
-    else:
+        evaluate_data(model, tokenizer, record, settings, options)
+        return
+    if rank == 0:
+        show_search(model, tokenizer, record, settings, options)
+    if not options.numbers and not options.html:
         splits = load_validation(record, options.num, options.offset)
         decoders = list(dict.fromkeys(["greedy", options.decoder]))
-    if not splits:
-        return
-    answer_file = None
-    if options.out:
-        settings_alone = replace(settings, batch_size=1, cache_gib=1.0)  # these change no sample
-        given = {"ckpt": options.ckpt, "data": options.data, "dtype": str(dtype)}
-        # other weights may have the same name: training changes this norm, too
-        given["weights"] = fingerprint(str(model.model.norm.weight.tolist()))
-        made_by = given | asdict(settings_alone)
-        problems = {str(options.offset + place): row for place, row in enumerate(rows)}
-        answer_file = AnswerFile(options.out, options.resume, made_by, problems)
-    results = compare(model, tokenizer, splits, decoders, settings, "", options.offset, answer_file)
-    if answer_file and rank == 0:
+        compare(model, tokenizer, splits, decoders, settings, offset=options.offset)
+
+
+def show_search(model, tokenizer, record: dict, settings: Settings, options) -> None:
+    """Search one problem, and draw its tree."""
+    if options.numbers:
+        problem = {"nums": options.numbers, "target": options.target}
+        warn_of_unlike(record, [problem])
+    else:
+        problem = example(record)
+    [(_, responses)] = search_all(model, tokenizer, [problem], [0], settings)
+    print(draw_tree(tokenizer, problem, responses, settings), end="\n\n")
+    if options.html:
+        write_page(model, tokenizer, problem, responses, settings, options.html)
+        print(f"wrote {options.html}: open it in a browser")
+
+
+def evaluate_data(model, tokenizer, record: dict, settings: Settings, options) -> None:
+    """Evaluate one decoder on the problems of --data."""
+    rows = load_rows(options.data, record, options.num, options.offset)
+    warn_of_unlike(record, rows)
+    answer_file = open_answer_file(model, rows, settings, options) if options.out else None
+    splits = {options.data: rows}
+    results = compare(
+        model,
+        tokenizer,
+        splits,
+        [options.decoder],
+        settings,
+        offset=options.offset,
+        answer_file=answer_file,
+    )
+    if answer_file and is_main():
         answer_file.finish(results[options.data, options.decoder])
+
+
+def open_answer_file(model: Llama, rows: list[dict], settings: Settings, options) -> AnswerFile:
+    """Raises UserError."""
+    settings_alone = replace(settings, batch_size=1, cache_gib=1.0)  # these change no sample
+    made_by = {"ckpt": options.ckpt, "data": options.data, "dtype": str(model.lm_head.weight.dtype)}
+    # other weights may have the same name
+    sums = [weight.detach().view(torch.uint8).sum().item() for weight in model.parameters()]
+    made_by |= {"weights": fingerprint(str(sums)), **asdict(settings_alone)}
+    problems = dict(enumerate(rows, options.offset))
+    return AnswerFile(options.out, options.resume, made_by, problems)
 
 
 if __name__ == "__main__":

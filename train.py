@@ -21,10 +21,10 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -35,24 +35,37 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data import KINDS, MASKS, Tokenizer, doubtful_rows, generate, load_record, load_validation
-from data import new_record, read_rows, read_split, whole_path, warn_of_changed_task
+from data import new_record, read_rows, read_split, warn_of_changed_task, whole_path
 from model import COUNT, DTYPES, OBJECT, OBJECTS, RESUME, Arguments, Interruptible, Llama
-from model import LlamaConfig, LlamaDecoderLayer, UserError, best_dtype, check_fields, cli
-from model import device_rank_world, in_worker, no_bar, note, number, read_config, read_json
-from model import replacing, settle
+from model import LlamaConfig, LlamaDecoderLayer, UserError, above, at_least, best_dtype
+from model import check_fields, cli, device_rank_world, in_worker, no_bar, note, read_config
+from model import read_json, replacing, settle
 from search import Settings, compare, evaluate
 
 # ---- 1. The loop ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train. The defaults are those of a small model from scratch."""
+
+    batch_size: int = 64  # rows of a part (see Batches) on each device
+    lr: float = 3e-3  # the peak of the learning rate
+    warmup: int = 100  # steps until lr is reached
+    weight_decay: float = 0.1  # not on the norms
+    optimizer: str = "muon"  # or "adamw"
+    mask: str = "choice"  # the loss mask: see `no_loss_spans` in data.py
+
+
+# The paper's, for 32 rows a step: use two devices, or two parts (--grad_accum 2), of 16 rows.
+PAPER_TRAINING = Training(16, 1e-5, 1, 0.01, "adamw", "action")
 
 
 def fit(
     model: Llama,
     batches: "Batches",
     steps: int,
-    lr: float,
-    warmup: int,
-    weight_decay: float = 0.1,
-    muon: bool = True,
+    training: Training,
     dtype: torch.dtype = torch.float32,
     compiled: bool = False,
     state: dict | None = None,
@@ -70,7 +83,7 @@ def fit(
     model.model.compiled_layer = torch.compile(LlamaDecoderLayer.forward) if compiled else None
     # In fp16 GradScaler may skip a step (see Stepper). It leaves the skipping to an optimizer that
     # is fused, but Muon's part of the step cannot skip.
-    optimizer = make_optimizer(model, muon, lr, weight_decay, fused=dtype != torch.float16)
+    optimizer = make_optimizer(model, training, fused=dtype != torch.float16)
     first_step = state["step"] if state else 0
     stepper = Stepper(model, optimizer, dtype)
     if state:
@@ -82,7 +95,7 @@ def fit(
     smooth_loss = state.get("loss") if state else None  # a moving average
     interruptible = Interruptible(progress)
     for step in interruptible:
-        lr_now = learning_rate(step, steps, lr, warmup)
+        lr_now = learning_rate(step, steps, training.lr, training.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr_now
         loss = stepper.take_step([part.to(device, non_blocking=True) for part in next(stream)])
@@ -266,7 +279,9 @@ def stream_batches(batches: Batches, first_step: int, steps: int, device: torch.
     """Yields the parts of one step after another, from first_step on. If there is a GPU, worker
     processes make them, on all cores but one."""
     on_gpu = device.type == "cuda"
-    cores_per_rank = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    # those that this process may use, where the system tells
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores_per_rank = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     loader = DataLoader(
         batches,
         batch_size=None,
@@ -284,7 +299,7 @@ def stream_batches(batches: Batches, first_step: int, steps: int, device: torch.
 # ---- 3. The optimizer ----------------------------------------------------------------------------
 
 
-def make_optimizer(model: Llama, muon: bool, lr: float, weight_decay: float, fused: bool):
+def make_optimizer(model: Llama, training: Training, fused: bool):
     """AdamW, or Muon for the layers' matrices and AdamW for the rest. With several ranks each keeps
     the optimizer's state for its own share of the parameters, updates these, and sends them to the
     others (the first stage of ZeRO)."""
@@ -296,16 +311,17 @@ def make_optimizer(model: Llama, muon: bool, lr: float, weight_decay: float, fus
             matrices.append(parameter)
         else:
             embeddings.append(parameter)  # and the head
+    decay = training.weight_decay
     param_groups = [
-        {"params": matrices, "weight_decay": weight_decay, "orthogonal": True, "momentum": 0.95},
-        {"params": embeddings, "weight_decay": weight_decay, "orthogonal": False},
+        {"params": matrices, "weight_decay": decay, "orthogonal": True, "momentum": 0.95},
+        {"params": embeddings, "weight_decay": decay, "orthogonal": False},
         {"params": gain_vectors, "weight_decay": 0.0, "orthogonal": False},
     ]
-    optimizer_class = Muon if muon else torch.optim.AdamW
-    hyperparameters = {"lr": lr, "betas": (0.9, 0.95 if muon else 0.999), "fused": fused}
+    kind, beta2 = {"muon": (Muon, 0.95), "adamw": (torch.optim.AdamW, 0.999)}[training.optimizer]
+    hyperparameters = {"lr": training.lr, "betas": (0.9, beta2), "fused": fused}
     if dist.is_initialized():
-        return ZeroRedundancyOptimizer(param_groups, optimizer_class, **hyperparameters)
-    return optimizer_class(param_groups, **hyperparameters)
+        return ZeroRedundancyOptimizer(param_groups, kind, **hyperparameters)
+    return kind(param_groups, **hyperparameters)
 
 
 def optimizer_state(optimizer) -> dict:
@@ -375,34 +391,6 @@ def orthogonal(matrix_stack: torch.Tensor) -> torch.Tensor:
         gram = matrix_stack @ matrix_stack.mT
         matrix_stack = 3.4445 * matrix_stack + (2.0315 * gram @ gram - 4.775 * gram) @ matrix_stack
     return matrix_stack
-
-
-# ---- 4. The settings -----------------------------------------------------------------------------
-
-# Defaults for a small model from scratch (on three numbers, see --sizes) ...
-SCRATCH = {
-    "hidden_size": 96,
-    "layers": 4,
-    "steps": 6000,
-    "batch_size": 64,
-    "lr": 3e-3,
-    "optimizer": "muon",
-    "warmup": 100,
-    "weight_decay": 0.1,
-    "mask": "choice",
-}
-# ... and with --ckpt the paper's. For its 32 rows a step (46,875 steps) use two devices, or two
-# parts (--grad_accum 2), of 16 rows.
-PAPER_TRAINING = {
-    "epochs": 3,
-    "num_train": 500_000,
-    "batch_size": 16,
-    "lr": 1e-5,
-    "optimizer": "adamw",
-    "warmup": 1,
-    "weight_decay": 0.01,
-    "mask": "action",
-}
 
 
 # ==== Plumbing: a first reading may stop here =====================================================
@@ -476,6 +464,7 @@ class Reporter:
     validation: dict[str, list[dict]]  # the problems of each split
     log: list[dict]  # the lines reported so far (if the run is resumed)
     last_step: int
+    wandb: ModuleType | None = None  # where lines are logged, too
     last_time: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self):
@@ -503,10 +492,8 @@ class Reporter:
             self.log.append(log_line)
             save(self.options.out, self.model, self.tokenizer, self.record, self.log, state)
             tqdm.write(json.dumps(log_line))
-            if self.options.wandb:
-                import wandb
-
-                wandb.log(log_line, step=state["step"])
+            if self.wandb:
+                self.wandb.log(log_line, step=state["step"])
             if not evaluates:
                 tqdm.write(f"saved after step {state['step']}: --resume continues", file=sys.stderr)
         self.last_step = state["step"]
@@ -530,42 +517,48 @@ class Reporter:
 # ---- The command ---------------------------------------------------------------------------------
 
 
+# The defaults of the flags: a small model from scratch, on three numbers (see --sizes) ...
+SCRATCH_FLAGS = {**asdict(Training()), "hidden_size": 96, "layers": 4, "steps": 6000}
+# ... and with --ckpt the paper's
+CKPT_FLAGS = {**asdict(PAPER_TRAINING), "epochs": 3, "num_train": 500_000}
+
+
 def arguments() -> tuple[argparse.Namespace, dict | None]:
     """The command line, and with --resume the state of the run: its saved settings are then the
     defaults. Raises UserError."""
     options = Arguments("Train on D_op and D_back: a small model from scratch, or a checkpoint.")
     add = options.add_argument_group("the model: a checkpoint, or one from scratch").add_argument
     add("--ckpt", metavar="C", help="a folder or Hub id to start from")
-    add("--hidden_size", metavar="N", type=number(int, 32), help="if from scratch; 32 a head")
-    add("--layers", metavar="N", type=number(int, 1), help="if from scratch")
+    add("--hidden_size", metavar="N", type=at_least(32), help="if from scratch; 32 a head")
+    add("--layers", metavar="N", type=at_least(1), help="if from scratch")
     add = options.add_argument_group("the rows (paper, section 4.1)").add_argument
     add("--data", type=whole_path, help="a file, a folder or a dataset on the Hub")
-    add("--num_train", metavar="N", type=number(int, 1), help="rows drawn at random; else all")
+    add("--num_train", metavar="N", type=at_least(1), help="rows drawn at random; else all")
     add("--sizes", type=int, choices=range(2, 6), nargs="+", default=[3], help="how many numbers")
     add("--mistakes", choices=KINDS, nargs="*", default=KINDS, metavar="KIND", help="in D_back")
     add(
         "--any_target",
         metavar="P",
-        type=number(float, 0),
+        type=at_least(0.0),
         default=0.0,
         help="share of problems with targets 1 to 299",
     )
     add("--mask", choices=MASKS, help="which part of mistakes and detours carries no loss")
     add = options.add_argument_group("the loop").add_argument
-    add("--steps", metavar="N", type=number(int, 1), help="optimizer steps")
-    add("--epochs", metavar="N", type=number(int, 1), help="passes over the rows (or: --steps)")
-    add("--batch_size", metavar="N", type=number(int, 1), help="rows of a part on each device")
-    add("--grad_accum", metavar="N", type=number(int, 1), default=1, help="parts of a step")
-    add("--lr", metavar="X", type=number(float, 0, strict=True), help="the peak learning rate")
-    add("--warmup", metavar="N", type=number(int, 1), help="steps until --lr is reached")
+    add("--steps", metavar="N", type=at_least(1), help="optimizer steps")
+    add("--epochs", metavar="N", type=at_least(1), help="passes over the rows (or: --steps)")
+    add("--batch_size", metavar="N", type=at_least(1), help="rows of a part on each device")
+    add("--grad_accum", metavar="N", type=at_least(1), default=1, help="parts of a step")
+    add("--lr", metavar="X", type=above(0.0), help="the peak learning rate")
+    add("--warmup", metavar="N", type=at_least(1), help="steps until --lr is reached")
     add("--optimizer", choices=("muon", "adamw"), help="muon: for matrices")
-    add("--weight_decay", metavar="X", type=number(float, 0), help="not on the norms")
-    add("--seed", metavar="N", type=number(int, 0), default=0, help="seed of rows and weights")
+    add("--weight_decay", metavar="X", type=at_least(0.0), help="not on the norms")
+    add("--seed", metavar="N", type=at_least(0), default=0, help="seed of rows and weights")
     add = options.add_argument_group("what is written").add_argument
     add("--out", metavar="DIR", type=Path, default="checkpoint", help="the folder to save to")
     add("--resume", action="store_true", help="continue the run in --out, with its settings")
-    add("--eval_every", metavar="N", type=number(int, 1), default=1200, help="steps; saves, too")
-    add("--num_eval", metavar="N", type=number(int, 1), default=200, help="problems a split")
+    add("--eval_every", metavar="N", type=at_least(1), default=1200, help="steps; saves, too")
+    add("--num_eval", metavar="N", type=at_least(1), default=200, help="problems a split")
     add("--wandb", action="store_true", help="log to Weights & Biases, too")
     add = options.add_argument_group("the machine").add_argument
     switch = argparse.BooleanOptionalAction  # a resumed run can switch it off: --no-compile
@@ -573,8 +566,8 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     add("--compile", action=switch, help="faster, after half a minute")
     add("--dtype", choices=DTYPES, help="of autocast; default: the device's best")
     given = typed_flags()
-    from_checkpoint = "--ckpt" in given
-    defaults = dict(PAPER_TRAINING if from_checkpoint else SCRATCH)
+    from_checkpoint = "--ckpt" in given and "--resume" not in given
+    defaults = dict(CKPT_FLAGS if from_checkpoint else SCRATCH_FLAGS)
     if given & {"--steps", "--epochs"}:  # one of them determines the length
         defaults |= {"steps": None, "epochs": None}
     options.set_defaults(**defaults)
@@ -696,19 +689,21 @@ def number_of_steps(options, rows, rows_per_step: int) -> int:
     return -(-options.epochs * count // rows_per_step)  # rounded up
 
 
-def start_wandb(options, mode: str | None) -> None:
-    if options.wandb:
-        if not find_spec("wandb"):
-            raise UserError("--wandb needs a package that is not installed: pip install wandb")
+def start_wandb(options):
+    """The wandb package, with a run begun. Raises UserError if it is not installed."""
+    try:
         import wandb
-
-        wandb.init(project="self-backtracking", config=vars(options), mode=mode)
+    except ImportError:
+        line = "--wandb needs a package that is not installed: pip install wandb"
+        raise UserError(line) from None
+    wandb.init(project="self-backtracking", config=vars(options))
+    return wandb
 
 
 def main() -> None:
     options, state = arguments()
     device, rank, world = device_rank_world()
-    start_wandb(options, "disabled" if rank else None)
+    wandb = start_wandb(options) if options.wandb and rank == 0 else None
     torch.manual_seed(options.seed)
     origin = options.out if state else options.ckpt
     tokenizer = Tokenizer.from_pretrained(origin, True) if origin else Tokenizer.digits()
@@ -734,29 +729,29 @@ def main() -> None:
     settings["hidden_size"] = model.config.hidden_size
     settings["layers"] = model.config.num_hidden_layers
     record = {**record, "settings": settings}  # --resume and improve.py use these
-    with replacing(options.out):
-        pass  # raises now if it cannot be written to
+    if rank == 0:
+        with replacing(options.out):
+            pass  # raises now if it cannot be written to
     source = {"source": options.data} if options.data else record
     validation = load_validation(source, options.num_eval)
     first_step = state["step"] if state else 0
     log = state["log"] if state else []
-    reporter = Reporter(options, model, tokenizer, batches, record, validation, log, first_step)
+    reporter = Reporter(
+        options, model, tokenizer, batches, record, validation, log, first_step, wandb
+    )
+    training = Training(**{name: getattr(options, name) for name in asdict(Training())})
     fit(
         model,
         batches,
         options.steps,
-        options.lr,
-        options.warmup,
-        options.weight_decay,
-        muon=options.optimizer == "muon",
+        training,
         dtype=dtype,
         compiled=options.compile,
         state=state,
         report_every=options.eval_every,
         report=reporter,
     )
-    if validation:
-        compare(model, tokenizer, validation, ["greedy", "self_backtrack"], Settings())
+    compare(model, tokenizer, validation, ["greedy", "self_backtrack"], Settings())
 
 
 if __name__ == "__main__":

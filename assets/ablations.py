@@ -20,7 +20,7 @@ from measure import JUDGEMENT, judge_actions, measure_decoder
 ROOT = Path(__file__).parent.parent
 
 from data import KINDS, Tokenizer, load_record, load_rows  # noqa: E402  measure made it findable
-from model import Arguments, Llama, best_dtype, cli, device_rank_world, number  # noqa: E402
+from model import Arguments, Llama, UserError, best_dtype, at_least, cli, device_rank_world  # noqa: E402
 
 
 def without(kind: str) -> list[str]:
@@ -43,7 +43,7 @@ DECODERS = [
 
 
 def train(folder: Path, flags: list[str], seed: int, args) -> None:
-    """Raises CalledProcessError."""
+    """Raises UserError."""
     command = [sys.executable, str(ROOT / "train.py"), "--out", str(folder), "--seed", str(seed)]
     if (folder / "resume.pt").exists():
         command += ["--resume"]
@@ -52,7 +52,8 @@ def train(folder: Path, flags: list[str], seed: int, args) -> None:
         command += ["--hidden_size", str(args.hidden_size), "--layers", str(args.layers)]
         command += ["--batch_size", str(BATCH_SIZE), "--compile"]
     steps = ["--steps", str(args.steps), "--eval_every", str(max(args.steps // 4, 1))]
-    subprocess.run([*command, *steps], check=True)
+    if subprocess.run([*command, *steps]).returncode:
+        raise UserError("train.py failed, see above")
 
 
 def measure(folder: Path, num: int) -> list[dict]:
@@ -94,11 +95,11 @@ def both(run: dict, flags: dict, key: str) -> str:
 
 def main() -> None:
     args = Arguments("Train and measure small models, each without one part of the training.")
-    args.add_argument("--steps", type=number(int, 1), default=6000, help="of a model")
-    args.add_argument("--hidden_size", type=number(int, 32), default=128)
-    args.add_argument("--layers", type=number(int, 1), default=6)
-    args.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0, 1])
-    args.add_argument("--num", type=number(int, 1), default=500, help="problems a split")
+    args.add_argument("--steps", type=at_least(1), default=6000, help="of a model")
+    args.add_argument("--hidden_size", type=at_least(32), default=128)
+    args.add_argument("--layers", type=at_least(1), default=6)
+    args.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1])
+    args.add_argument("--num", type=at_least(1), default=500, help="problems a split")
     args.add_argument("--out", type=Path, default=Path("ablations"), help="the models' folder")
     args = args.parse_args()
     runs = []

@@ -31,7 +31,6 @@ sys.path.insert(0, str(ROOT))
 from data import (  # noqa: E402
     ACTION,
     BACKTRACK,
-    GOAL,
     SPLITS,
     Position,
     SolvedProblem,
@@ -48,9 +47,9 @@ from model import (  # noqa: E402
     Arguments,
     Llama,
     UserError,
+    at_least,
     best_dtype,
     cli,
-    number,
     replacing,
     device_rank_world,
 )
@@ -61,6 +60,7 @@ from search import (  # noqa: E402
     backtrack_chances,
     gather,
     judge,
+    node_of,
     search_all,
     steps_back,
     wilson_interval,
@@ -125,7 +125,7 @@ def measure_decoder(model: Llama, tokenizer: Tokenizer, problems: list[dict], fl
     rows = []
     mistakes = Counter()
     for i, responses in search_all(model, tokenizer, problems, range(len(problems)), settings):
-        row = judge(tokenizer, problems[i], responses, settings)
+        row = judge(tokenizer, problems[i], responses)
         row["stepped_back"] = all(steps_back(response, tokenizer) for response in responses)
         rows.append(row)
         if flags == LOOKED_INTO:
@@ -159,8 +159,7 @@ def can_reach(left: tuple[int, ...], target: int) -> bool:
 def first_mistake(problem: dict, response: str) -> tuple[str, int, bool]:
     """The kind of the first wrong action of a response ("none" if all are right), the number of
     that action (or of the last one) from 1, and whether `<backtrack>` follows it at once."""
-    text = response.removesuffix(BACKTRACK).removesuffix(GOAL).removesuffix("\n")
-    actions = text.split("\n")
+    actions = node_of(response) or ("",)
     gives_up = response.endswith(BACKTRACK)
     left = Counter(problem["nums"])
     for step, action in enumerate(actions, 1):
@@ -298,9 +297,9 @@ def arguments():
     """The command line. Raises UserError."""
     args = Arguments("Measure every decoder, and the judgement of <backtrack>, on a checkpoint.")
     args.add_argument("--ckpt", default=str(SHIPPED), help="a folder or Hub id")
-    args.add_argument("--num", type=number(int, 1), default=5000, help="problems a split")
+    args.add_argument("--num", type=at_least(1), default=5000, help="problems a split")
     judged = "problems a split whose actions are judged"
-    args.add_argument("--num_judged", type=number(int, 1), default=300, help=judged)
+    args.add_argument("--num_judged", type=at_least(1), default=300, help=judged)
     lines = "only those with all words of one of these, as in: judgement 'best_of_n n=32' paper"
     args.add_argument("--lines", nargs="+", help=lines)
     out = "the file to write; without --lines: assets/results.jsonl"

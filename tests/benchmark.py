@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import Tokenizer, load_record, load_rows, new_record  # noqa: E402
 from model import DTYPES, Llama, LlamaConfig, best_dtype, device_rank_world  # noqa: E402
 from search import PAPER_SEARCH, SHIPPED, Settings, search_all  # noqa: E402
-from train import Batches, fit  # noqa: E402
+from train import PAPER_TRAINING, Batches, fit  # noqa: E402
 
 # ---- Measuring -----------------------------------------------------------------------------------
 
@@ -320,7 +320,7 @@ def training_part(
     def ours(size: int, compiled: bool = False) -> Callable:
         batches = Batches(rows, tokenizer, size)
         steps = len(rows) // size
-        return lambda: fit(model, batches, steps, 1e-5, 1, 0.01, False, dtype, compiled)
+        return lambda: fit(model, batches, steps, PAPER_TRAINING, dtype, compiled)
 
     works = {f"fit, batch {size}": ours(size) for size in (16, 64, 256)}
     works["fit, batch 256, compiled"] = ours(256, compiled=True)  # compiled in the warm-up

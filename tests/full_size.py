@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from data import Tokenizer, load_rows, new_record  # noqa: E402
 from model import CachedRows, KVCache, Llama, Slot, read_config  # noqa: E402
-from train import Batches, fit, save  # noqa: E402
+from train import PAPER_TRAINING, Batches, fit, save  # noqa: E402
 
 SHAPES = {
     "1B": {
@@ -203,9 +203,7 @@ def grow(theirs: transformers.LlamaForCausalLM, vocab_size: int) -> None:
 def training_loss(model: Llama, batches: Batches) -> float:
     """The loss that `fit` reports of one step; the model has taken it."""
     losses = []
-    fit(
-        model, batches, 1, 1e-5, 1, 0.01, muon=False, report=lambda loss, *rest: losses.append(loss)
-    )
+    fit(model, batches, 1, PAPER_TRAINING, report=lambda loss, *rest: losses.append(loss))
     return losses[0]
 
 

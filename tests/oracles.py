@@ -176,8 +176,22 @@ def expand(model, tokenizer, prompt: list[int], state, place: int, key: int, set
         path = search.Response(group[0].tokens, group[0].logps, count=len(group))
         path.inherited = len(state.tokens)
         path.round = state.round
+        path.score = score_of(path, tokenizer, settings)
         paths.append(path)
     return paths
+
+
+def score_of(path: search.Response, tokenizer, settings: search.Settings) -> float | None:
+    """Of a response that reached the goal: the mean of its log-probabilities (section 4.2) and, if
+    asked for, the sum of its last line's on top."""
+    words = [tokenizer.backend.id_to_token(token) for token in path.tokens]
+    last_line = words[::-1]
+    if "\n" in last_line:
+        last_line = last_line[: last_line.index("\n")]
+    if last_line != [tokenizer.backend.id_to_token(tokenizer.eos), search.GOAL]:
+        return None
+    score = np.mean(path.logps)
+    return score + sum(path.logps[-2:]) if settings.last_line else score
 
 
 def self_backtrack(model, tokenizer, problem: dict, key: int, limit: int, settings) -> list:
@@ -186,7 +200,7 @@ def self_backtrack(model, tokenizer, problem: dict, key: int, limit: int, settin
     [prompt] = tokenizer.prompts([problem])
     b, n = settings.b, settings.n
     algorithm = search.self_backtrack(
-        tokenizer, b, n, limit, settings.prompt_again, settings.last_line, settings.stop_above
+        tokenizer, b, n, limit, settings.prompt_again, settings.stop_above
     )
     all_responses = []
     frontier = next(algorithm)

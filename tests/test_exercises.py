@@ -69,7 +69,7 @@ ROLL_BACK = """
         if kept and kept[-1] in tokenizer.line_ends:
             break
     count = len(kept)
-    return State(tuple(kept), response.logps[:count], tuple(slots))
+    return State(tuple(kept), response.logps[:count], slots=tuple(slots))
 """
 SPREAD = """
     most = max(response.count for response in responses)

@@ -36,7 +36,7 @@ from data import (
 )
 from model import Llama, LlamaConfig, UserError, read_config
 from search import Settings
-from train import Batches, fit
+from train import Batches, Training, fit
 
 TOK = Tokenizer.digits()
 ROW = {"nums": [3, 5, 8, 6], "target": 48, "search_path": "8*6=48\n5-3=2\n48/2=24\n<backtrack>"}
@@ -223,6 +223,14 @@ def test_json_that_is_no_object_is_refused_on_reading(checkpoint, name, text):
 def test_a_character_that_the_tokenizer_does_not_know_is_named():
     with pytest.raises(UserError, match="does not know 'G' in .*Goal reached!"):
         TOK.encode_rows([{**ROW, "search_path": "8*6=48\nGoal reached!"}])
+
+
+@pytest.mark.parametrize("decoder", search.DECODERS)
+def test_logits_that_are_no_numbers_end_a_search_in_one_line(decoder):
+    llama = tiny()
+    llama.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(UserError, match="not finite"):
+        list(search.search_all(llama, TOK, [ROW], [0], search.Settings(decoder=decoder, n=4)))
 
 
 @pytest.mark.parametrize("decoder", search.DECODERS)
@@ -462,8 +470,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(monkeypatch)
             llama,
             Batches(rows, TOK, 4),
             40,
-            1e9,
-            warmup=1,
+            Training(lr=1e9, warmup=1),
             report_every=7,
             report=lambda *given: reports.append(given),
         )
@@ -488,10 +495,10 @@ def test_validation_rows_are_read_before_the_first_step():
 
 
 DEFAULT_GROUP = """
-import inspect, sys
+import inspect
 import model
 import torch.distributed as dist
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+model.device_rank_world()
 import torch._dynamo  # as DistributedDataParallel does
 from torch.distributed.nn import functional
 print(inspect.signature(functional.broadcast).parameters["group"].default)
@@ -501,13 +508,16 @@ dist.destroy_process_group()
 
 def test_nothing_holds_the_group_of_processes_to_the_end(tmp_path):
     """Its threads would live into the interpreter's end, and may abort it."""
+    script = tmp_path / "script.py"
+    script.write_text(DEFAULT_GROUP)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [sys.executable, "-c", DEFAULT_GROUP, str(tmp_path / "group")],
-        env={**os.environ, "PYTHONPATH": str(Path(model.__file__).parent)},
+        [*torchrun, script],
+        env={**os.environ, "PYTHONPATH": str(Path(model.__file__).parent), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
-    assert done.stdout == "None\n", done.stderr
+    assert done.stdout == "None\nNone\n", done.stderr
 
 
 # ---- Writing -------------------------------------------------------------------------------------
@@ -584,6 +594,26 @@ def test_an_older_tokenizers_files_do_not_stay_beside_a_new_one(checkpoint):
     (checkpoint / "generation_config.json").write_text("{}")
     TOK.save_pretrained(checkpoint)
     assert not (checkpoint / "generation_config.json").exists()
+
+
+def test_a_new_model_does_not_keep_the_files_of_an_older_models_tokenizer(checkpoint):
+    (checkpoint / "chat_template.jinja").write_text("{}")
+    train.save(checkpoint, tiny(), TOK, new_record(1, [3]), [])
+    assert not (checkpoint / "chat_template.jinja").exists()
+
+
+def test_a_complete_save_does_not_replace_a_later_one(tmp_path):
+    """Not even if the number of the killed process is meanwhile another's."""
+    complete = tmp_path / f".saved-{os.getppid()}-abcdefgh"
+    complete.mkdir()
+    (complete / "tokenizer.json").write_text("old")
+    (complete / "other.json").write_text("old")
+    model.settle(tmp_path)  # its process may still be at it
+    assert complete.exists()
+    TOK.save_pretrained(tmp_path)
+    assert not complete.exists()
+    assert (tmp_path / "other.json").exists()
+    assert Tokenizer.from_pretrained(tmp_path).vocab_size == TOK.vocab_size
 
 
 def test_a_folder_in_the_place_of_a_file_is_named_and_blocks_no_other_file(tmp_path):

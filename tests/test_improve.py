@@ -8,7 +8,7 @@ import torch
 import improve
 from data import BACKTRACK, GOAL, Tokenizer
 from model import Llama, LlamaConfig, UserError
-from search import Response, Settings, judge
+from search import Response, Settings, judge, rate_candidates
 
 TOKENIZER = Tokenizer.digits()
 RIGHT = f"45-39=6\n10*6=60\n2+60=62\n{GOAL}"
@@ -27,7 +27,8 @@ def answer_to(row: dict, *texts: str) -> dict:
         tokens = (*TOKENIZER.backend.encode(text).ids, TOKENIZER.eos)
         logps = (-0.1 * (rank + 1),) * len(tokens)
         responses.append(Response(tokens=tokens, logps=logps))
-    return judge(TOKENIZER, row, responses, Settings())
+    rate_candidates(responses, TOKENIZER, last_line=True)
+    return judge(TOKENIZER, row, responses)
 
 
 def learned_tokens(row: dict) -> list[int]:
@@ -105,7 +106,7 @@ def one_round(monkeypatch, rows: list[dict], answers: list[dict]) -> list[str]:
     monkeypatch.setattr(
         improve, "fine_tune", lambda model, tokenizer, kept, *rest: learned.extend(kept)
     )
-    improve.improve(torch.nn.Module(), TOKENIZER, rows, Settings(), improve.Tuning(), 1)
+    improve.improve(torch.nn.Module(), TOKENIZER, rows, Settings())
     return [row["search_path"] for row in learned]
 
 
@@ -147,7 +148,7 @@ def test_a_round_searches_the_problems_by_the_settings(monkeypatch):
     monkeypatch.setattr(improve, "evaluate", evaluate)
     monkeypatch.setattr(improve, "fine_tune", lambda *given: None)
     monkeypatch.setattr(improve, "copy_to_search", lambda model: f"a copy of {model}")
-    improve.improve("the model", TOKENIZER, rows, settings, improve.Tuning(), 1)
+    improve.improve("the model", TOKENIZER, rows, settings)
     assert seen == [("a copy of the model", TOKENIZER, rows, settings)]
 
 
@@ -190,14 +191,15 @@ def test_a_round_that_solves_nothing_says_so_and_learns_nothing(monkeypatch):
 @pytest.mark.parametrize(
     "trained_with,lr,expected",
     [
-        ({"optimizer": "muon", "mask": "choice"}, None, (2e-4, True, "choice")),
-        ({"optimizer": "muon", "mask": "none"}, 1e-3, (1e-3, True, "none")),
-        ({"optimizer": "adamw", "mask": "action"}, None, (1e-5, False, "action")),
-        (None, None, (1e-5, False, "action")),
+        ({"optimizer": "muon", "mask": "choice"}, None, (2e-4, "muon", "choice")),
+        ({"optimizer": "muon", "mask": "none"}, 1e-3, (1e-3, "muon", "none")),
+        ({"optimizer": "adamw", "mask": "action"}, None, (1e-5, "adamw", "action")),
+        (None, None, (1e-5, "adamw", "action")),
     ],
 )
 def test_a_round_trains_as_the_checkpoint_was_trained(trained_with, lr, expected):
     """Or else as the paper does."""
     record = {"settings": trained_with} if trained_with else {}
-    options = Namespace(epochs=5, batch_size=7, lr=lr)
-    assert improve.tuning_settings(options, record) == improve.Tuning(5, 7, *expected)
+    found = improve.training_settings(Namespace(batch_size=7, lr=lr), record)
+    assert (found.lr, found.optimizer, found.mask) == expected
+    assert (found.batch_size, found.warmup, found.weight_decay) == (7, 10, 0.0)

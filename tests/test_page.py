@@ -50,9 +50,10 @@ def test_a_round_of_the_page_is_the_tree_of_the_samples_so_far(searched, page):
     assert len(page["rounds"]) == 2
     for last_round, shown in enumerate(page["rounds"]):
         so_far = [response for response in responses if response.round <= last_round]
-        tree = search.Tree(tokenizer, PROBLEM, so_far, SETTINGS)
+        tree = search.Tree(tokenizer, PROBLEM, so_far)
         counts = {tuple(node): count for node, (count, _) in zip(page["nodes"], shown) if count}
         assert counts == {node: count for node, count in tree.chosen.items() if count}
+        assert page["answers"][last_round] == (list(tree.answer) if tree.answer else None)
         ended = sum(count for _, told in shown for _, colour, count in told if colour != "branched")
         assert ended == sum(response.count for response in so_far)
 
@@ -160,8 +161,6 @@ def test_the_answers_way_is_marked(searched, page_file, tmp_path):
     _, tokenizer, responses = searched
     rows = rows_of(dom(page_file, key("ArrowRight"), tmp_path))
     marked = [row for row in rows if 'class="node way"' in row]
-    answer = search.select(responses, tokenizer, SETTINGS.last_line)
-    tree = search.Tree(tokenizer, PROBLEM, responses, SETTINGS)
-    actions = tree.node_of(tokenizer.decode(answer.tokens))
+    actions = search.node_of(tokenizer.decode(search.select(responses).tokens))
     assert len(marked) == len(actions) + 1
     assert all(action in row for action, row in zip(["the prompt", *actions], marked))

@@ -171,14 +171,14 @@ def test_the_prompt_may_be_sampled_once_more():
 
 
 def test_a_search_keeps_all_samples_without_slots_and_states_with_theirs():
-    one = search.Search(0, [], 0, search.self_backtrack(TOK, 1, 5, 2, False))
+    one = search.Search(0, [], 0, TOK, Settings(b=1, n=5, limit=2))
     one.advance()
     response = sampled("1+1=2\n2+2=4\n<backtrack>")
     response.slots = tuple(range(100, 100 + 4 + 12))  # of a prompt of 4 tokens and of 12 of its own
-    one.expansions[0].ended = [response]
+    one.frontier[0].ended = [response]
     one.advance()
-    [expansion] = one.expansions
-    assert expansion.state.slots == tuple(range(100, 100 + 4 + 6))
+    [state] = one.frontier
+    assert state.slots == tuple(range(100, 100 + 4 + 6))
     assert one.all_responses == [response]
     assert response.slots == ()
 
@@ -215,9 +215,11 @@ def test_rolling_back_keeps_the_slots_of_the_prompt_and_the_state(text, state):
 # ---- Candidates, their scores, the answer --------------------------------------------------------
 
 
-def finished(text: str, logp: float = -1.0, **fields) -> Response:
+def finished(text: str, logp: float = -1.0, last_line: bool = True, **fields) -> Response:
     tokens = (*ids(text), TOK.eos)
-    return Response(tokens, (logp,) * len(tokens), **fields)
+    response = Response(tokens, (logp,) * len(tokens), **fields)
+    search.rate_candidates([response], TOK, last_line)
+    return response
 
 
 @pytest.mark.parametrize(
@@ -231,9 +233,9 @@ def finished(text: str, logp: float = -1.0, **fields) -> Response:
     ],
 )
 def test_a_search_ends_once_it_is_sure(logp, last_line, stop_above, stops):
-    algorithm = backtracking(last_line=last_line, stop_above=stop_above)
+    algorithm = backtracking(stop_above=stop_above)
     doubtful = sampled("1+1=2\n2+2=4\n<backtrack>")
-    candidate = finished("3+5=8\nGoal Reached!", logp)
+    candidate = finished("3+5=8\nGoal Reached!", logp, last_line)
     assert ends(algorithm, [doubtful, candidate]) is stops
 
 
@@ -292,16 +294,16 @@ def test_the_answer_is_the_candidate_with_the_best_score():
     worse = finished("1\nGoal Reached!", -0.5)
     best = finished("2\nGoal Reached!", -0.1)
     stopped = finished("3\n", -0.01)
-    assert search.select([worse, best, stopped], TOK, True) is best
-    assert search.select([worse, best, stopped], TOK, False) is best
-    assert search.select([stopped], TOK, True) is None
+    assert search.select([worse, best, stopped]) is best
+    assert search.select([stopped]) is None
 
 
 def test_the_last_line_may_decide():
     even = Response((*ids("1\nGoal Reached!"), TOK.eos), (-0.5, -0.5, -0.5, -0.5))
     sure_of_its_end = Response((*ids("2\nGoal Reached!"), TOK.eos), (-2.0, -2.0, 0.0, 0.0))
-    assert search.select([even, sure_of_its_end], TOK, False) is even
-    assert search.select([even, sure_of_its_end], TOK, True) is sure_of_its_end
+    for last_line, answer in ((False, even), (True, sure_of_its_end)):
+        search.rate_candidates([even, sure_of_its_end], TOK, last_line)
+        assert search.select([even, sure_of_its_end]) is answer
 
 
 SUM = {"nums": [3, 5], "target": 8}
@@ -310,7 +312,7 @@ WRONG = "5+3=9\nGoal Reached!"
 
 
 def test_a_wrong_answer_is_judged_with_its_reason():
-    row = search.judge(TOK, SUM, [finished(WRONG)], Settings())
+    row = search.judge(TOK, SUM, [finished(WRONG)])
     assert (row["nums"], row["target"], row["response"]) == ([3, 5], 8, WRONG)
     assert (row["correct"], row["verified"], row["solutions"]) == (False, False, [])
     assert "false, it is 8" in row["reason"]
@@ -319,7 +321,7 @@ def test_a_wrong_answer_is_judged_with_its_reason():
 
 
 def test_a_right_candidate_that_was_not_selected_is_verified():
-    row = search.judge(TOK, SUM, [finished(RIGHT, -1.0), finished(WRONG, -0.5)], Settings())
+    row = search.judge(TOK, SUM, [finished(RIGHT, -1.0), finished(WRONG, -0.5)])
     assert (row["response"], row["correct"]) == (WRONG, False)
     assert (row["verified"], row["solutions"]) == (True, [RIGHT])
 
@@ -327,30 +329,41 @@ def test_a_right_candidate_that_was_not_selected_is_verified():
 def test_solutions_are_different_and_the_best_comes_first():
     other = "5+3=8\nGoal Reached!"
     responses = [finished(RIGHT, -1.0), finished(other, -0.5), finished(RIGHT, -1.0, round=1)]
-    assert search.judge(TOK, SUM, responses, Settings())["solutions"] == [other, RIGHT]
+    assert search.judge(TOK, SUM, responses)["solutions"] == [other, RIGHT]
 
 
 def test_a_right_answer_is_correct():
-    row = search.judge(TOK, SUM, [finished(RIGHT, -0.5), finished(WRONG, -1.0)], Settings())
+    row = search.judge(TOK, SUM, [finished(RIGHT, -0.5), finished(WRONG, -1.0)])
     assert (row["response"], row["correct"], row["reason"]) == (RIGHT, True, "")
 
 
 def test_no_candidate_is_no_answer():
-    row = search.judge(TOK, SUM, [sampled("3+5=9\n<backtrack>")], Settings())
+    row = search.judge(TOK, SUM, [sampled("3+5=9\n<backtrack>")])
     assert (row["response"], row["correct"], row["score"]) == ("", False, None)
     assert row["reason"] == "no sample reached the goal"
     assert row["failed_action"] is None
 
 
 def test_the_judge_scores_by_the_papers_rule_where_asked():
-    row = search.judge(TOK, SUM, [finished(RIGHT)], Settings(**RULE))
+    row = search.judge(TOK, SUM, [finished(RIGHT, last_line=False)])
     assert row["score"] == pytest.approx(-1.0)
+
+
+@pytest.mark.parametrize("last_line", [True, False])
+def test_a_search_rates_its_responses_by_its_settings(last_line):
+    one = search.Search(0, [], 0, TOK, Settings(last_line=last_line))
+    one.advance()
+    response = finished(RIGHT)
+    response.score = None
+    one.frontier[0].ended = [response, sampled("3+5=8\nGoal Reached!")]
+    one.advance()
+    assert [found.score for found in one.all_responses] == [-3.0 if last_line else -1.0, None]
 
 
 def test_only_sampled_tokens_are_counted():
     """Those of every sample, without what it inherited."""
     responses = [finished(RIGHT, count=3), finished(RIGHT, inherited=6, count=2)]
-    assert search.judge(TOK, SUM, responses, Settings())["tokens"] == 3 * 8 + 2 * 2
+    assert search.judge(TOK, SUM, responses)["tokens"] == 3 * 8 + 2 * 2
 
 
 # ---- Sampling rules ------------------------------------------------------------------------------
@@ -540,6 +553,7 @@ def assert_same_samples(responses: list[Response], expected: list[Response]) -> 
     assert facts(responses) == facts(expected)
     for path, other in zip(responses, expected):
         assert path.logps == pytest.approx(other.logps, abs=1e-9)
+        assert path.score == (None if other.score is None else pytest.approx(other.score, abs=1e-9))
 
 
 @pytest.mark.parametrize("rule", [RULE, {}], ids=["independent", "evenly"])
@@ -754,11 +768,11 @@ def engines(monkeypatch) -> list:
             engines.append(self)
 
         def make_room(self):
-            expanded = len(self.expansions)
+            expanded = len(self.expanding)
             self.sizes.append(expanded)
             self.waiting.append(len(self.new_prompts))
             super().make_room()
-            self.given_up += expanded - len(self.expansions)
+            self.given_up += expanded - len(self.expanding)
 
     monkeypatch.setattr(search, "Engine", Watched)
     return engines
@@ -779,7 +793,7 @@ def test_in_a_small_cache_problems_get_the_same_samples(precise, settings, whole
     assert engine.cache.kv.nbytes <= small.cache_gib * 2**30
 
 
-def test_an_expansion_that_was_given_up_draws_the_same_samples_again(
+def test_a_state_that_was_given_up_draws_the_same_samples_again(
     precise, settings, whole, engines, monkeypatch
 ):
     """Let in far too many states: as if a state needed no more slots than one sample does."""
@@ -876,7 +890,7 @@ PRODUCT = {"nums": [1, 2, 4], "target": 12}
 
 
 def test_the_tree_counts_who_chose_an_action_and_not_who_inherited_it():
-    tree = search.Tree(TOK, PRODUCT, TREE, Settings())
+    tree = search.Tree(TOK, PRODUCT, TREE)
     assert tree.chosen == {
         ("1+2=3",): 3 + 2,
         ("1+2=3", "3*4=13"): 3,
@@ -896,7 +910,7 @@ def test_the_tree_is_drawn_with_the_most_chosen_first(monkeypatch):
     assert [line.split() for line in lines[2:]] == [
         "action samples".split(),
         "├─ 1+2=3 5 round 1 from here x9; <backtrack> at once x5".split(),
-        "│ ├─ 3*4=12 4 goal -0.750, right, chosen x4".split(),
+        "│ ├─ 3*4=12 4 goal -0.750, right, selected x4".split(),
         "│ ├─ 3*4=13 3 <backtrack> x3".split(),
         "│ └─ 3+4=7 2".split(),
         "│ └─ 2 2 no goal x2".split(),
@@ -912,6 +926,17 @@ def test_the_tree_is_drawn_with_the_way_to_the_answer_first():
     ]
     lines = search.draw_tree(TOK, PRODUCT, responses, Settings(b=0)).splitlines()
     assert [line.split()[1] for line in lines[3:]] == ["1+2=3", "└─", "1*2=2"]
+
+
+def test_an_answer_may_have_written_no_action_of_its_own():
+    actions = "1+2=3\n3*4=12\n"
+    begun = sampled(actions + "<backtrack>")
+    answer = finished(actions + search.GOAL, -0.25, inherited=len(ids(actions)), round=1)
+    tree = search.Tree(TOK, PRODUCT, [begun, answer])
+    assert tree.answer == ("1+2=3", "3*4=12")
+    words = [words for words, _ in tree.outcomes[tree.answer]]
+    assert "goal -0.750, right, selected at once" in words
+    assert search.Tree(TOK, {"nums": [5], "target": 5}, [finished(search.GOAL)]).answer == ()
 
 
 def test_the_tree_says_where_nobody_reached_the_goal():

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,10 +25,12 @@ import train
 from data import Tokenizer, generate, new_record
 from model import Llama, LlamaConfig, UserError, device_rank_world, in_worker, is_main
 from search import Settings, evaluate
-from train import Batches, fit
+from train import Batches, Training, fit
 
 TOKENIZER = Tokenizer.digits()
 RECORD = new_record(9, [3])
+SHORT = Training(lr=1e-2, warmup=5)
+OPTIMIZERS = ("muon", "adamw")
 ROOT = Path(__file__).parent.parent
 
 
@@ -175,8 +178,9 @@ class Tied:
         self.freed[int(os.getpid() != self.maker)] += 1
 
 
-def begin_and_collect() -> None:
+def begin_and_collect(parents_group: int) -> None:
     in_worker()
+    assert os.getpgrp() != parents_group  # whose signals are for the parent alone
     gc.collect()
 
 
@@ -185,7 +189,10 @@ def test_a_worker_frees_nothing_that_it_has_inherited():
     gc.disable()
     try:
         Tied(freed)
-        worker = multiprocessing.get_context("fork").Process(target=begin_and_collect)
+        own_group = (os.getpgrp(),)
+        worker = multiprocessing.get_context("fork").Process(
+            target=begin_and_collect, args=own_group
+        )
         worker.start()
         worker.join()
         assert worker.exitcode == 0
@@ -244,7 +251,7 @@ def test_steps_with_adamw_equal_pytorchs_own(tmp_path, monkeypatch, gradients, c
     theirs = in_transformers(model, tmp_path)
     before = copy.deepcopy(theirs.state_dict())
     batches = Batches(RECORD, TOKENIZER, 2, accum=4, seed=3)  # parts with different label counts
-    fit(model, batches, 3, 1e-3, warmup=1, muon=False, compiled=compiled)
+    fit(model, batches, 3, Training(lr=1e-3, warmup=1, optimizer="adamw"), compiled=compiled)
 
     matrices = [parameter for parameter in theirs.parameters() if parameter.ndim > 1]
     gains = [parameter for parameter in theirs.parameters() if parameter.ndim == 1]
@@ -283,7 +290,7 @@ def test_a_compiled_step_equals_one_that_is_not(gradients):
     """At a single shape, for a compiler takes half a minute for each."""
     for compiled in (False, True):
         batches = Batches(rows_of_one_length(16), TOKENIZER, 2)
-        fit(tiny(), batches, 1, 1e-3, warmup=1, compiled=compiled)
+        fit(tiny(), batches, 1, Training(lr=1e-3, warmup=1), compiled=compiled)
     for plain, compiled in zip(*gradients):
         assert (plain - compiled).norm() < 1e-5 * plain.norm()
 
@@ -295,8 +302,8 @@ def changes(model: Llama) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("muon", [True, False])
-def test_half_precision_trains_almost_as_full_precision_does(dtype, muon):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_half_precision_trains_almost_as_full_precision_does(dtype, optimizer):
     """Ten steps, against the same in fp32: the weights move in nearly the same direction."""
     moved = {}
     for precision in (torch.float32, dtype):
@@ -305,9 +312,7 @@ def test_half_precision_trains_almost_as_full_precision_does(dtype, muon):
             model,
             Batches(RECORD, TOKENIZER, 8, seed=3),
             10,
-            1e-2,
-            warmup=1,
-            muon=muon,
+            Training(lr=1e-2, warmup=1, optimizer=optimizer),
             dtype=precision,
         )
         moved[precision] = changes(model)
@@ -315,12 +320,13 @@ def test_half_precision_trains_almost_as_full_precision_does(dtype, muon):
     assert similarity > 0.9
 
 
-@pytest.mark.parametrize("muon", [True, False])
-def test_a_step_whose_gradients_overflow_in_fp16_is_skipped(muon, monkeypatch):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_step_whose_gradients_overflow_in_fp16_is_skipped(optimizer, monkeypatch):
     scaler = partial(torch.amp.GradScaler, init_scale=2.0**60)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     model = tiny()
-    fit(model, Batches(RECORD, TOKENIZER, 8), 1, 1e-2, warmup=1, muon=muon, dtype=torch.float16)
+    training = Training(lr=1e-2, warmup=1, optimizer=optimizer)
+    fit(model, Batches(RECORD, TOKENIZER, 8), 1, training, dtype=torch.float16)
     assert not changes(model).any()
 
 
@@ -413,7 +419,7 @@ def test_muon_equals_pytorchs_muon_and_adamw():
     ours = tiny(tied=False)
     before = copy.deepcopy(ours)
     theirs = copy.deepcopy(ours)
-    optimizer = train.make_optimizer(ours, muon=True, lr=1e-2, weight_decay=0.1, fused=True)
+    optimizer = train.make_optimizer(ours, Training(lr=1e-2), fused=True)
     matrices, tables, gains = kinds_of_parameters(theirs)
     adamw_groups = [
         {"params": tables, "weight_decay": 0.1},
@@ -438,7 +444,7 @@ def test_muon_scales_its_steps_as_adamw_does():
     model = tiny()
     before = copy.deepcopy(model)
     random_gradients(model, 0)
-    train.make_optimizer(model, muon=True, lr=1e-2, weight_decay=0.0, fused=True).step()
+    train.make_optimizer(model, Training(lr=1e-2, weight_decay=0.0), fused=True).step()
     for old, new in zip(kinds_of_parameters(before)[0], kinds_of_parameters(model)[0]):
         assert 0.15e-2 < (new - old).square().mean().sqrt() < 0.25e-2
 
@@ -451,13 +457,13 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("muon", [True, False])
-def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path, tied, muon):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path, tied, optimizer):
     """To the last bit; it is interrupted in the middle of an item of 16 steps."""
     whole = tiny(tied=tied)
     interrupted = copy.deepcopy(whole)
     batches = Batches(RECORD, TOKENIZER, 4)
-    settings = {"steps": 40, "lr": 1e-2, "warmup": 5, "muon": muon}
+    settings = {"steps": 40, "training": replace(SHORT, optimizer=optimizer)}
     losses = []  # moving averages
     fit(whole, batches, **settings, report=lambda loss, *rest: losses.append(loss))
 
@@ -498,7 +504,7 @@ def test_a_run_in_fp16_goes_on_with_its_scale(monkeypatch):
     scaler = partial(torch.amp.GradScaler, init_scale=2.0**12, growth_interval=5)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     batches = Batches(RECORD, TOKENIZER, 4)
-    settings = {"steps": 30, "lr": 1e-2, "warmup": 5, "dtype": torch.float16}
+    settings = {"steps": 30, "training": SHORT, "dtype": torch.float16}
     whole = tiny()
     interrupted = copy.deepcopy(whole)
     ends = []
@@ -512,8 +518,9 @@ def test_a_run_in_fp16_goes_on_with_its_scale(monkeypatch):
 
 def test_a_run_goes_on_with_the_weight_decay_that_it_is_given():
     batches = Batches(RECORD, TOKENIZER, 4)
-    settings = {"steps": 9, "lr": 1e-2, "warmup": 5, "weight_decay": 0.1}
-    states = run_in_two_parts(tiny(), batches, settings, 4, {"weight_decay": 0.3})
+    settings = {"steps": 9, "training": SHORT}
+    later = {"training": replace(SHORT, weight_decay=0.3)}
+    states = run_in_two_parts(tiny(), batches, settings, 4, later)
     decays = []
     for state in states:
         groups = state["optimizer"]["param_groups"]
@@ -529,7 +536,7 @@ def test_a_run_that_a_signal_stops_is_saved_and_resumes_to_the_last_bit(
     whole = tiny()
     stopped = copy.deepcopy(whole)
     batches = Batches(RECORD, TOKENIZER, 4)
-    fit(whole, batches, 30, 1e-2, warmup=5)
+    fit(whole, batches, 30, SHORT)
     learning_rate = train.learning_rate
     raised = []
 
@@ -546,14 +553,14 @@ def test_a_run_that_a_signal_stops_is_saved_and_resumes_to_the_last_bit(
     monkeypatch.setattr(train, "learning_rate", stop_at_7)
     handler = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt) as stop:
-        fit(stopped, batches, 30, 1e-2, warmup=5, report=save)
+        fit(stopped, batches, 30, SHORT, report=save)
     assert stop.value.args == (number,)
     monkeypatch.setattr(train, "learning_rate", learning_rate)
     (tmp_path / "model.safetensors").unlink()  # it is not needed
     state = train.load_state(tmp_path)
     resumed = train.rebuild(tmp_path, state)
     assert state["step"] == 8
-    fit(resumed, batches, 30, 1e-2, warmup=5, state=state)
+    fit(resumed, batches, 30, SHORT, state=state)
     for name, value in whole.named_parameters():
         assert torch.equal(value, resumed.get_parameter(name)), name
     del stop
@@ -571,7 +578,7 @@ def test_a_second_signal_stops_at_once(monkeypatch):
     reached = []
     monkeypatch.setattr(train, "learning_rate", stop)
     with pytest.raises(KeyboardInterrupt):
-        fit(tiny(), Batches(RECORD, TOKENIZER, 2), 8, 1e-2, warmup=1)
+        fit(tiny(), Batches(RECORD, TOKENIZER, 2), 8, SHORT)
     assert reached == ["step 0, after the first"]
 
 
@@ -581,8 +588,7 @@ def test_reports_come_every_so_many_steps_and_after_the_last():
         tiny(),
         Batches(RECORD, TOKENIZER, 2),
         8,
-        1e-2,
-        warmup=1,
+        SHORT,
         report_every=3,
         report=lambda loss, state, evaluates: reports.append((loss, state["step"])),
     )
@@ -682,21 +688,20 @@ def test_a_checkpoint_saved_by_trainer_opens(tmp_path):
 
 # ---- Two processes -------------------------------------------------------------------------------
 
-OPTIMIZERS = {"muon": True, "adamw": False}
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
-def train_on(world: int, rank: int, model: Llama, muon: bool, **settings) -> None:
+def train_on(world: int, rank: int, model: Llama, optimizer: str, **settings) -> None:
     """Twenty steps, of the same rows whatever the number of processes."""
     batches = Batches(RECORD, TOKENIZER, 8 // world, rank=rank, world=world)
-    fit(model, batches, 20, 1e-2, warmup=2, muon=muon, **settings)
+    fit(model, batches, 20, replace(SHORT, warmup=2, optimizer=optimizer), **settings)
 
 
 def weights_of(model: Llama) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in model.parameters()]
 
 
-def whole_run(out: Path, dtype: torch.dtype, muon: bool) -> dict:
+def whole_run(out: Path, dtype: torch.dtype, optimizer: str) -> dict:
     """Gradients of the first step, all losses, the weights at the end; saved on the way, too."""
     _, rank, world = device_rank_world()
     model = tiny(dtype)
@@ -716,18 +721,18 @@ def whole_run(out: Path, dtype: torch.dtype, muon: bool) -> dict:
 
     torch.nn.utils.clip_grad_norm_ = recording
     try:
-        train_on(world, rank, model, muon, report_every=5, report=report)
+        train_on(world, rank, model, optimizer, report_every=5, report=report)
     finally:
         torch.nn.utils.clip_grad_norm_ = clip
     return {"gradients": gradients, "losses": losses, "weights": weights_of(model)}
 
 
-def resumed_run(folder: Path, muon: bool) -> list[torch.Tensor]:
+def resumed_run(folder: Path, optimizer: str) -> list[torch.Tensor]:
     """The weights at the end of a run that goes on from what was saved."""
     _, rank, world = device_rank_world()
     state = train.load_state(folder)
     model = train.rebuild(folder, state)
-    train_on(world, rank, model, muon, state=state)
+    train_on(world, rank, model, optimizer, state=state)
     return weights_of(model)
 
 
@@ -735,12 +740,12 @@ def all_runs(out: Path) -> dict:
     """What two processes are to do as one does."""
     _, rank, world = device_rank_world()
     results = {}
-    for name, muon in OPTIMIZERS.items():
+    for name in OPTIMIZERS:
         for kind, dtype in DTYPES.items():
-            results[name, kind] = whole_run(out / f"{world}-{name}-{kind}", dtype, muon)
+            results[name, kind] = whole_run(out / f"{world}-{name}-{kind}", dtype, name)
         if world > 1:
             dist.barrier()  # what rank 0 saved is complete
-        results[name, "resumed"] = resumed_run(out / f"{world}-{name}-float32", muon)
+        results[name, "resumed"] = resumed_run(out / f"{world}-{name}-float32", name)
     problems = list(generate(RECORD, "val", 9))
     settings = Settings(b=1, n=4, max_new_tokens=12)
     results["answers"] = evaluate(tiny(torch.float64), TOKENIZER, problems, settings)
@@ -796,7 +801,7 @@ def test_two_processes_go_on_with_what_two_have_saved(runs, optimizer):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_one_process_goes_on_with_what_two_have_saved(runs, optimizer):
     one, _, out = runs
-    resumed = resumed_run(out / f"2-{optimizer}-float32", OPTIMIZERS[optimizer])
+    resumed = resumed_run(out / f"2-{optimizer}-float32", optimizer)
     assert relative_difference(resumed, one[optimizer, "float32"]["weights"]) < 1e-4
 
 
