@@ -110,7 +110,7 @@ def calculate(a, operator: str, b):
     return rule(a, b)
 
 
-NUMBER = "(0|[1-9][0-9]{0,4000})"
+NUMBER = "(0|[1-9][0-9]{0,4000})"  # Python converts at most 4,300 digits
 SIGN = f"([{re.escape(''.join(OPERATORS))}])"
 ACTION = re.compile(f"{NUMBER}{SIGN}{NUMBER}={NUMBER}")  # 45-39=6
 
@@ -128,8 +128,8 @@ def verify(nums: list[int], target: int, response: str) -> Verdict:
     with the right result, where a and b are numbers that are left. (A number that occurs twice can
     be used twice.) At the end only the target must be left. The reason says what is wrong, in these
     words: "'5+' is no action", "there is no 39 (left)", "the rules do not allow it", "false, it is
-    20", "it ends in '...', not in 'Goal Reached!'", "[6, 2] left, not 62 alone". It is checked in
-    this order, action by action.
+    20", "it ends in '...', not in 'Goal Reached!'", "[6, 2] left, not 62 alone". Each action is
+    checked in this order, and then the end.
     """
     *actions, end = response.split("\n")
     numbers_left = Counter(nums)
@@ -247,8 +247,8 @@ def make_row(rng: random.Random, problem: SolvedProblem, kinds: Sequence[str]) -
             kind = mistake_kind
             actions = [*actions[: mistake.depth], *mistake.actions]
             no_loss = [depth for depth in no_loss if depth < mistake.depth]
-            # A false goal or a near miss is masked as a whole: any of its actions may have lost the
-            # target, so the row must not teach to go on after one.
+            # Of a false goal or a near miss these are all actions: any of them may have lost the
+            # target, and the row must not teach to go on after that one.
             no_loss += range(mistake.depth, len(actions))
             end = BACKTRACK
     return {

@@ -10,7 +10,10 @@ A round searches training problems and keeps three kinds of rows:
 - D_op: for each problem with right candidates, the best of them. This is the paper's.
 - D_back: answers that were selected but are wrong, cut after the action that fails, if one fails.
   (Not those that stop while numbers are left, and at most as many as there are rows of D_op.)
-- D_back: rows of the usual training data, a tenth as many, so that stepping back is not forgotten.
+- D_back: rows that were made for the same problems as training data, a tenth as many as of D_op, so
+  that stepping back is not forgotten.
+
+With --paper only the first kind.
 
 For example, the numbers 2, 4, 10, 25 and the target 60, with a right answer and with a wrong one.
 `evaluate` (in search.py) returns, among other things:
@@ -62,14 +65,16 @@ def expert_iteration(
     settings = search_settings(options)
     training = training_settings(options, record)
     source = {"source": options.data} if options.data else record
-    for done in range(rounds_done, options.rounds + 1):  # rounds that are complete
-        if len(log) <= done:  # else the resumed run has measured it already
+    for done in range(rounds_done, options.rounds + 1):  # `done` rounds are complete
+        if len(log) == done:  # log[done] is the measurement after them
             log.append(measure(model, tokenizer, validation, settings, done))
-            save_round(model, tokenizer, record, log, options, done)
-        if done < options.rounds:
-            rows = load_rows("train", source, options.num, options.num * done)
-            improve(model, tokenizer, rows, settings, training, options.epochs, done + 1)
-            save_round(model, tokenizer, record, log, options, done + 1)
+            if done > 0:
+                save_round(model, tokenizer, record, log, options, done)
+        if done == options.rounds:
+            return
+        rows = load_rows("train", source, options.num, options.num * done)
+        improve(model, tokenizer, rows, settings, training, options.epochs, options.paper, done + 1)
+        save_round(model, tokenizer, record, log, options, done + 1)
 
 
 def improve(
@@ -79,18 +84,21 @@ def improve(
     settings: Settings,
     training: Training = TUNING,
     epochs: int = EPOCHS,
+    only_solved: bool = False,
     round_number: int = 1,
 ) -> None:
-    """One round: search the problems of `rows`, keep three kinds of rows, fine-tune on them. Raises
-    UserError if the search solved none."""
+    """One round: search the problems of `rows`, keep three kinds of rows (only_solved: the paper's
+    alone), fine-tune on them. Raises UserError if the search solved none."""
     answers = evaluate(copy_to_search(model), tokenizer, rows, settings)
     solved = solved_rows(rows, answers)
     mistakes = own_mistakes(rows, answers)
     if not solved:
         raise UserError("the search solved nothing to learn from: start from a better checkpoint")
     back = [row for row in rows if row.get("search_path", "").endswith(BACKTRACK)]
-    # at most as many mistakes as solutions, and a tenth as many of the usual D_back
-    kept_rows = solved + mistakes[: len(solved)] + back[: len(solved) // 10]
+    kept_rows = solved
+    if not only_solved:
+        # at most as many mistakes as solutions, and a tenth as many of the usual D_back
+        kept_rows = solved + mistakes[: len(solved)] + back[: len(solved) // 10]
     fine_tune(model, tokenizer, kept_rows, training, epochs, settings.seed + round_number)
     if is_main():
         found = f"solved {len(solved)} of {len(rows)}, trained on {len(kept_rows)} rows"
@@ -124,11 +132,13 @@ def own_mistakes(rows: list[dict], answers: list[dict]) -> list[dict]:
     masked, because an earlier one may already have lost the target."""
     kept_rows = []
     for row, answer in zip(rows, answers):
+        if answer["correct"] or not answer["response"]:
+            continue
         actions = answer["response"].split("\n")[:-1]  # without `Goal Reached!`
         uses_all = len(actions) == len(row["nums"]) - 1
         if answer["failed_action"]:
             actions = actions[: answer["failed_action"]]  # including it: failed_action is 1-based
-        elif answer["correct"] or not uses_all:
+        elif not uses_all:
             continue
         response = "\n".join([*actions, BACKTRACK])
         kept_rows.append(training_row(row, response, no_loss=list(range(len(actions)))))
@@ -185,7 +195,7 @@ def measure(model, tokenizer, validation: dict, settings: Settings, rounds_done:
 
 def save_round(model, tokenizer, record: dict, log: list[dict], options, rounds_done: int) -> None:
     """Save, so that --resume continues after this round."""
-    if is_main() and rounds_done:
+    if is_main():
         settings = vars(options).copy()
         del settings["out"], settings["resume"]
         save(
@@ -209,7 +219,7 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     add("--b", metavar="B", type=at_least(0), default=1, help="rounds of stepping back")
     add("--n", metavar="N", type=at_least(1), default=16, help="samples of each state")
     add("--temperature", metavar="X", type=at_least(0.001), help="default: search.py's")
-    add("--paper", action="store_true", help="sample and select as the paper does")
+    add("--paper", action="store_true", help="search, and keep rows, as the paper does")
     add("--seed", metavar="N", type=at_least(0), default=0, help="seed of problems and samples")
     add = options.add_argument_group("training on what it kept").add_argument
     add("--epochs", metavar="N", type=at_least(1), default=EPOCHS, help="over these rows")

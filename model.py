@@ -655,8 +655,8 @@ def read_json(path: Path) -> dict:
 
 # only other programs use these; Tokenizer saves them again as it read them
 CARRIED = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
-# If a new save has files like the first, these files of an older save are removed, unless they are
-# replaced: they would be mistaken for parts of the new one.
+# {pattern: names}. If a new save has a file that matches the pattern, files of these names from an
+# older save are deleted, unless it has its own: they would be mistaken for parts of the new one.
 STALE = {"model*.safetensors": (RESUME, INDEX, "model.safetensors"), "tokenizer.json": CARRIED}
 UNFINISHED = re.compile(r"\.(saving|saved)-(\d+)-\w{8}")  # state, number of the process
 
@@ -665,8 +665,9 @@ UNFINISHED = re.compile(r"\.(saving|saved)-(\d+)-\w{8}")  # state, number of the
 def replacing(folder: str | Path):
     """A temporary folder to write files into. When all are complete they replace those in `folder`.
     If the program is killed meanwhile, either the old files are left, or `settle` moves the new
-    ones to their places. (May be nested: `folder` is then the outer temporary one.) Raises
-    UserError."""
+    ones to their places: the temporary folder is .saving-PID-... while files are written, and
+    .saved-PID-... while they are moved. (May be nested: `folder` is then the outer temporary one.)
+    Raises UserError."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -861,7 +862,7 @@ class Interruptible:
         if self.stopped_by:
             raise KeyboardInterrupt(signum)
         self.stopped_by = signum
-        note("stopping after this step; a second signal stops at once")
+        note("stopping soon, and saving; a second signal stops at once")
 
 
 def in_worker(*_) -> None:

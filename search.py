@@ -93,7 +93,7 @@ class Response:
     logps: tuple[float, ...] = ()  # as in State
     count: int = 1  # how many samples have written it
     round: int = 0  # in which round it was sampled
-    inherited: int = 0  # how many of its tokens, the first, come from its state
+    inherited: int = 0  # how many of its first tokens it has from its state
     score: float | None = None  # of a complete response that has reached the goal, see `rate`
     # what the engine needs, below
     slots: tuple[Slot, ...] = ()  # of the prompt and the tokens (but not of the one that ends it)
@@ -122,6 +122,10 @@ def self_backtrack(
     The caller rates the responses (`rate_candidates`) before it sends them, and keeps them:
     `select` chooses among all of them. A frontier holds at most `limit` states. A search ends if
     there is no new state, and at the latest after round b.
+
+    A state does not rule out the action that was dropped: a sample may take it again. If a sample
+    of a state says `<backtrack>` at once, without an action of its own, the state's last action is
+    dropped: so the next round begins still closer to the prompt.
 
     The paper takes states in the order of the samples. Here responses that most samples share come
     first: see `branching_order`. Two more rules are ours, off in this function, on in `Settings`.
@@ -157,8 +161,8 @@ def steps_back(response: Response, tokenizer: Tokenizer) -> bool:
 
 def branching_order(response: Response) -> float:
     """A sort key: a frontier takes its states from the responses of most samples first, and of
-    equally many from the first that ended. (Different responses that step back to the same state
-    are not added up.)"""
+    equally many in the order in which they were sent. (Different responses that step back to the
+    same state are not added up.)"""
     return -response.count
 
 
@@ -227,8 +231,9 @@ def is_sure(responses: list[Response], stop_above: float) -> bool:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to search. The defaults were found by trial with the shipped model, b = 1 and n = 32.
-    PAPER_SEARCH is the paper's rule, but for `branching_order`."""
+    """How to search. The defaults were found by trial with the shipped model, b = 1 and n = 32, on
+    validation problems that the README does not report on. PAPER_SEARCH is the paper's rule, but
+    for `branching_order`."""
 
     decoder: str = "self_backtrack"  # one of DECODERS
     b: int = 1  # rounds of stepping back
@@ -351,13 +356,12 @@ def look_up(logits, points, spacing, responses: list[Response], settings: Settin
     if np.isnan(share).any():
         raise UserError(NOT_FINITE)
 
-    # Put samples of a response together that take the same token: these pairs are the same number.
+    # Each sample as one number, for its response and its token: equal numbers are a Draw.
     counts = np.array([response.count for response in responses])
-    parent, column = np.nonzero(np.arange(token.shape[1]) < counts[:, None])  # without filler
-    pairs = parent * logits.shape[1] + token[parent, column]
-    _, first, count = np.unique(pairs, return_index=True, return_counts=True)
-    parent = parent[first]
-    column = column[first]  # of the lowest of these points
+    row, place = np.nonzero(np.arange(token.shape[1]) < counts[:, None])  # without filler
+    samples = row * logits.shape[1] + token[row, place]
+    _, first, count = np.unique(samples, return_index=True, return_counts=True)
+    parent, column = row[first], place[first]  # of each Draw's lowest point
     draws = zip(
         parent.tolist(),
         token[parent, column].tolist(),
@@ -486,7 +490,8 @@ class Search:
 
 
 def first_response(state: State) -> Response:
-    """All samples of a state together, before they draw their first token."""
+    """All samples of a state together, before they draw their first token. The state's random
+    numbers begin here."""
     seed = state.search.settings.seed
     state.rng = np.random.default_rng([seed, state.search.key, state.round, state.place])
     spacing = 1 / state.count
@@ -663,8 +668,9 @@ class Engine:
         """Begin to expand states, *either* new prompts *or* branches. A new prompt is fed to the
         model as a whole. A branch has its keys and values in the cache, but the logits after its
         last token are gone, so this token is fed once more. It gets a new slot, because others may
-        share the old one. (Prompts and branches are not mixed, because a branch that is padded to
-        the length of a prompt might be longer than the table is wide.)"""
+        share the old one, and its keys and values may differ by rounding. (Prompts and branches are
+        not mixed, because a branch that is padded to the length of a prompt might be longer than
+        the table is wide.)"""
         beginnings, new_tokens = [], []
         slot_table = torch.zeros(len(states), self.slot_table.shape[1], dtype=torch.int64)
         for own_slots, state in zip(slot_table, states):
@@ -803,16 +809,20 @@ def judge(tokenizer: Tokenizer, problem: dict, responses: list[Response]) -> dic
     right? `solutions`: the candidates that are right, the best first. `tokens`: how many the
     samples drew, each sample by itself."""
     nums, target = problem["nums"], problem["target"]
-    ranked = candidates(responses)
-    texts = [tokenizer.decode(candidate.tokens) for candidate in ranked]
-    verdicts = [verify(nums, target, text) for text in texts]
-    solutions = [text for text, verdict in zip(texts, verdicts) if verdict.correct]
-    verdict = verdicts[0] if ranked else Verdict(False, "no sample reached the goal")
+    answer = select(responses)
+    text = tokenizer.decode(answer.tokens) if answer else ""
+    no_answer = Verdict(False, "no sample reached the goal")
+    verdict = verify(nums, target, text) if answer else no_answer
+    solutions = []
+    for candidate in candidates(responses):
+        solution = tokenizer.decode(candidate.tokens)
+        if verify(nums, target, solution).correct:
+            solutions.append(solution)
     return {
         "nums": nums,
         "target": target,
-        "response": texts[0] if ranked else "",
-        "score": ranked[0].score if ranked else None,
+        "response": text,
+        "score": answer.score if answer else None,
         "correct": verdict.correct,
         "reason": verdict.reason,
         "failed_action": verdict.failed_action,
@@ -915,8 +925,9 @@ def table_line(answers: list[dict], new: list[dict], seconds: float) -> str:
     return f"{shares}{tokens:15.1f}{len(new) / seconds:11.1f}{new_tokens / seconds:10.0f}"
 
 
-def wilson_interval(share: float, problems: int, deviations: float = 1.96) -> tuple[float, float]:
+def wilson_interval(share: float, problems: int) -> tuple[float, float]:
     """Wilson's 95 % interval, (low, high), of a share of `problems`."""
+    deviations = 1.96
     square = deviations * deviations
     middle = share + square / 2 / problems
     half_width = deviations * math.sqrt(share * (1 - share) / problems + square / 4 / problems**2)
@@ -946,7 +957,8 @@ class Tree:
         self.scores = {}  # node: its best score (equal responses may differ by rounding)
         for candidate in candidates(responses):
             self.scores.setdefault(node_of(tokenizer.decode(candidate.tokens)), candidate.score)
-        self.answer = next(iter(self.scores), None)  # the node that is selected, or None
+        answer = select(responses)
+        self.answer = node_of(tokenizer.decode(answer.tokens)) if answer else None  # its node
         for response in responses:
             text = tokenizer.decode(response.tokens)
             node = node_of(text)
@@ -1171,8 +1183,8 @@ def solver_says(nums: list[int], target: int, actions: tuple[str, ...]) -> tuple
 class AnswerFile:
     """The file of --out. Answers are appended to FILE.part as they come, so that none is lost if
     the run is stopped. When all are there, they replace FILE, in order. The first line of FILE.part
-    has the run's settings: only a run with the same ones can resume it (but for --num, --batch_size
-    and --cache_gib). Raises UserError and OSError."""
+    has the run's settings: only a run with the same ones can resume it (but for --batch_size,
+    --cache_gib and a larger --num). Raises UserError and OSError."""
 
     def __init__(self, path: pathlib.Path, resumes: bool, made_by: dict, problems: dict):
         """made_by: the settings, of JSON's types; problems: {number: problem}."""

@@ -58,7 +58,9 @@ class Training:
 
 
 # The paper's, for 32 rows a step: use two devices, or two parts (--grad_accum 2), of 16 rows.
-PAPER_TRAINING = Training(16, 1e-5, 1, 0.01, "adamw", "action")
+PAPER_TRAINING = Training(
+    batch_size=16, lr=1e-5, warmup=1, weight_decay=0.01, optimizer="adamw", mask="action"
+)
 
 
 def fit(
@@ -81,8 +83,9 @@ def fit(
     world = device_rank_world()[2]
     device = model.lm_head.weight.device
     model.model.compiled_layer = torch.compile(LlamaDecoderLayer.forward) if compiled else None
-    # In fp16 GradScaler may skip a step (see Stepper). It leaves the skipping to an optimizer that
-    # is fused, but Muon's part of the step cannot skip.
+    # In fp16, if a gradient overflows, GradScaler does not call optimizer.step (see Stepper). But
+    # it does call that of a fused optimizer, whose kernel then does nothing: Muon's own part of the
+    # step would still change its matrices.
     optimizer = make_optimizer(model, training, fused=dtype != torch.float16)
     first_step = state["step"] if state else 0
     stepper = Stepper(model, optimizer, dtype)
@@ -161,9 +164,10 @@ class Stepper:
         return sum_over_ranks(loss)
 
     def add_gradients(self, parts: list[torch.Tensor], num_labels: torch.Tensor) -> torch.Tensor:
-        """Forward and backward. The loss of a part is its sum over num_labels, the labels of all
-        parts and ranks. So the gradients of all parts and ranks must be added up. DDP takes the
-        mean over ranks, so multiply by their number. Returns this rank's share of the loss."""
+        """Forward and backward. The loss of a part is the sum of its cross-entropies divided by
+        num_labels, which counts the labels of all parts and ranks. So the gradients of all parts
+        and ranks must be added up. DDP takes the mean over ranks, so multiply by their number.
+        Returns this rank's share of the loss."""
         loss = torch.zeros((), device=num_labels.device)
         for part_number, (input_ids, labels) in enumerate(parts):
             if self.world > 1:  # ranks exchange gradients once a step, at its last part
@@ -456,7 +460,7 @@ def rebuild(folder: Path, state: dict) -> Llama:
 class Reporter:
     """Evaluates, logs and saves, when `fit` calls it."""
 
-    options: argparse.Namespace
+    out: Path  # where to save
     model: Llama
     tokenizer: Tokenizer
     batches: Batches
@@ -490,7 +494,7 @@ class Reporter:
                 log_line |= self.measure(split, device)
         if rank == 0:
             self.log.append(log_line)
-            save(self.options.out, self.model, self.tokenizer, self.record, self.log, state)
+            save(self.out, self.model, self.tokenizer, self.record, self.log, state)
             tqdm.write(json.dumps(log_line))
             if self.wandb:
                 self.wandb.log(log_line, step=state["step"])
@@ -500,7 +504,8 @@ class Reporter:
         self.last_time = time.perf_counter()
 
     def measure(self, split: str, device: torch.device) -> dict:
-        """The loss, always under the paper's mask, and the accuracy of greedy decoding."""
+        """The loss, always under the paper's mask, and the accuracy of greedy decoding. (By the
+        weights in fp32; they are saved in bf16.)"""
         rows = self.validation[split]
         encoded = self.encoded[split]
         batches = []
@@ -575,7 +580,6 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     state = None
     if known.resume:
         state = load_state(known.out)
-        options.set_defaults(epochs=None)
         settings = as_flags(state["record"].get("settings", {}))
         options = options.parse_args(settings + sys.argv[1:])
     else:
@@ -737,7 +741,7 @@ def main() -> None:
     first_step = state["step"] if state else 0
     log = state["log"] if state else []
     reporter = Reporter(
-        options, model, tokenizer, batches, record, validation, log, first_step, wandb
+        options.out, model, tokenizer, batches, record, validation, log, first_step, wandb
     )
     training = Training(**{name: getattr(options, name) for name in asdict(Training())})
     fit(

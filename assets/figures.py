@@ -10,10 +10,19 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch
-from tables import KINDS, PAPER_SEARCH, SPLITS, read_lines
+from tables import FLAGS, KINDS, PAPER_SEARCH, SPLITS, WORDS, read_lines
 
 ASSETS = Path(__file__).parent
-COLOURS = {0: "tab:blue", 1: "tab:orange", 3: "tab:green"}  # of b
+BEST_OF_N = {"decoder": "best_of_n"}
+BACK_ONCE = {"decoder": "self_backtrack", "b": 1}
+SEARCHES = {  # name: (colour, line, flags); a curve of search.png has a point for each n
+    "best of n": ("tab:blue", "o-", BEST_OF_N),
+    "b = 1": ("tab:orange", "o-", BACK_ONCE),
+    "b = 3": ("tab:green", "o-", {"decoder": "self_backtrack", "b": 3}),
+    "beam search": ("tab:red", "o-", {"decoder": "beam"}),
+    "paper's rule, best of n": ("tab:blue", "o:", {**BEST_OF_N, **PAPER_SEARCH}),
+    "paper's rule, b = 1": ("tab:orange", "o:", {**BACK_ONCE, **PAPER_SEARCH}),
+}
 TOKENS = (100, 200, 500, 1000, 2000, 5000)  # where the axis of search.png has marks
 MONO = "monospace"
 
@@ -32,9 +41,8 @@ def legend(ax, **settings) -> None:
 
 
 def searches(ax, lines: list[dict], split: str) -> None:
-    """Accuracy against sampled tokens: a line for each b, a point for each n."""
-    ours = [line for line in lines if not PAPER_SEARCH.keys() & line.keys()]
-    lines = [line for line in ours if line["split"] == split]
+    """Accuracy against sampled tokens: a curve for each search, a point for each n."""
+    lines = [line for line in lines if line["split"] == split]
     for line in lines:
         if line.get("decoder") == "greedy":
             height = percent(line, "selected")
@@ -42,16 +50,12 @@ def searches(ax, lines: list[dict], split: str) -> None:
             place = (0.01, height + 1)
             at = ("axes fraction", "data")
             ax.annotate("greedy", place, xycoords=at, color="grey", fontsize=8)
-    for b, colour in COLOURS.items():
-        points = [line for line in lines if steps_back(line) == b]
-        if not points:
-            continue
+    for name, (colour, style, flags) in SEARCHES.items():
+        points = [line for line in lines if is_of(line, flags)]
         tokens = [point["tokens"] for point in points]
-        for key, style in (("selected", "o-"), ("verified", "o--")):
-            heights = [percent(point, key) for point in points]
-            label = f"b = {b}, {key}"
-            ax.plot(tokens, heights, style, color=colour, markersize=4, label=label)
-        if b == 0:
+        heights = [percent(point, "selected") for point in points]
+        ax.plot(tokens, heights, style, color=colour, markersize=4, label=name)
+        if name == "best of n":
             name_points(ax, points)
     ax.set(xscale="log", xlabel="sampled tokens a problem", ylabel="% of problems")
     ax.set_xticks(TOKENS, [f"{tokens:,}" for tokens in TOKENS])
@@ -61,11 +65,9 @@ def searches(ax, lines: list[dict], split: str) -> None:
     ax.grid(alpha=0.3)
 
 
-def steps_back(line: dict) -> int | None:
-    """b; best of n is b = 0, and the other decoders have none."""
-    if line.get("decoder") == "best_of_n":
-        return 0
-    return line.get("b")
+def is_of(line: dict, flags: dict) -> bool:
+    """Has a line exactly these flags, and any n?"""
+    return {flag: line[flag] for flag in FLAGS if flag in line and flag != "n"} == flags
 
 
 def name_points(ax, points: list[dict]) -> None:
@@ -92,7 +94,7 @@ def mistakes(ax, lines: list[dict]) -> None:
             ax.bar(kinds, made, color="lightgrey", label="samples")
             ax.bar(kinds, caught, color="tab:orange", label="<backtrack> right after it")
             named = {"none": "none (orange:\nfalse alarms)"}
-            labels = [named.get(kind, kind.replace(" ", "\n")) for kind in kinds]
+            labels = [named.get(kind, WORDS.get(kind, kind).replace(" ", "\n")) for kind in kinds]
             ax.set_xticks(range(len(kinds)), labels)
     ax.tick_params(axis="x", labelsize=8)
     ax.set(ylabel="% of samples", title="the first mistake of a sample (best of 32)")
@@ -109,7 +111,7 @@ def training(ax, first_leg: list[dict], second_leg: list[dict]) -> None:
         heights = [100 * line[f"{split}_greedy"] for line in lines]
         ax.plot(rows, heights, "o-", markersize=4, label=title)
     style = {"color": "grey", "linestyle": ":"}
-    ax.axvline(rows_before / 1e6, label="with near misses from here", **style)
+    ax.axvline(rows_before / 1e6, label="leg 2: near misses, any targets", **style)
     ax.set(xlabel="million training rows", ylabel="greedy, % of 200 problems")
     ax.set(title="training the shipped model", ylim=(0, 100))
     ax.grid(alpha=0.3)
@@ -124,7 +126,7 @@ def rounds(ax, log: list[dict]) -> None:
             heights = [100 * line[f"{split}_{decoder}"] for line in log]
             label = f"{name}, {new}"
             ax.plot(numbers, heights, style, color=colour, markersize=4, label=label)
-    ax.set(xlabel="round", ylabel="% of problems")
+    ax.set(xlabel="round", ylabel="% of 300 problems")
     ax.set(title="self-improvement of a small model")
     ax.set(xticks=numbers, ylim=(0, 100))
     ax.grid(alpha=0.3)

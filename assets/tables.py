@@ -72,7 +72,7 @@ PRETRAINED = [
 ]
 SPLITS = {"val": "seen targets", "val_new": "new targets"}
 KINDS = ("none", "exploratory", "computational", "rule violation", "no action")
-WORDS = {"none": "none (false alarms)", "no action": "an unreadable line"}
+WORDS = {"none": "none (false alarms)", "no action": "unreadable line"}
 
 
 def accuracy(lines: list[dict], asked: list[tuple[str, dict]], first_column: str) -> list[str]:
@@ -107,7 +107,7 @@ def judgement(lines: list[dict]) -> list[str]:
 def mistakes(lines: list[dict]) -> list[str]:
     """Of the samples of best of 32: the kinds of their first mistakes, and how many of these said
     `<backtrack>` at once; of mistakes in the first and in the second action, too."""
-    columns = "samples | `<backtrack>` at once | action 1, 2"
+    columns = "samples | `<backtrack>` at once | after action 1, 2"
     table = [
         f"| first mistake | seen: {columns} | new: {columns} |",
         "|---|---|---|---|---|---|---|",

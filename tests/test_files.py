@@ -480,9 +480,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(monkeypatch)
 def test_validation_rows_without_a_response_are_enough_to_measure(checkpoint):
     """Of problems alone there is no loss to report, but accuracy."""
     problem = {"nums": [3, 5, 8], "target": 48}
-    options = None
     validation = {"val": [problem]}
-    reporter = train.Reporter(options, tiny(), TOK, Batches([ROW], TOK, 1), {}, validation, [], 0)
+    reporter = train.Reporter(
+        checkpoint, tiny(), TOK, Batches([ROW], TOK, 1), {}, validation, [], 0
+    )
     found = reporter.measure("val", torch.device("cpu"))
     assert found.keys() == {"val_greedy"}
 

@@ -99,14 +99,14 @@ def test_each_answer_goes_with_its_own_problem():
 # ---- A round -------------------------------------------------------------------------------------
 
 
-def one_round(monkeypatch, rows: list[dict], answers: list[dict]) -> list[str]:
+def one_round(monkeypatch, rows: list[dict], answers: list[dict], **settings) -> list[str]:
     """What a round learns, if its search finds these answers."""
     learned = []
     monkeypatch.setattr(improve, "evaluate", lambda model, tokenizer, problems, settings: answers)
     monkeypatch.setattr(
         improve, "fine_tune", lambda model, tokenizer, kept, *rest: learned.extend(kept)
     )
-    improve.improve(torch.nn.Module(), TOKENIZER, rows, Settings())
+    improve.improve(torch.nn.Module(), TOKENIZER, rows, Settings(), **settings)
     return [row["search_path"] for row in learned]
 
 
@@ -119,6 +119,17 @@ def test_a_round_learns_from_answers_mistakes_and_a_tenth_of_d_back(monkeypatch,
     assert capsys.readouterr().out == "round 1: solved 30 of 40, trained on 43 rows\n"
     mistake = LIE.removesuffix(GOAL) + BACKTRACK
     assert learned == [RIGHT] * 30 + [mistake] * 10 + [rows[0]["search_path"]] * 3
+
+
+def test_the_papers_round_learns_from_solutions_alone(monkeypatch):
+    rows = [problem()] * 40
+    answers = [answer_to(rows[0], RIGHT)] * 30 + [answer_to(rows[0], LIE)] * 10
+    assert one_round(monkeypatch, rows, answers, only_solved=True) == [RIGHT] * 30
+
+
+def test_no_answer_is_no_mistake_even_of_a_single_number():
+    row = {"nums": [5], "target": 6}
+    assert improve.own_mistakes([row], [answer_to(row)]) == []
 
 
 def test_a_round_learns_from_no_more_mistakes_than_solutions(monkeypatch):
