@@ -107,7 +107,7 @@ def self_backtrack(
     b: int,
     n: int,
     limit: int,
-    prompt_again: bool = False,
+    proportional: bool = False,
     stop_above: float = 0.0,
 ) -> Generator[list[State], list[Response], None]:
     """Search one problem. This is a generator, so that the samples of many problems can be drawn
@@ -120,38 +120,57 @@ def self_backtrack(
                                            # raises StopIteration
 
     The caller rates the responses (`rate_candidates`) before it sends them, and keeps them:
-    `select` chooses among all of them. A frontier holds at most `limit` states. A search ends if
+    `select` chooses among all of them. A round draws at most limit * n samples. A search ends if
     there is no new state, and at the latest after round b.
 
     A state does not rule out the action that was dropped: a sample may take it again. If a sample
     of a state says `<backtrack>` at once, without an action of its own, the state's last action is
     dropped: so the next round begins still closer to the prompt.
 
-    The paper takes states in the order of the samples. Here responses that most samples share come
-    first: see `branching_order`. Two more rules are ours, off in this function, on in `Settings`.
-    Stepping back from a first action leads to the prompt: with prompt_again it may be sampled once
-    more. And a search ends if the best candidate of a round has a score (`rate`) above stop_above.
-    (No score is above 0.)
+    Two rules are ours, off in this function, on in `Settings`. With `proportional` states share the
+    samples of a round (`share_in_proportion`), and stepping back from a first action leads to the
+    prompt, which may be sampled once more; in the paper it counts as visited, and each of `limit`
+    states gets n samples. And a search ends if the best candidate of a round has a score (`rate`)
+    above stop_above. (No score is above 0.)
     """
-    visited = set() if prompt_again else {()}  # () is the prompt
+    visited = set() if proportional else {()}  # () is the prompt
     responses = yield [State(count=n)]  # round 0: n samples of the prompt, with no tokens after it
     for round_number in range(1, b + 1):
         if is_sure(responses, stop_above):
             return
-        gave_up = [response for response in responses if steps_back(response, tokenizer)]
-        frontier = []
-        for response in sorted(gave_up, key=branching_order):
-            state = roll_back(response, tokenizer)  # trust the model: drop its last action
-            if state.tokens not in visited:
-                visited.add(state.tokens)
-                state.count = n
-                state.round = round_number
-                frontier.append(state)
-            if len(frontier) == limit:
-                break
+        states = {}  # by their tokens; each with the count of the samples that step back to it
+        for response in responses:
+            if steps_back(response, tokenizer):
+                state = roll_back(response, tokenizer)  # trust the model: drop its last action
+                if state.tokens not in visited:
+                    state = states.setdefault(state.tokens, state)
+                    state.count += response.count
+        share = share_in_proportion if proportional else share_as_the_paper
+        frontier = share(list(states.values()), n, limit)
         if not frontier:
             return
-        responses = yield frontier  # n samples of each state, each until it ends
+        for state in frontier:
+            visited.add(state.tokens)
+            state.round = round_number
+        responses = yield frontier  # `count` samples of each state, each until it ends
+
+
+def share_in_proportion(states: list[State], n: int, limit: int) -> list[State]:
+    """Ours: every sample that stepped back is followed by `limit` new ones. If more than n stepped
+    back, which is possible from round 2 on, by fewer, so that there are at most limit * n."""
+    stepped_back = sum(state.count for state in states)
+    for state in states:
+        state.count = int(state.count * limit * min(1, n / stepped_back))
+    return states
+
+
+def share_as_the_paper(states: list[State], n: int, limit: int) -> list[State]:
+    """At most `limit` states, with n samples each. (The paper takes the first states. Here those
+    come first to which most samples stepped back: see `branching_order`.)"""
+    frontier = sorted(states, key=branching_order)[:limit]
+    for state in frontier:
+        state.count = n
+    return frontier
 
 
 def steps_back(response: Response, tokenizer: Tokenizer) -> bool:
@@ -159,11 +178,10 @@ def steps_back(response: Response, tokenizer: Tokenizer) -> bool:
     return response.tokens[-1] == tokenizer.backtrack
 
 
-def branching_order(response: Response) -> float:
-    """A sort key: a frontier takes its states from the responses of most samples first, and of
-    equally many in the order in which they were sent. (Different responses that step back to the
-    same state are not added up.)"""
-    return -response.count
+def branching_order(state: State) -> float:
+    """A sort key: states come first to which most samples stepped back, and of equally many those
+    to which one stepped back first."""
+    return -state.count
 
 
 def roll_back(response: Response, tokenizer: Tokenizer) -> State:
@@ -175,7 +193,7 @@ def roll_back(response: Response, tokenizer: Tokenizer) -> State:
     # none at all, in a search without a cache.
     dropped_slots = len(response.tokens) - 1 - kept
     slots = response.slots[: len(response.slots) - dropped_slots]
-    return State(response.tokens[:kept], response.logps[:kept], slots=slots)
+    return State(response.tokens[:kept], response.logps[:kept], count=0, slots=slots)
 
 
 def line_begin(tokens: tuple[int, ...], tokenizer: Tokenizer) -> int:
@@ -243,10 +261,10 @@ class Settings:
     top_k: int = 0  # keep only the k most probable tokens; 0: all
     top_p: float = 1.0  # keep only the most probable tokens that add up to this probability
     independent: bool = False  # True: each sample draws for itself; False: spread evenly
-    prompt_again: bool = True  # may the prompt be sampled once more?
+    proportional: bool = True  # do states share samples in proportion? False: n samples each
     last_line: bool = True  # add the last line's log-probability to the score?
     stop_above: float = -0.2  # a candidate with a better score ends the search; 0: none does
-    limit: int | None = None  # the maximum of states in a frontier; None: int(sqrt(n))
+    limit: int | None = None  # a round draws at most limit * n samples; None: int(sqrt(n))
     max_new_tokens: int = 64  # the maximum length of a response, its state's tokens included
     seed: int = 0
     batch_size: int = 128  # the maximum of states expanded together, each with up to n responses
@@ -265,7 +283,7 @@ class Settings:
             b,
             self.samples_per_state(),
             self.limit or math.isqrt(self.n),
-            self.prompt_again,
+            self.proportional,
             self.stop_above,
         )
 
@@ -280,7 +298,7 @@ PAPER_SEARCH = {
     "temperature": 0.7,
     "min_p": 0.0,
     "independent": True,
-    "prompt_again": False,
+    "proportional": False,
     "last_line": False,
     "stop_above": 0.0,
 }
@@ -429,7 +447,7 @@ def beams(logits: torch.Tensor, responses: list[Response], settings: Settings) -
     for state, beams_of_state in groupby(responses, key=lambda response: response.state):
         end = begin + len(list(beams_of_state))
         own_totals = totals[begin:end].flatten()
-        wanted = min(settings.samples_per_state() - len(state.ended), len(own_totals))
+        wanted = min(state.count - len(state.ended), len(own_totals))
         chosen.append(begin * vocab_size + own_totals.topk(wanted).indices)
         begin = end
     chosen = torch.cat(chosen)  # indices into the flattened totals
@@ -746,10 +764,10 @@ class Engine:
 
     def most_new_slots(self) -> int:
         """A step needs at most one new slot for each unfinished sample or beam."""
-        ended = 0
+        unfinished = 0
         for state in self.expanding:
-            ended += sum(response.count for response in state.ended)
-        return len(self.expanding) * self.settings.samples_per_state() - ended
+            unfinished += state.count - sum(response.count for response in state.ended)
+        return unfinished
 
     def make_room(self) -> None:
         """While fewer slots are free than a step may need, stop expanding the youngest state and
@@ -1127,8 +1145,8 @@ def settings_line(settings: Settings) -> str:
         words.append(f"{manner} samples at temperature {settings.temperature}")
     if settings.decoder == "self_backtrack":
         words.append(f"b = {settings.b}")
-        if settings.prompt_again:
-            words.append("the prompt once more")
+        if settings.proportional:
+            words.append("samples shared in proportion")
         if settings.stop_above < 0:
             words.append(f"ends above {settings.stop_above}")
     if settings.last_line:
@@ -1300,7 +1318,7 @@ def flags() -> Arguments:
     add("--n", metavar="N", type=at_least(1), help="samples of each state, or beams")
     add("--limit", metavar="N", type=at_least(1), help="states in a frontier; else int(sqrt(n))")
     switch = argparse.BooleanOptionalAction
-    add("--prompt_again", action=switch, help="the prompt may be sampled again")
+    add("--proportional", action=switch, help="states share the samples of a round")
     add("--last_line", action=switch, help="add log p(last line) to the score")
     add(
         "--stop_above",

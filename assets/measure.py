@@ -86,7 +86,7 @@ DECODERS = [
     # without one of our additions to the paper's rule
     {"decoder": "self_backtrack", "b": 1, "n": 32, "independent": True},
     {"decoder": "self_backtrack", "b": 1, "n": 32, "temperature": 0.7, "min_p": 0.0},
-    {"decoder": "self_backtrack", "b": 1, "n": 32, "prompt_again": False},
+    {"decoder": "self_backtrack", "b": 1, "n": 32, "proportional": False},
     {"decoder": "self_backtrack", "b": 1, "n": 32, "stop_above": 0.0},
     {"decoder": "self_backtrack", "b": 1, "n": 32, "stop_above": 0.0, "last_line": False},
 ]
