@@ -2,6 +2,7 @@
 README and what figures.py draws, as JSON lines.
 
     torchrun --nproc_per_node=2 -- assets/measure.py     the shipped model; each process takes lines
+    torchrun --nproc_per_node=2 -- assets/measure.py --resume              after it has been stopped
     python assets/measure.py --lines greedy "b=1 n=32"   a part of them, only printed (or to --out)
 
 The line of a decoder has its flags, accuracy with Wilson's 95 % interval (selected, verified: each
@@ -304,11 +305,15 @@ def arguments():
     args.add_argument("--lines", nargs="+", help=lines)
     out = "the file to write; without --lines: assets/results.jsonl"
     args.add_argument("--out", type=Path, help=out)
+    resume = "keep the lines that a stopped run of the same command has left in --out's FILE.part"
+    args.add_argument("--resume", action="store_true", help=resume)
     args = args.parse_args()
     if args.out is None and args.lines is None:
         args.out = ROOT / "assets" / "results.jsonl"
     if args.out and args.out.is_dir():
         raise UserError(f"--out wants a file, and {args.out} is a folder")
+    if args.resume and args.out is None:
+        raise UserError("--resume goes with --out")
     return args
 
 
@@ -328,31 +333,53 @@ def choose_lines(wanted: list[str] | None) -> list[dict]:
     return chosen
 
 
+def measure_line(model, tokenizer, record: dict, line: dict, split: str, args) -> dict:
+    if line == JUDGEMENT:
+        problems = load_rows(split, record, args.num_judged)
+        found = judge_actions(model, tokenizer, problems)
+        return {"judgement": found, "split": split, "num": len(problems)}
+    problems = load_rows(split, record, args.num)
+    return {**line, "split": split, **measure_decoder(model, tokenizer, problems, line)}
+
+
+def read_part(part: Path) -> dict[int, dict]:
+    """The lines that a stopped run has left, by their places; but not a last one that is cut."""
+    if not part.exists():
+        return {}
+    return dict(json.loads(text) for text in part.read_text(encoding="utf-8").split("\n")[:-1])
+
+
+def as_lines(values) -> str:
+    return "".join(json.dumps(value) + "\n" for value in values)
+
+
 def main() -> None:
     args = arguments()
     device, rank, world = device_rank_world()
     tokenizer = Tokenizer.from_pretrained(args.ckpt)
     record = load_record(args.ckpt)
     model = Llama.from_pretrained(args.ckpt, device, best_dtype(device)).eval()
-    todo = list(product(choose_lines(args.lines), SPLITS[1:]))
-    lines = []
-    for line, split in tqdm(todo[rank::world], unit=" lines", disable=rank > 0):
-        if line == JUDGEMENT:
-            problems = load_rows(split, record, args.num_judged)
-            found = judge_actions(model, tokenizer, problems)
-            line = {"judgement": found, "split": split, "num": len(problems)}
-        else:
-            problems = load_rows(split, record, args.num)
-            found = measure_decoder(model, tokenizer, problems, line)
-            line = {**line, "split": split, **found}
-        lines.append(line)
-        tqdm.write(json.dumps(line))
-    by_rank = gather(lines)
-    if rank == 0 and args.out:
+    wanted = list(product(choose_lines(args.lines), SPLITS[1:]))
+    part = args.out.with_name(args.out.name + ".part") if args.out else None
+    lines = read_part(part) if args.resume else {}  # by their places in `wanted`
+    todo = [place for place in range(len(wanted)) if place not in lines]
+    gather(None)  # nobody writes before all have read
+    if part and rank == 0:
+        part.write_text(as_lines(lines.items()), encoding="utf-8")
+    gather(None)
+    for place in tqdm(todo[rank::world], unit=" lines", disable=rank > 0):
+        lines[place] = measure_line(model, tokenizer, record, *wanted[place], args)
+        tqdm.write(json.dumps(lines[place]))
+        if part:
+            with open(part, "a", encoding="utf-8") as file:
+                file.write(as_lines([(place, lines[place])]))
+    for lines_of_rank in gather(lines):
+        lines |= lines_of_rank
+    if part and rank == 0:
         with replacing(args.out.parent) as staging:
-            with open(staging / args.out.name, "w", encoding="utf-8") as file:
-                for i in range(len(todo)):
-                    file.write(json.dumps(by_rank[i % world][i // world]) + "\n")
+            in_order = [lines[place] for place in range(len(wanted))]
+            (staging / args.out.name).write_text(as_lines(in_order), encoding="utf-8")
+        part.unlink()
 
 
 if __name__ == "__main__":

@@ -736,6 +736,22 @@ def test_search_without_arguments_shows_a_tree_and_a_table_in_100_columns():
     assert max(len(line.rstrip()) for line in done.stdout.splitlines()) <= 100
 
 
+def test_a_measurement_that_was_stopped_goes_on(trained, tmp_path):
+    out = tmp_path / "lines.jsonl"
+    command = ["assets/measure.py", "--ckpt", trained, "--num", 2, "--lines", "greedy", "beam"]
+    assert script(*command, "--out", out).returncode == 0
+    whole = [json.loads(line) for line in out.read_text().splitlines()]
+    kept = {**whole[2], "seconds": -1.0}
+    Path(f"{out}.part").write_text(json.dumps([2, kept]) + "\n" + '[3, {"deco')
+    assert script(*command, "--out", out, "--resume").returncode == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["seconds"] < 0 for line in lines] == [False, False, True, False]
+    for line in whole + lines:
+        del line["seconds"]
+    assert lines == whole
+    assert not list(tmp_path.glob("*.part"))
+
+
 def test_a_reader_who_leaves_causes_no_traceback(trained):
     args = ["--ckpt", str(trained), "--numbers", "3", "4", "--target", "7", "--n", "1"]
     program = subprocess.Popen(
