@@ -6,27 +6,28 @@ The model says `<backtrack>` when its last action was a mistake, and the search 
 1. Round 0: sample n continuations of the prompt. Each goes on until the model ends it, normally
    after `Goal Reached!`, or says `<backtrack>`, or until it is too long.
 2. Rounds 1 to b: those samples of the round before that end in `<backtrack>` drop their last
-   action. What is left is a state to branch from. The frontier is at most `limit` states that have
-   not been visited before. Sample n continuations of each. (Ours: a search ends early if it has a
-   confident answer.)
+   action. What is left is a state to branch from. The frontier is the states that have not been
+   visited before: at most `limit` of them in the paper, with n samples each. Ours are as many as
+   there are, and share limit * n samples. (Ours, too: a search ends early if it has a confident
+   answer.)
 3. Of all rounds, the samples that reached the goal are candidates. The candidate with the best
    score is the answer. The verifier is not used.
 
-For instance, with the numbers 52, 49, 38, 6, the target 21, and n = 32, in fp32. (Blanks stand for
-newlines. Of the 18 other samples of round 0, 14 lead to the prompt, too; four lead to states that
-come too late, because the limit is int(sqrt(32)) = 5 states.)
+For instance, with the numbers 52, 49, 38, 6, the target 21, n = 32, and limit = int(sqrt(32)) = 5,
+in fp32. (Blanks stand for newlines, and `...` for what is left out.)
 
     round 0    52-49=3 6/3=2 38/2=19 <backtrack>            6 samples
                49-38=11 <backtrack>                         3 samples
+               38+6=44 <backtrack>                          2 samples
                52-38=14 14*6=84 <backtrack>                 2 samples
-               52+38=90 90+49=139 <backtrack>               2 samples
-               52-49=3 6*3=18 <backtrack>                   1 sample
-    frontier   52-49=3 6/3=2                                from the first of these lines,
-               the prompt                                   from the second,
-               52-38=14                                     and so on
-               52+38=90
-               52-49=3
-    round 1    52-38=14 49*6=294 294/14=21 Goal Reached!    3 samples of the third state
+               ...
+    frontier   52-49=3 6/3=2                                6 stepped back to it: 30 new samples
+               the prompt                                   17: 85 (from the second and third lines,
+                                                            and others)
+               52-38=14                                     2: 10
+               ...
+    round 1    52-38=14 49*6=294 294/14=21 Goal Reached!    3 of these 10 samples
+               ...
     answer     this one, for there is no other candidate
 
     python search.py
@@ -72,7 +73,7 @@ class State:
     # what the algorithm uses
     tokens: tuple[int, ...] = ()  # those after the prompt
     logps: tuple[float, ...] = ()  # the log-probability of each token, at temperature 1
-    count: int = 1  # how many samples to draw
+    count: int = 0  # how many samples to draw; until that is known, how many stepped back to it
     round: int = 0  # in which round
     # what the engine needs, below
     slots: tuple[Slot, ...] = ()  # in the cache, of the prompt and of these tokens
@@ -156,11 +157,11 @@ def self_backtrack(
 
 
 def share_in_proportion(states: list[State], n: int, limit: int) -> list[State]:
-    """Ours: every sample that stepped back is followed by `limit` new ones. If more than n stepped
-    back, which is possible from round 2 on, by fewer, so that there are at most limit * n."""
+    """Ours: for every sample that stepped back to a state it gets `limit` new ones. If more than n
+    samples stepped back (in round 2 or later), fewer, so that there are at most limit * n."""
     stepped_back = sum(state.count for state in states)
     for state in states:
-        state.count = int(state.count * limit * min(1, n / stepped_back))
+        state.count = state.count * limit * n // max(n, stepped_back)
     return states
 
 
@@ -193,7 +194,7 @@ def roll_back(response: Response, tokenizer: Tokenizer) -> State:
     # none at all, in a search without a cache.
     dropped_slots = len(response.tokens) - 1 - kept
     slots = response.slots[: len(response.slots) - dropped_slots]
-    return State(response.tokens[:kept], response.logps[:kept], count=0, slots=slots)
+    return State(response.tokens[:kept], response.logps[:kept], slots=slots)
 
 
 def line_begin(tokens: tuple[int, ...], tokenizer: Tokenizer) -> int:

@@ -200,7 +200,7 @@ def self_backtrack(model, tokenizer, problem: dict, key: int, limit: int, settin
     [prompt] = tokenizer.prompts([problem])
     b, n = settings.b, settings.n
     algorithm = search.self_backtrack(
-        tokenizer, b, n, limit, settings.prompt_again, settings.stop_above
+        tokenizer, b, n, limit, settings.proportional, settings.stop_above
     )
     all_responses = []
     frontier = next(algorithm)

@@ -769,7 +769,7 @@ def test_a_reader_who_leaves_causes_no_traceback(trained):
     "flags,changed",
     [
         ([], {}),
-        (["--no-prompt_again", "--no-last_line"], {"prompt_again": False, "last_line": False}),
+        (["--no-proportional", "--no-last_line"], {"proportional": False, "last_line": False}),
         (["--independent"], {"independent": True}),
         (["--paper"], search.PAPER_SEARCH),
         (["--last_line", "--paper"], {**search.PAPER_SEARCH, "last_line": True}),

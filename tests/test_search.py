@@ -30,7 +30,7 @@ PROBLEMS = list(generate(new_record(5, [3, 4]), "train", 8))
 SHORT = Settings(b=2, n=9, temperature=0.8, min_p=0.0, max_new_tokens=18, cache_gib=0.02)
 RULE = {  # the paper's
     "independent": True,
-    "prompt_again": False,
+    "proportional": False,
     "last_line": False,
     "stop_above": 0.0,
 }
@@ -131,6 +131,42 @@ def test_states_that_most_samples_lead_to_come_first():
     assert texts_of(frontier) == ["3+3=6\n", "2+2=4\n", "4+4=8\n", "1+1=2\n"]
 
 
+def test_responses_that_lead_to_the_same_state_are_added_up():
+    responses = [
+        sampled("1+1=2\n9-9=0\n<backtrack>", count=2),
+        sampled("2+2=4\n9-9=0\n<backtrack>", count=3),
+        sampled("1+1=2\n8-8=0\n<backtrack>", count=2),
+    ]
+    assert texts_of(backtracking(limit=4).send(responses)) == ["1+1=2\n", "2+2=4\n"]
+
+
+def test_states_share_the_samples_of_a_round_in_proportion():
+    """Each sample that stepped back is followed by `limit` new ones, also at the prompt."""
+    responses = [
+        sampled("1+1=2\n9-9=0\n<backtrack>", count=1),
+        sampled("2+2=4\n<backtrack>", count=3),
+        sampled("2+2=5\n<backtrack>", count=2),
+        sampled("3+3=6\n", count=4),
+    ]
+    frontier = backtracking(n=10, limit=3, proportional=True).send(responses)
+    assert [(TOK.decode(state.tokens), state.count) for state in frontier] == [
+        ("1+1=2\n", 3),
+        ("", 15),
+    ]
+
+
+@pytest.mark.parametrize(
+    "counts,expected", [([4, 2], [12, 6]), ([20, 10], [20, 10]), ([7, 5], [17, 12])]
+)
+def test_a_round_draws_no_more_samples_than_the_papers_does(counts, expected):
+    algorithm = backtracking(b=2, n=10, limit=3, proportional=True)
+    algorithm.send([sampled("1+1=2\n2+2=4\n<backtrack>")])
+    texts = ("1+1=2\n3+3=6\n9-9=0\n<backtrack>", "1+1=2\n4+4=8\n9-9=0\n<backtrack>")
+    responses = [sampled(text, count) for text, count in zip(texts, counts)]
+    assert [state.count for state in algorithm.send(responses)] == expected
+    assert sum(expected) <= 3 * 10
+
+
 @pytest.mark.parametrize("limit", [1, 2, 3])
 def test_a_frontier_holds_at_most_the_limit(limit):
     responses = [sampled(f"{digit}+1=2\n9-9=0\n<backtrack>") for digit in range(3)]
@@ -158,11 +194,11 @@ def test_it_steps_back_at_most_b_times(b):
 
 def test_in_the_paper_the_prompt_has_been_visited():
     response = sampled("1+1=2\n<backtrack>")
-    assert ends(backtracking(prompt_again=False), [response])
+    assert ends(backtracking(), [response])
 
 
 def test_the_prompt_may_be_sampled_once_more():
-    algorithm = backtracking(b=5, prompt_again=True)
+    algorithm = backtracking(b=5, proportional=True)
     first = sampled("1+1=2\n<backtrack>")
     [state] = algorithm.send([first])
     assert (state.tokens, state.round) == ((), 1)
@@ -1007,7 +1043,7 @@ def test_the_tree_says_why_a_search_ended_before_its_last_round(responses, setti
 
 def test_the_page_says_what_its_decoder_depends_on():
     told = search.settings_line(Settings(b=2, n=8, temperature=0.7, independent=True))
-    rules = "the prompt once more, ends above -0.2, score with the last line"
+    rules = "samples shared in proportion, ends above -0.2, score with the last line"
     assert told == f"self_backtrack, n = 8, independent samples at temperature 0.7, b = 2, {rules}"
     told = search.settings_line(Settings(**search.PAPER_SEARCH))
     assert told == "self_backtrack, n = 32, independent samples at temperature 0.7, b = 1"
