@@ -139,21 +139,26 @@ def self_backtrack(
     for round_number in range(1, b + 1):
         if is_sure(responses, stop_above):
             return
-        states = {}  # by their tokens; each with the count of the samples that step back to it
-        for response in responses:
-            if steps_back(response, tokenizer):
-                state = roll_back(response, tokenizer)  # trust the model: drop its last action
-                if state.tokens not in visited:
-                    state = states.setdefault(state.tokens, state)
-                    state.count += response.count
         share = share_in_proportion if proportional else share_as_the_paper
-        frontier = share(list(states.values()), n, limit)
+        frontier = share(new_states(responses, visited, tokenizer), n, limit)
         if not frontier:
             return
         for state in frontier:
             visited.add(state.tokens)
             state.round = round_number
         responses = yield frontier  # `count` samples of each state, each until it ends
+
+
+def new_states(responses: list[Response], visited: set, tokenizer: Tokenizer) -> list[State]:
+    """The states that have not been visited, each with the count of the samples that step back to
+    it, in the order of the responses."""
+    found = {}  # by their tokens
+    for response in responses:
+        if steps_back(response, tokenizer):
+            state = roll_back(response, tokenizer)  # trust the model: drop its last action
+            if state.tokens not in visited:
+                found.setdefault(state.tokens, state).count += response.count
+    return list(found.values())
 
 
 def share_in_proportion(states: list[State], n: int, limit: int) -> list[State]:
