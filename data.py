@@ -24,8 +24,10 @@ under the paper's mask. (--mask choice masks a true line only up to its `=`, see
             false_goal       [25*10=250]  [4+2=6]      [250/6=60]   <backtrack>
             near_miss        [25*2=50]    [10-4=6]     [50+6=56]    <backtrack>
 
-So the model learns to notice mistakes, but is not trained to make them. Detours, false goals and
-near misses are ours.
+So the model learns to notice mistakes, but is not trained to make them. The task, the two datasets,
+the first three kinds of mistakes and the mask are the paper's. Ours are detours, false goals and
+near misses, the shares of all kinds, the inexact divisions among computational mistakes, which of a
+problem's solutions is learned, `--any_target`, `--mask choice`, and the tokens (digits).
 
 Most problems have several solutions. The model learns the simplest one, with few * and / and small
 results. It is called the canonical solution. A detour is a right action that takes more effort than

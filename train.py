@@ -531,6 +531,26 @@ CKPT_FLAGS = {**asdict(PAPER_TRAINING), "epochs": 3, "num_train": 500_000}
 def arguments() -> tuple[argparse.Namespace, dict | None]:
     """The command line, and with --resume the state of the run: its saved settings are then the
     defaults. Raises UserError."""
+    options = flags()
+    given = typed_flags()
+    from_checkpoint = "--ckpt" in given and "--resume" not in given
+    defaults = dict(CKPT_FLAGS if from_checkpoint else SCRATCH_FLAGS)
+    if given & {"--steps", "--epochs"}:  # one of them determines the length
+        defaults |= {"steps": None, "epochs": None}
+    options.set_defaults(**defaults)
+    known = options.parse_known_args()[0]
+    state = None
+    if known.resume:
+        state = load_state(known.out)
+        settings = as_flags(state["record"].get("settings", {}))
+        options = options.parse_args(settings + sys.argv[1:])
+    else:
+        options = options.parse_args()
+    check_flags(given, options)
+    return options, state
+
+
+def flags() -> Arguments:
     options = Arguments("Train on D_op and D_back: a small model from scratch, or a checkpoint.")
     add = options.add_argument_group("the model: a checkpoint, or one from scratch").add_argument
     add("--ckpt", metavar="C", help="a folder or Hub id to start from")
@@ -570,22 +590,7 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     add("--gradient_checkpointing", action=switch, help="saves memory")
     add("--compile", action=switch, help="faster, after half a minute")
     add("--dtype", choices=DTYPES, help="of autocast; default: the device's best")
-    given = typed_flags()
-    from_checkpoint = "--ckpt" in given and "--resume" not in given
-    defaults = dict(CKPT_FLAGS if from_checkpoint else SCRATCH_FLAGS)
-    if given & {"--steps", "--epochs"}:  # one of them determines the length
-        defaults |= {"steps": None, "epochs": None}
-    options.set_defaults(**defaults)
-    known = options.parse_known_args()[0]
-    state = None
-    if known.resume:
-        state = load_state(known.out)
-        settings = as_flags(state["record"].get("settings", {}))
-        options = options.parse_args(settings + sys.argv[1:])
-    else:
-        options = options.parse_args()
-    check_flags(given, options)
-    return options, state
+    return options
 
 
 def typed_flags() -> set[str]:
@@ -609,16 +614,16 @@ def check_flags(given: set[str], options) -> None:
 
 def as_flags(settings: dict) -> list[str]:
     """Settings as a command line, so that they are checked like typed ones."""
-    flags = []
+    words = []
     for name, value in settings.items():
         if isinstance(value, list):
-            flags.append(f"--{name}")
-            flags += map(str, value)
+            words.append(f"--{name}")
+            words += map(str, value)
         elif isinstance(value, bool):
-            flags += [f"--{name}"] if value else []
+            words += [f"--{name}"] if value else []
         elif value is not None:
-            flags.append(f"--{name}={value}")
-    return flags
+            words.append(f"--{name}={value}")
+    return words
 
 
 def build_model(options, state: dict | None, tokenizer: Tokenizer) -> Llama:
