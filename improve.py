@@ -41,7 +41,7 @@ import torch
 
 from data import BACKTRACK, Tokenizer, load_record, load_rows, load_validation, whole_path
 from model import RESUME, Arguments, Llama, UserError, above, at_least, best_dtype, cli
-from model import device_rank_world, is_main, note, replacing
+from model import check_writable, device_rank_world, is_main, note
 from search import PAPER_SEARCH, Settings, compare, evaluate
 from train import PAPER_TRAINING, Batches, Training, as_flags, fit, load_state, rebuild, save
 from train import typed_flags
@@ -73,7 +73,16 @@ def expert_iteration(
         if done == options.rounds:
             return
         rows = load_rows("train", source, options.num, options.num * done)
-        improve(model, tokenizer, rows, settings, training, options.epochs, options.paper, done + 1)
+        improve(
+            model,
+            tokenizer,
+            rows,
+            settings,
+            training,
+            options.epochs,
+            only_solved=options.paper,
+            round_number=done + 1,
+        )
         save_round(model, tokenizer, record, log, options, done + 1)
 
 
@@ -253,9 +262,7 @@ def main() -> None:
     options, state = arguments()
     device = device_rank_world()[0]
     tokenizer = Tokenizer.from_pretrained(options.out if state else options.ckpt)
-    if is_main():
-        with replacing(options.out):
-            pass  # raises now if it cannot be written to
+    check_writable(options.out)
     if state:
         model = rebuild(options.out, state).to(device)
         record = state["record"]

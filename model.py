@@ -706,6 +706,13 @@ def move(complete: Path, folder: Path) -> None:
         complete.rmdir()
 
 
+def check_writable(folder: Path) -> None:
+    """Raises UserError if a save into this folder would fail: better now than after hours."""
+    if is_main():
+        with replacing(folder):
+            pass
+
+
 def settle(folder: Path, sweeps: bool = False) -> None:
     """Finish the saves that killed processes left behind in a folder: complete ones are moved to
     their places. sweeps, before a new save: incomplete ones are removed, and complete ones are

@@ -255,9 +255,8 @@ def is_sure(responses: list[Response], stop_above: float) -> bool:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to search. The defaults were found by trial with the shipped model, b = 1 and n = 32, on
-    validation problems that the README does not report on. PAPER_SEARCH is the paper's rule, but
-    for `branching_order`."""
+    """How to search. The defaults were found by trial with the shipped model, b = 1 and n = 32.
+    PAPER_SEARCH is the paper's rule, but for `branching_order`."""
 
     decoder: str = "self_backtrack"  # one of DECODERS
     b: int = 1  # rounds of stepping back
@@ -320,9 +319,6 @@ PAPER_SEARCH = {
 # it takes the token in whose interval it lies.
 
 
-NOT_FINITE = "the model's logits are not finite: try another --dtype"
-
-
 class Draw(NamedTuple):
     parent: int  # which of the R responses continues
     token: int
@@ -377,8 +373,7 @@ def look_up(logits, points, spacing, responses: list[Response], settings: Settin
         found.append(find_tokens(logits[rows], points[rows], settings))
     token, share, stretched, logp = torch.cat(found, 1).cpu().numpy()  # all (R, M)
     token = token.astype(np.int64)
-    if np.isnan(share).any():
-        raise UserError(NOT_FINITE)
+    check_numbers(share)
 
     # Each sample as one number, for its response and its token: equal numbers are a Draw.
     counts = np.array([response.count for response in responses])
@@ -412,7 +407,7 @@ def find_tokens(logits: torch.Tensor, points: np.ndarray, settings: Settings) ->
     points = torch.from_numpy(points).to(logits.device, precision).clamp(max=below_one)
     points = points * ends[:, -1:]
     token = torch.searchsorted(ends, points, right=True)  # (R, M): the first that ends beyond it
-    token = token.clamp(max=ends.shape[1] - 1)  # of logits that are no numbers, see `look_up`
+    token = token.clamp(max=ends.shape[1] - 1)  # only for logits that `check_numbers` will refuse
     share = shares.gather(1, token)
     stretched = (points - (ends.gather(1, token) - share)) / share
     stretched = stretched.clamp(0, below_one)
@@ -457,14 +452,19 @@ def beams(logits: torch.Tensor, responses: list[Response], settings: Settings) -
         chosen.append(begin * vocab_size + own_totals.topk(wanted).indices)
         begin = end
     chosen = torch.cat(chosen)  # indices into the flattened totals
-    chosen_logps = logps.flatten()[chosen]
+    chosen_logps = logps.flatten()[chosen].tolist()
+    check_numbers(chosen_logps)
     draws = []
-    for index, logp in zip(chosen.tolist(), chosen_logps.tolist()):  # one wait for the device
-        if math.isnan(logp):
-            raise UserError(NOT_FINITE)
+    for index, logp in zip(chosen.tolist(), chosen_logps):
         parent, token = divmod(index, vocab_size)
         draws.append(Draw(parent, token, 1, logp))
     return draws
+
+
+def check_numbers(values) -> None:
+    """Raises UserError if one of the values is not a number: the logits have overflowed."""
+    if np.isnan(values).any():
+        raise UserError("the model's logits are not finite: try another --dtype")
 
 
 # ---- 3. One problem, slowly ----------------------------------------------------------------------
@@ -1367,25 +1367,6 @@ def flags() -> Arguments:
     return options
 
 
-def main() -> None:
-    options = arguments()
-    device, rank, _ = device_rank_world()
-    dtype = DTYPES.get(options.dtype) or best_dtype(device)
-    tokenizer = Tokenizer.from_pretrained(options.ckpt)
-    record = load_record(options.ckpt)
-    model = Llama.from_pretrained(options.ckpt, device, dtype).eval()
-    settings = Settings(**{name: getattr(options, name) for name in asdict(Settings())})
-    if options.data:
-        evaluate_data(model, tokenizer, record, settings, options)
-        return
-    if rank == 0:
-        show_search(model, tokenizer, record, settings, options)
-    if not options.numbers and not options.html:
-        splits = load_validation(record, options.num, options.offset)
-        decoders = list(dict.fromkeys(["greedy", options.decoder]))
-        compare(model, tokenizer, splits, decoders, settings, offset=options.offset)
-
-
 def show_search(model, tokenizer, record: dict, settings: Settings, options) -> None:
     """Search one problem, and draw its tree."""
     if options.numbers:
@@ -1428,6 +1409,25 @@ def open_answer_file(model: Llama, rows: list[dict], settings: Settings, options
     made_by |= {"weights": fingerprint(str(sums)), **asdict(settings_alone)}
     problems = dict(enumerate(rows, options.offset))
     return AnswerFile(options.out, options.resume, made_by, problems)
+
+
+def main() -> None:
+    options = arguments()
+    device, rank, _ = device_rank_world()
+    dtype = DTYPES.get(options.dtype) or best_dtype(device)
+    tokenizer = Tokenizer.from_pretrained(options.ckpt)
+    record = load_record(options.ckpt)
+    model = Llama.from_pretrained(options.ckpt, device, dtype).eval()
+    settings = Settings(**{name: getattr(options, name) for name in asdict(Settings())})
+    if options.data:
+        evaluate_data(model, tokenizer, record, settings, options)
+        return
+    if rank == 0:
+        show_search(model, tokenizer, record, settings, options)
+    if not options.numbers and not options.html:
+        splits = load_validation(record, options.num, options.offset)
+        decoders = list(dict.fromkeys(["greedy", options.decoder]))
+        compare(model, tokenizer, splits, decoders, settings, offset=options.offset)
 
 
 if __name__ == "__main__":

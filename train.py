@@ -38,7 +38,16 @@ from data import KINDS, MASKS, Tokenizer, doubtful_rows, generate, load_record, 
 from data import new_record, read_rows, read_split, warn_of_changed_task, whole_path
 from model import COUNT, DTYPES, OBJECT, OBJECTS, RESUME, Arguments, Interruptible, Llama
 from model import LlamaConfig, LlamaDecoderLayer, UserError, above, at_least, best_dtype
-from model import check_fields, cli, device_rank_world, in_worker, no_bar, note, read_config
+from model import (
+    check_fields,
+    check_writable,
+    cli,
+    device_rank_world,
+    in_worker,
+    no_bar,
+    note,
+    read_config,
+)
 from model import read_json, replacing, settle
 from search import Settings, compare, evaluate
 
@@ -321,11 +330,13 @@ def make_optimizer(model: Llama, training: Training, fused: bool):
         {"params": embeddings, "weight_decay": decay, "orthogonal": False},
         {"params": gain_vectors, "weight_decay": 0.0, "orthogonal": False},
     ]
-    kind, beta2 = {"muon": (Muon, 0.95), "adamw": (torch.optim.AdamW, 0.999)}[training.optimizer]
-    hyperparameters = {"lr": training.lr, "betas": (0.9, beta2), "fused": fused}
+    uses_muon = training.optimizer == "muon"
+    optimizer_class = Muon if uses_muon else torch.optim.AdamW
+    betas = (0.9, 0.95 if uses_muon else 0.999)
+    hyperparameters = {"lr": training.lr, "betas": betas, "fused": fused}
     if dist.is_initialized():
-        return ZeroRedundancyOptimizer(param_groups, kind, **hyperparameters)
-    return kind(param_groups, **hyperparameters)
+        return ZeroRedundancyOptimizer(param_groups, optimizer_class, **hyperparameters)
+    return optimizer_class(param_groups, **hyperparameters)
 
 
 def optimizer_state(optimizer) -> dict:
@@ -738,9 +749,7 @@ def main() -> None:
     settings["hidden_size"] = model.config.hidden_size
     settings["layers"] = model.config.num_hidden_layers
     record = {**record, "settings": settings}  # --resume and improve.py use these
-    if rank == 0:
-        with replacing(options.out):
-            pass  # raises now if it cannot be written to
+    check_writable(options.out)
     source = {"source": options.data} if options.data else record
     validation = load_validation(source, options.num_eval)
     first_step = state["step"] if state else 0

@@ -342,11 +342,15 @@ def measure_line(model, tokenizer, record: dict, line: dict, split: str, args) -
     return {**line, "split": split, **measure_decoder(model, tokenizer, problems, line)}
 
 
-def read_part(part: Path) -> dict[int, dict]:
-    """The lines that a stopped run has left, by their places; but not a last one that is cut."""
+def read_part(part: Path, made_by: list) -> dict[int, dict]:
+    """The lines that a stopped run has left, by their places; but not a last one that is cut. The
+    first says what the run was asked for. Raises UserError if that was something else."""
     if not part.exists():
         return {}
-    return dict(json.loads(text) for text in part.read_text(encoding="utf-8").split("\n")[:-1])
+    texts = part.read_text(encoding="utf-8").split("\n")[:-1]
+    if texts and json.loads(texts[0]) != made_by:
+        raise UserError(f"{part} is of another command: {texts[0]}")
+    return dict(json.loads(text) for text in texts[1:])
 
 
 def as_lines(values) -> str:
@@ -360,12 +364,13 @@ def main() -> None:
     record = load_record(args.ckpt)
     model = Llama.from_pretrained(args.ckpt, device, best_dtype(device)).eval()
     wanted = list(product(choose_lines(args.lines), SPLITS[1:]))
+    made_by = [args.ckpt, args.num, args.num_judged, args.lines]
     part = args.out.with_name(args.out.name + ".part") if args.out else None
-    lines = read_part(part) if args.resume else {}  # by their places in `wanted`
+    lines = read_part(part, made_by) if args.resume else {}  # by their places in `wanted`
     todo = [place for place in range(len(wanted)) if place not in lines]
     gather(None)  # nobody writes before all have read
     if part and rank == 0:
-        part.write_text(as_lines(lines.items()), encoding="utf-8")
+        part.write_text(as_lines([made_by, *lines.items()]), encoding="utf-8")
     gather(None)
     for place in tqdm(todo[rank::world], unit=" lines", disable=rank > 0):
         lines[place] = measure_line(model, tokenizer, record, *wanted[place], args)

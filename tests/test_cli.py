@@ -219,8 +219,8 @@ def test_resuming_takes_the_first_runs_settings_but_what_is_given_wins(program, 
     torch.save(state, ckpt / "resume.pt")
     program(train, "--resume", "--out", ckpt, "--num_eval", 1, "--warmup", 7)
     [call] = fitted.calls
-    expected = {"steps": 40, "lr": 0.125, "warmup": 7, "weight_decay": 0.01}
-    expected["optimizer"] = "muon"
+    expected = {"steps": 40, "lr": 0.125, "warmup": 7}
+    expected |= {"weight_decay": 0.01, "optimizer": "muon"}
     assert call.items() >= expected.items()
     batches = call["batches"]
     assert (batches.rows_per_step, batches.accum, batches.seed) == (32, 2, 5)
@@ -232,8 +232,8 @@ def test_resuming_takes_the_first_runs_settings_but_what_is_given_wins(program, 
 def test_a_checkpoint_is_fine_tuned_by_the_papers_settings(program, fitted, ckpt, tmp_path):
     program(train, "--ckpt", ckpt, "--num_eval", 2, "--out", tmp_path / "out")
     [call] = fitted.calls
-    expected = {"steps": 93750, "lr": 1e-5, "warmup": 1, "weight_decay": 0.01}
-    expected["optimizer"] = "adamw"
+    expected = {"steps": 93750, "lr": 1e-5, "warmup": 1}
+    expected |= {"weight_decay": 0.01, "optimizer": "adamw"}
     assert call.items() >= expected.items()
     assert call["batches"].rows_per_step == 16
     assert call["batches"].mask == "action"
@@ -247,8 +247,8 @@ def test_a_flag_overrules_the_papers_settings(program, fitted, ckpt, tmp_path):
 def test_a_model_from_scratch_has_settings_of_its_own(program, fitted, tmp_path):
     program(train, "--num_eval", 2, "--out", tmp_path / "out")
     [call] = fitted.calls
-    expected = {"steps": 6000, "lr": 3e-3, "warmup": 100, "weight_decay": 0.1}
-    expected["optimizer"] = "muon"
+    expected = {"steps": 6000, "lr": 3e-3, "warmup": 100}
+    expected |= {"weight_decay": 0.1, "optimizer": "muon"}
     assert call.items() >= expected.items()
     assert call["batches"].rows_per_step == 64
     assert call["batches"].mask == "choice"
@@ -742,7 +742,10 @@ def test_a_measurement_that_was_stopped_goes_on(trained, tmp_path):
     assert script(*command, "--out", out).returncode == 0
     whole = [json.loads(line) for line in out.read_text().splitlines()]
     kept = {**whole[2], "seconds": -1.0}
-    Path(f"{out}.part").write_text(json.dumps([2, kept]) + "\n" + '[3, {"deco')
+    made_by = json.dumps([str(trained), 2, 300, ["greedy", "beam"]]) + "\n"
+    Path(f"{out}.part").write_text(made_by + json.dumps([2, kept]) + "\n" + '[3, {"deco')
+    other = script(*command[:3], *command[5:], "--num", 3, "--out", out, "--resume")
+    assert (other.returncode, "is of another command" in other.stderr) == (2, True)
     assert script(*command, "--out", out, "--resume").returncode == 0
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["seconds"] < 0 for line in lines] == [False, False, True, False]
