@@ -1,30 +1,34 @@
 """Self-backtracking: search by sampling, stepping back and branching. Read after data.py.
 
 The model says `<backtrack>` when its last action was a mistake, and the search of section 4.2
-(arXiv 2502.04404) trusts it. With b rounds of stepping back, and n samples of each state:
+(arXiv 2502.04404) trusts it. With b rounds of stepping back, n samples of each state, and
+limit = int(sqrt(n)):
 
 1. Round 0: sample n continuations of the prompt. Each goes on until the model ends it, normally
    after `Goal Reached!`, or says `<backtrack>`, or until it is too long.
-2. Rounds 1 to b: those samples of the round before that end in `<backtrack>` drop their last
-   action. What is left is a state to branch from. The frontier is the states that have not been
-   visited before: at most `limit` of them in the paper, with n samples each. Ours are as many as
-   there are, and share limit * n samples. (Ours, too: a search ends early if it has a confident
-   answer.)
+2. Rounds 1 to b: the samples of the previous round that end in `<backtrack>` drop their last
+   action. What is left is a state to branch from. The frontier is at most `limit` states that have
+   not been visited, as the prompt has. Sample n continuations of each.
 3. Of all rounds, the samples that reached the goal are candidates. The candidate with the best
    score is the answer. The verifier is not used.
 
-For instance, with the numbers 52, 49, 38, 6, the target 21, n = 32, and limit = int(sqrt(32)) = 5,
-in fp32. (Blanks stand for newlines, and `...` for what is left out.)
+By default the second step is ours. Most samples step back to the prompt, and the paper does not
+sample it again; and from a state with one likely continuation n samples take the same one. So here
+a state gets `limit` new samples for every sample that stepped back to it; the prompt, too, but only
+once. And a search ends early if it has a confident answer. (--paper: the paper's rule.)
+
+For instance, with the numbers 52, 49, 38, 6, the target 21, n = 32, and limit = 5, in fp32. (Blanks
+stand for newlines, and `...` for what is left out.)
 
     round 0    52-49=3 6/3=2 38/2=19 <backtrack>            6 samples
                49-38=11 <backtrack>                         3 samples
                38+6=44 <backtrack>                          2 samples
                52-38=14 14*6=84 <backtrack>                 2 samples
                ...
-    frontier   52-49=3 6/3=2                                6 stepped back to it: 30 new samples
-               the prompt                                   17: 85 (from the second and third lines,
-                                                            and others)
-               52-38=14                                     2: 10
+    frontier   52-49=3 6/3=2                                6 stepped back: 30 new samples
+               the prompt                                   17 stepped back: 85 new samples (from
+                                                            the second and third lines, and others)
+               52-38=14                                     2 stepped back: 10 new samples
                ...
     round 1    52-38=14 49*6=294 294/14=21 Goal Reached!    3 of these 10 samples
                ...
@@ -73,7 +77,8 @@ class State:
     # what the algorithm uses
     tokens: tuple[int, ...] = ()  # those after the prompt
     logps: tuple[float, ...] = ()  # the log-probability of each token, at temperature 1
-    count: int = 0  # how many samples to draw; until that is known, how many stepped back to it
+    stepped_back: int = 0  # how many samples have stepped back to it
+    count: int = 0  # how many samples to draw
     round: int = 0  # in which round
     # what the engine needs, below
     slots: tuple[Slot, ...] = ()  # in the cache, of the prompt and of these tokens
@@ -120,27 +125,29 @@ def self_backtrack(
                                            # search runs to the next `yield`, or to its end, which
                                            # raises StopIteration
 
-    The caller rates the responses (`rate_candidates`) before it sends them, and keeps them:
-    `select` chooses among all of them. A round draws at most limit * n samples. A search ends if
-    there is no new state, and at the latest after round b.
+    The caller rates the responses (`rate_candidates`) before it sends them, and keeps them: at the
+    end `judge` lets `select` choose among all of them. A round draws at most limit * n samples. A
+    search ends if there is no new state, and at the latest after round b.
 
     A state does not rule out the action that was dropped: a sample may take it again. If a sample
     of a state says `<backtrack>` at once, without an action of its own, the state's last action is
     dropped: so the next round begins still closer to the prompt.
 
-    Two rules are ours, off in this function, on in `Settings`. With `proportional` states share the
-    samples of a round (`share_in_proportion`), and stepping back from a first action leads to the
-    prompt, which may be sampled once more; in the paper it counts as visited, and each of `limit`
-    states gets n samples. And a search ends if the best candidate of a round has a score (`rate`)
-    above stop_above. (No score is above 0.)
+    What is ours is off in this function, and on in `Settings`. `proportional`: states share the
+    samples of a round (`share_in_proportion`), and the prompt may be sampled once more. stop_above:
+    a search ends if the best candidate of a round has a score (`rate`) above it. (No score is above
+    0.)
     """
-    visited = set() if proportional else {()}  # () is the prompt
+    visited = set() if proportional else {()}  # () is the prompt; in ours a first step back is new
     responses = yield [State(count=n)]  # round 0: n samples of the prompt, with no tokens after it
     for round_number in range(1, b + 1):
         if is_sure(responses, stop_above):
             return
-        share = share_in_proportion if proportional else share_as_the_paper
-        frontier = share(new_states(responses, visited, tokenizer), n, limit)
+        states = new_states(responses, visited, tokenizer)
+        if proportional:
+            frontier = share_in_proportion(states, n, limit)
+        else:
+            frontier = share_as_the_paper(states, n, limit)
         if not frontier:
             return
         for state in frontier:
@@ -150,29 +157,31 @@ def self_backtrack(
 
 
 def new_states(responses: list[Response], visited: set, tokenizer: Tokenizer) -> list[State]:
-    """The states that have not been visited, each with the count of the samples that step back to
-    it, in the order of the responses."""
+    """The states that have not been visited, in the order of the responses. (Several responses may
+    step back to the same one.)"""
     found = {}  # by their tokens
     for response in responses:
         if steps_back(response, tokenizer):
             state = roll_back(response, tokenizer)  # trust the model: drop its last action
             if state.tokens not in visited:
-                found.setdefault(state.tokens, state).count += response.count
+                found.setdefault(state.tokens, state).stepped_back += response.count
     return list(found.values())
 
 
 def share_in_proportion(states: list[State], n: int, limit: int) -> list[State]:
     """Ours: for every sample that stepped back to a state it gets `limit` new ones. If more than n
-    samples stepped back (in round 2 or later), fewer, so that there are at most limit * n."""
-    stepped_back = sum(state.count for state in states)
+    samples stepped back, which may happen from round 2 on, limit * n new ones are shared in
+    proportion, rounded down. (No state gets none, because a round has at most limit * n samples.)
+    """
+    in_all = sum(state.stepped_back for state in states)
     for state in states:
-        state.count = state.count * limit * n // max(n, stepped_back)
+        state.count = state.stepped_back * limit * n // max(n, in_all)
     return states
 
 
 def share_as_the_paper(states: list[State], n: int, limit: int) -> list[State]:
-    """At most `limit` states, with n samples each. (The paper takes the first states. Here those
-    come first to which most samples stepped back: see `branching_order`.)"""
+    """At most `limit` states, with n samples each. (The paper takes them in the order of the
+    samples. Here equal samples are one response, and have no order: so see `branching_order`.)"""
     frontier = sorted(states, key=branching_order)[:limit]
     for state in frontier:
         state.count = n
@@ -184,10 +193,10 @@ def steps_back(response: Response, tokenizer: Tokenizer) -> bool:
     return response.tokens[-1] == tokenizer.backtrack
 
 
-def branching_order(state: State) -> float:
-    """A sort key: states come first to which most samples stepped back, and of equally many those
-    to which one stepped back first."""
-    return -state.count
+def branching_order(state: State) -> int:
+    """A sort key: the more samples stepped back to a state, the earlier it comes. (`sorted` leaves
+    states of equally many in their order.)"""
+    return -state.stepped_back
 
 
 def roll_back(response: Response, tokenizer: Tokenizer) -> State:
@@ -220,9 +229,9 @@ def reached_goal(response: Response, tokenizer: Tokenizer) -> bool:
 
 def rate(response: Response, tokenizer: Tokenizer, last_line: bool) -> float:
     """The score: the mean log-probability of the response's tokens, end-of-text included, as in the
-    paper. Ours, with last_line: plus the log-probability of the whole last line. There the model
-    preferred `Goal Reached!` to `<backtrack>`, and this says how surely. (A sum, not a mean,
-    because it is the log of one probability: that of being done.)"""
+    paper. Ours, with last_line: plus the log-probability of the whole last line. It says how surely
+    the model preferred `Goal Reached!` to `<backtrack>`. (A sum, not a mean, because it is the log
+    of one probability: that of being done.)"""
     score = sum(response.logps) / len(response.logps)
     if last_line:
         score += sum(response.logps[line_begin(response.tokens, tokenizer) :])
@@ -260,7 +269,7 @@ class Settings:
 
     decoder: str = "self_backtrack"  # one of DECODERS
     b: int = 1  # rounds of stepping back
-    n: int = 32  # samples of each state, or beams
+    n: int = 32  # samples of the prompt (in the paper's rule of every state), or beams
     temperature: float = 2.0
     min_p: float = 0.002  # drop tokens that are less probable than min_p times the best
     top_k: int = 0  # keep only the k most probable tokens; 0: all
@@ -272,11 +281,11 @@ class Settings:
     limit: int | None = None  # a round draws at most limit * n samples; None: int(sqrt(n))
     max_new_tokens: int = 64  # the maximum length of a response, its state's tokens included
     seed: int = 0
-    batch_size: int = 128  # the maximum of states expanded together, each with up to n responses
+    batch_size: int = 128  # the maximum of states expanded together
     cache_gib: float = 1.0  # memory for keys and values
 
-    def samples_per_state(self) -> int:
-        """How many samples or beams each state gets. Greedy decoding is a single beam."""
+    def prompt_samples(self) -> int:
+        """How many samples or beams the prompt gets. Greedy decoding is a single beam."""
         return 1 if self.decoder == "greedy" else self.n
 
     def algorithm(self, tokenizer: Tokenizer):
@@ -286,7 +295,7 @@ class Settings:
         return self_backtrack(
             tokenizer,
             b,
-            self.samples_per_state(),
+            self.prompt_samples(),
             self.limit or math.isqrt(self.n),
             self.proportional,
             self.stop_above,
@@ -345,10 +354,10 @@ def independently(
 def spread(logits: torch.Tensor, responses: list[Response], settings: Settings) -> list[Draw]:
     """Samples spread evenly (arithmetic sampling, Vilnis et al., 2023).
 
-    The n samples of a state are n points, 1 / n apart. The samples in a token's interval take this
-    token. Then the interval, with its points in it, is stretched to [0, 1), and the points choose
-    the next token in the same way. Only two things are random: the first point, in [0, 1 / n), and
-    the points of samples whose spacing has grown above 1 (see `extend`).
+    If a state gets n samples, they are n points, 1 / n apart. The samples in a token's interval
+    take this token. Then the interval, with its points in it, is stretched to [0, 1), and the
+    points choose the next token in the same way. Only two things are random: the first point, in
+    [0, 1 / n), and the points of samples whose spacing has grown above 1 (see `extend`).
 
     Four samples at 0.1, 0.35, 0.6, 0.85, and two tokens of probabilities 0.4 and 0.6: the first two
     samples take the first token. Its interval [0, 0.4) is stretched to [0, 1), and they are at 0.25
@@ -377,17 +386,17 @@ def look_up(logits, points, spacing, responses: list[Response], settings: Settin
 
     # Each sample as one number, for its response and its token: equal numbers are a Draw.
     counts = np.array([response.count for response in responses])
-    row, place = np.nonzero(np.arange(token.shape[1]) < counts[:, None])  # without filler
-    samples = row * logits.shape[1] + token[row, place]
+    row, column = np.nonzero(np.arange(token.shape[1]) < counts[:, None])  # without filler
+    samples = row * logits.shape[1] + token[row, column]
     _, first, count = np.unique(samples, return_index=True, return_counts=True)
-    parent, column = row[first], place[first]  # of each Draw's lowest point
+    parent, lowest = row[first], column[first]  # of each Draw: its row, and its lowest point
     draws = zip(
         parent.tolist(),
-        token[parent, column].tolist(),
+        token[parent, lowest].tolist(),
         count.tolist(),
-        logp[parent, column].tolist(),
-        stretched[parent, column].tolist(),
-        (spacing[parent] / share[parent, column]).tolist(),
+        logp[parent, lowest].tolist(),
+        stretched[parent, lowest].tolist(),
+        (spacing[parent] / share[parent, lowest]).tolist(),
     )
     return [Draw(*values) for values in draws]
 
@@ -759,10 +768,10 @@ class Engine:
 
     def free_places(self) -> int:
         """How many more states may join. There are batch_size places. An estimate: a state needs
-        slots for one whole response, and only 8 more a sample, because samples share beginnings.
-        (If it needs still more, see make_room.) Half of all slots are kept free, so that the
-        current states can grow. If no state is being expanded, one may always join."""
-        slots_per_state = self.slot_table.shape[1] + 8 * self.settings.samples_per_state()
+        slots for one whole response, and only 8 more for each of n samples, because samples share
+        beginnings. (If it needs still more, see make_room.) Half of all slots are kept free, so
+        that the current states can grow. If no state is being expanded, one may always join."""
+        slots_per_state = self.slot_table.shape[1] + 8 * self.settings.prompt_samples()
         spare_slots = len(self.cache.free) - self.cache.kv.shape[2] // 2
         places = self.settings.batch_size - len(self.expanding)
         places = min(places, spare_slots // slots_per_state)
@@ -810,7 +819,7 @@ def search_all(
     engine = Engine(model, tokenizer, settings, longest=max(map(len, prompts), default=0))
     numbered = enumerate(zip(prompts, keys))
     while True:
-        # start no more searches than can join, so that memory does not grow with the problems
+        # at most batch_size prompts wait, so that memory does not grow with the problems
         wanted = max(settings.batch_size - len(engine.new_prompts), 0)
         for index, (prompt, key) in islice(numbered, wanted):
             search = Search(index, prompt, key, tokenizer, settings)
@@ -1145,7 +1154,7 @@ def write_page(model, tokenizer, problem: dict, responses, settings: Settings, p
 
 def settings_line(settings: Settings) -> str:
     """The decoder and the rules that it follows."""
-    words = [settings.decoder, f"n = {settings.samples_per_state()}"]
+    words = [settings.decoder, f"n = {settings.prompt_samples()}"]
     if settings.decoder in ("best_of_n", "self_backtrack"):
         manner = "independent" if settings.independent else "evenly spread"
         words.append(f"{manner} samples at temperature {settings.temperature}")
@@ -1321,8 +1330,9 @@ def flags() -> Arguments:
     add = options.add_argument_group("the search (paper, section 4.2)").add_argument
     add("--decoder", choices=DECODERS, help="only self_backtrack steps back")
     add("--b", metavar="B", type=at_least(0), help="rounds of stepping back")
-    add("--n", metavar="N", type=at_least(1), help="samples of each state, or beams")
-    add("--limit", metavar="N", type=at_least(1), help="states in a frontier; else int(sqrt(n))")
+    add("--n", metavar="N", type=at_least(1), help="samples of the prompt, or beams")
+    limit = "a round draws at most N * n samples; else int(sqrt(n)) * n"
+    add("--limit", metavar="N", type=at_least(1), help=limit)
     switch = argparse.BooleanOptionalAction
     add("--proportional", action=switch, help="states share the samples of a round")
     add("--last_line", action=switch, help="add log p(last line) to the score")

@@ -198,7 +198,7 @@ def method(ax) -> None:
     arrow(ax, (68, 18.7), (50, 23.5), "stopped", -0.3)
     words(ax, 74, 24.6, "step back: drop the last action", "stopped", fontsize=10)
 
-    words(ax, 43, 13.5, "round 1: new samples of each new state")
+    words(ax, 43, 13.5, "round 1: n samples of each new state")
     box(ax, 43, 8, "4-2=2", "branched", 13)
     for place, line in enumerate(["25*2=50", "50+10=60", "Goal Reached!"]):
         box(ax, 62 + 17 * place, 8, line, "right", 14)

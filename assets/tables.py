@@ -63,8 +63,6 @@ ADDITIONS = [
 PRETRAINED = [
     ("greedy", {"decoder": "greedy"}),
     ("best of 32", best_of(32)),
-    ("b = 1, n = 8", stepping_back(1, 8)),
-    ("b = 1, n = 32", stepping_back(1, 32)),
     ("*paper's rule:* best of 8", best_of(8, **PAPER_SEARCH)),
     ("*paper's rule:* best of 32", best_of(32, **PAPER_SEARCH)),
     ("*paper's rule:* b = 1, n = 8", stepping_back(1, 8, **PAPER_SEARCH)),
