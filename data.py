@@ -27,7 +27,7 @@ under the paper's mask. (--mask choice masks a true line only up to its `=`, see
 So the model learns to notice mistakes, but is not trained to make them. The task, the two datasets,
 the first three kinds of mistakes and the mask are the paper's. Ours are detours, false goals and
 near misses, the shares of all kinds, the inexact divisions among computational mistakes, which of a
-problem's solutions is learned, `--any_target`, `--mask choice`, and the tokens (digits).
+problem's solutions is learned, `any_target`, `--mask choice`, and the tokens (digits).
 
 Most problems have several solutions. The model learns the simplest one, with few * and / and small
 results. It is called the canonical solution. A detour is a right action that takes more effort than
@@ -749,7 +749,7 @@ def solve(nums: list[int], target: int) -> tuple[int, int, list[Action]]:
 # ---- Problems ------------------------------------------------------------------------------------
 
 TARGETS = range(10, 101)
-# Ours: the targets of a share of the training problems (--any_target) are drawn from these. Only 82
+# Ours: the targets of a share of the training problems (any_target) are drawn from these. Only 82
 # TARGETS are not held out: in a long training a model learns them by heart, and fails on new ones.
 ANY_TARGETS = range(1, 300)
 HELD_OUT = (18, 21, 28, 42, 56, 81, 89, 96, 98)  # a tenth of the targets, never trained on: "new"
@@ -989,6 +989,8 @@ def read_split(source: str, split: str) -> list[dict]:
             f"{source} holds no JSON with {wanted} in its name; parquet becomes JSON by {TO_JSON}"
         )
     files.sort(key=lambda file: "backtrack" not in file.name)  # the reference has files without it
+    if len(files) > 1:
+        note(f"{source} has {len(files)} files of {split} rows: reading {files[0].name} alone")
     rows = read_rows(files[0], columns)
     half = len(rows) // 2
     return {"train": rows, "val": rows[:half], "val_new": rows[half:]}[split]

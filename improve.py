@@ -24,7 +24,8 @@ For example, the numbers 2, 4, 10, 25 and the target 60, with a right answer and
     failed_action None                                      2
 
 The first becomes the row of D_op `4-2=2 25*2=50 50+10=60 Goal Reached!`, the second the row of
-D_back `4-2=2 25*2=52 <backtrack>`, whose two actions are masked. (Blanks stand for newlines.)
+D_back `4-2=2 25*2=52 <backtrack>`. For the mask its two actions count as wrong. (Blanks stand for
+newlines.)
 
 Accuracy is reported on validation problems, which are never trained on.
 
@@ -33,6 +34,7 @@ Accuracy is reported on validation problems, which are never trained on.
 
 import argparse
 import copy
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -137,8 +139,8 @@ def solved_rows(rows: list[dict], answers: list[dict]) -> list[dict]:
 def own_mistakes(rows: list[dict], answers: list[dict]) -> list[dict]:
     """D_back from answers that were selected but are wrong. They are cut after the action that
     fails; if none fails, and only the last result misses the target, they are kept whole. (If an
-    answer stops while numbers are left, it may be right so far, and is not used.) All actions are
-    masked, because an earlier one may already have lost the target."""
+    answer stops while numbers are left, it may be right so far, and is not used.) For the mask
+    all actions count as wrong (no_loss): an earlier one may already have lost the target."""
     kept_rows = []
     for row, answer in zip(rows, answers):
         if answer["correct"] or not answer["response"]:
@@ -167,7 +169,7 @@ def fine_tune(
     batches = Batches(
         kept_rows, tokenizer, training.batch_size, 1, seed, rank, world, training.mask
     )
-    steps = -(-len(kept_rows) * epochs // batches.rows_per_step)  # rounded up
+    steps = math.ceil(len(kept_rows) * epochs / batches.rows_per_step)
     fit(model, batches, steps, training, dtype=best_dtype(device))
 
 

@@ -492,7 +492,7 @@ def read_config(raw: dict) -> LlamaConfig:
     check_fields(rope, CONFIG_FIELDS, "config.json", LLAMA3 if rope_type == "llama3" else ())
     names = [field.name for field in dataclasses.fields(LlamaConfig)]
     values = {name: raw[name] for name in names if name in raw}
-    # where config.json does not say, what transformers would take
+    # where config.json does not say these, what transformers would take
     heads = raw["num_attention_heads"]
     values["num_key_value_heads"] = raw.get("num_key_value_heads", heads)
     values["head_dim"] = raw.get("head_dim", raw["hidden_size"] // heads)
@@ -753,6 +753,8 @@ def device_rank_world() -> tuple[torch.device, int, int]:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
+    elif world > 1:
+        device = torch.device("cpu")  # gloo exchanges no other device's tensors
     if world > 1 and not dist.is_initialized():
         # imported first, for if PyTorch does so later, the group outlives its end
         import_module("torch.distributed.nn.functional")
@@ -869,7 +871,7 @@ class Interruptible:
         if self.stopped_by:
             raise KeyboardInterrupt(signum)
         self.stopped_by = signum
-        note("stopping soon, and saving; a second signal stops at once")
+        note("stopping soon; a second signal stops at once")
 
 
 def in_worker(*_) -> None:

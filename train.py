@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -110,7 +111,8 @@ def fit(
         lr_now = learning_rate(step, steps, training.lr, training.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr_now
-        loss = stepper.take_step([part.to(device, non_blocking=True) for part in next(stream)])
+        micro_batches = [batch.to(device, non_blocking=True) for batch in next(stream)]
+        loss = stepper.take_step(micro_batches)
         smooth_loss = loss if smooth_loss is None else 0.98 * smooth_loss + 0.02 * loss
 
         # Look at the loss only now and then, because that waits for the device.
@@ -133,8 +135,8 @@ def fit(
 
 
 class Stepper:
-    """Takes a step of the optimizer. On one device, in fp32, with one part (micro-batch) a step, it
-    is this:
+    """Takes a step of the optimizer. On one device, in fp32, with one micro-batch a step, it is
+    this:
 
         loss = model(input_ids, labels=labels) / num_labels
         loss.backward()
@@ -142,8 +144,8 @@ class Stepper:
         optimizer.step()
         optimizer.zero_grad()
 
-    The rest is for several devices (DistributedDataParallel), for several parts (whose gradients
-    are added up), and for autocast to bf16 or fp16."""
+    The rest is for several devices (DistributedDataParallel), for several micro-batches (whose
+    gradients are added up), and for autocast to bf16 or fp16."""
 
     def __init__(self, model: Llama, optimizer: torch.optim.Optimizer, dtype: torch.dtype):
         device = model.lm_head.weight.device
@@ -158,12 +160,12 @@ class Stepper:
         # up. If a scaled gradient overflows, GradScaler skips the step.
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    def take_step(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """parts: batches (2, B, T) int64. Returns the loss: one mean over the labelled tokens of
-        all ranks and parts."""
-        num_labels = sum((labels[:, 1:] != -100).sum() for _, labels in parts)
+    def take_step(self, micro_batches: list[torch.Tensor]) -> torch.Tensor:
+        """micro_batches: (2, B, T) int64 each. Returns the loss: one mean over the labelled tokens
+        of all ranks and micro-batches."""
+        num_labels = sum((labels[:, 1:] != -100).sum() for _, labels in micro_batches)
         num_labels = sum_over_ranks(num_labels).clamp(min=1)
-        loss = self.add_gradients(parts, num_labels)
+        loss = self.add_gradients(micro_batches, num_labels)
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         with self.autocast():  # for Muon's matrix products
@@ -172,20 +174,23 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         return sum_over_ranks(loss)
 
-    def add_gradients(self, parts: list[torch.Tensor], num_labels: torch.Tensor) -> torch.Tensor:
-        """Forward and backward. The loss of a part is the sum of its cross-entropies divided by
-        num_labels, which counts the labels of all parts and ranks. So the gradients of all parts
-        and ranks must be added up. DDP takes the mean over ranks, so multiply by their number.
+    def add_gradients(
+        self, micro_batches: list[torch.Tensor], num_labels: torch.Tensor
+    ) -> torch.Tensor:
+        """Forward and backward. The loss of a micro-batch is the sum of its cross-entropies divided
+        by num_labels, which counts the labels of all micro-batches and ranks. So the gradients of
+        all of them must be added up. DDP takes the mean over ranks, so multiply by their number.
         Returns this rank's share of the loss."""
-        loss = torch.zeros((), device=num_labels.device)
-        for part_number, (input_ids, labels) in enumerate(parts):
-            if self.world > 1:  # ranks exchange gradients once a step, at its last part
-                self.parallel.require_backward_grad_sync = part_number == len(parts) - 1
-            with self.autocast():
-                part_loss = self.parallel(input_ids, labels=labels) / num_labels
-            self.scaler.scale(part_loss * self.world).backward()
-            loss += part_loss.detach()
-        return loss
+        step_loss = torch.zeros((), device=num_labels.device)
+        for number, (input_ids, labels) in enumerate(micro_batches, 1):
+            # ranks exchange gradients once a step, at its last micro-batch
+            waits = self.world > 1 and number < len(micro_batches)
+            with self.parallel.no_sync() if waits else nullcontext():
+                with self.autocast():
+                    loss = self.parallel(input_ids, labels=labels) / num_labels
+                self.scaler.scale(loss * self.world).backward()
+            step_loss += loss.detach()
+        return step_loss
 
 
 def learning_rate(step: int, steps: int, lr: float, warmup: int) -> float:
@@ -195,6 +200,7 @@ def learning_rate(step: int, steps: int, lr: float, warmup: int) -> float:
 
 
 def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """In place."""
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
@@ -217,19 +223,20 @@ def mean_loss(model: Llama, batches: list[torch.Tensor]) -> float | None:
 
 class Batches(Dataset):
     """Training rows as batches. An item holds the rows of 16 optimizer steps. A step is a list of
-    `accum` parts (micro-batches), whose gradients are added up. A part is a tensor (2, B, T) int64
+    `accum` micro-batches, whose gradients are added up. A micro-batch is a tensor (2, B, T) int64
     of input_ids and labels.
 
-        item 0   step 0   part 0   (2, B, T)
-                          part 1   (2, B, T)
-                 step 1   part 0   (2, B, T)
+        item 0   step 0   micro-batch 0   (2, B, T)
+                          micro-batch 1   (2, B, T)
+                 step 1   micro-batch 0   (2, B, T)
                           ...
 
     A worker process makes one item at a time. The rows of an item are sorted by length before they
     are divided into steps, so that there is little padding. (Rows of D_back are shorter: some steps
-    have far more of them than others.) All ranks draw the same rows, batch_size * accum * world a
-    step, and each takes its share. So the gradient of a step depends only on this product, not on
-    how it is split over ranks and parts.
+    have far more of them than others. Of the last item a run may take only some of the 16 steps,
+    which are in random order.) All ranks draw the same rows, batch_size * accum * world a step, and
+    each takes its share. So the gradient of a step depends only on this product, not on how it is
+    split over ranks and micro-batches.
 
     rows: a list, read epoch after epoch, and shuffled for each; or the record of generated data, an
         endless random stream.
@@ -258,10 +265,9 @@ class Batches(Dataset):
         steps = []
         for begin in range(0, count, self.rows_per_step):
             step_rows = encoded[begin : begin + self.rows_per_step]
-            # a rank takes every world-th row, a part every accum-th of these
+            # a rank takes every world-th row, a micro-batch every accum-th of these
             own_rows = step_rows[self.rank :: self.world]
-            parts = [self.pad_rows(own_rows[part :: self.accum]) for part in range(self.accum)]
-            steps.append(parts)
+            steps.append([self.pad_rows(own_rows[i :: self.accum]) for i in range(self.accum)])
         order = np.random.default_rng([self.seed, item_number]).permutation(self.STEPS)
         return [steps[step] for step in order]
 
@@ -289,8 +295,8 @@ class Batches(Dataset):
 
 
 def stream_batches(batches: Batches, first_step: int, steps: int, device: torch.device):
-    """Yields the parts of one step after another, from first_step on. If there is a GPU, worker
-    processes make them, on all cores but one."""
+    """Yields the micro-batches of one step after another, from first_step on. If there is a GPU,
+    worker processes make them, on all cores but one."""
     on_gpu = device.type == "cuda"
     # those that this process may use, where the system tells
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -298,13 +304,15 @@ def stream_batches(batches: Batches, first_step: int, steps: int, device: torch.
     loader = DataLoader(
         batches,
         batch_size=None,
-        sampler=range(first_step // batches.STEPS, -(-steps // batches.STEPS)),
+        sampler=range(first_step // batches.STEPS, math.ceil(steps / batches.STEPS)),
         num_workers=max(cores_per_rank - 1, 1) if on_gpu else 0,
         pin_memory=on_gpu,
         worker_init_fn=in_worker,
     )
-    # before workers are forked: one that collects garbage with CUDA tensors in it would crash
+    # before workers are forked: one that collects garbage with CUDA tensors in it would crash, and
+    # one with a tokenizer that has used threads would warn of it
     gc.collect()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     stream = itertools.chain.from_iterable(loader)
     return itertools.islice(stream, first_step % batches.STEPS, None)
 
@@ -352,6 +360,11 @@ def load_optimizer(optimizer, saved: dict) -> None:
     """Load what `optimizer_state` returned, but keep the current weight decay."""
     decays = [group["weight_decay"] for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        optimizer.state.clear()  # a second copy, which it does not use
+        for parameter, state in optimizer.optim.state.items():
+            # it leaves this on the CPU, where a fused kernel of a GPU refuses it
+            state["step"] = state["step"].to(parameter.device)
     for group, decay in zip(optimizer.param_groups, decays):
         group["weight_decay"] = decay
 
@@ -619,7 +632,8 @@ def check_flags(given: set[str], options) -> None:
         raise UserError("--sizes, --mistakes and --any_target are of generated rows, not --data's")
     if {"--steps", "--epochs"} <= given:
         raise UserError("--steps and --epochs both say how long to train: give one of them")
-    if not options.resume and "--num_train" in given and not given & {"--data", "--epochs"}:
+    generates = options.data is None and options.epochs is None  # and takes as many as it needs
+    if not options.resume and "--num_train" in given and generates:
         raise UserError("--num_train is of --data, or says how many rows --epochs are of")
 
 
@@ -646,7 +660,7 @@ def build_model(options, state: dict | None, tokenizer: Tokenizer) -> Llama:
     config = LlamaConfig(
         vocab_size=tokenizer.vocab_size,
         hidden_size=options.hidden_size,
-        intermediate_size=-(-options.hidden_size * 8 // 3 // 32) * 32,  # multiples of 32 are fast
+        intermediate_size=math.ceil(options.hidden_size * 8 / 3 / 32) * 32,  # these are fast
         num_hidden_layers=options.layers,
         num_attention_heads=options.hidden_size // 32,
         num_key_value_heads=options.hidden_size // 32,
@@ -706,7 +720,7 @@ def number_of_steps(options, rows, rows_per_step: int) -> int:
     count = options.num_train if isinstance(rows, dict) else len(rows)
     if count is None:
         raise UserError("--epochs of generated rows, which never end, wants --num_train")
-    return -(-options.epochs * count // rows_per_step)  # rounded up
+    return math.ceil(options.epochs * count / rows_per_step)
 
 
 def start_wandb(options):

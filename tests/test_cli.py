@@ -244,6 +244,13 @@ def test_a_flag_overrules_the_papers_settings(program, fitted, ckpt, tmp_path):
     assert fitted.calls[0].items() >= {"steps": 93750, "lr": 0.5, "optimizer": "adamw"}.items()
 
 
+def test_epochs_with_a_checkpoint_are_of_as_many_rows_as_asked(program, fitted, ckpt, tmp_path):
+    """Three epochs are the paper's; 16 rows a step."""
+    flags = ("--num_train", 800, "--num_eval", 2)
+    program(train, f"--ckpt={ckpt}", *flags, "--out", tmp_path / "out")
+    assert fitted.calls[0]["steps"] == 150
+
+
 def test_a_model_from_scratch_has_settings_of_its_own(program, fitted, tmp_path):
     program(train, "--num_eval", 2, "--out", tmp_path / "out")
     [call] = fitted.calls

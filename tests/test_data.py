@@ -861,13 +861,15 @@ def test_lines_and_arrays_of_rows_are_read(tmp_path):
     assert data.read_rows(array) == MASK_ROWS
 
 
-def test_splits_of_the_references_files_are_read(tmp_path):
+def test_splits_of_the_references_files_are_read(tmp_path, capsys):
     """Train, and the two halves of val; of several files the one that backtracks."""
     (tmp_path / "train_backtrack.json").write_text(json.dumps(ROWS[:2]))
     (tmp_path / "train.json").write_text(json.dumps(ROWS[:1]))
     (tmp_path / "val_backtrack.json").write_text(json.dumps(ROWS))
     splits = [data.read_split(str(tmp_path), split) for split in data.SPLITS]
     assert splits == [ROWS[:2], ROWS[:3], ROWS[3:]]
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith("has 2 files of train rows: reading train_backtrack.json alone")
 
 
 GOOD = '"nums": [1, 2], "target": 3, "search_path": ""'

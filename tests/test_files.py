@@ -495,6 +495,16 @@ def test_validation_rows_are_read_before_the_first_step():
         train.Reporter(None, tiny(), TOK, Batches([ROW], TOK, 1), {}, validation, [], 0)
 
 
+@pytest.mark.parametrize("world,expected", [("1", "mps"), ("2", "cpu")])
+def test_gloo_has_tensors_of_the_cpu(monkeypatch, world, expected):
+    """Several ranks of a machine whose accelerator it does not know."""
+    accelerator = torch.device("mps")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: accelerator)
+    monkeypatch.setattr(model.dist, "is_initialized", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    assert model.device_rank_world()[0] == torch.device(expected)
+
+
 DEFAULT_GROUP = """
 import inspect
 import model

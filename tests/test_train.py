@@ -805,6 +805,26 @@ def test_one_process_goes_on_with_what_two_have_saved(runs, optimizer):
     assert relative_difference(resumed, one[optimizer, "float32"]["weights"]) < 1e-4
 
 
+@pytest.fixture
+def group_of_one():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_shared_optimizer_goes_on_on_its_device(group_of_one, optimizer):
+    """On a GPU, too, where a fused kernel wants AdamW's step counts there."""
+    device = device_rank_world()[0]
+    model = tiny().to(device)
+    batches = Batches(RECORD, TOKENIZER, 4)
+    training = replace(SHORT, optimizer=optimizer)
+    states = []
+    fit(model, batches, 2, training, report=lambda loss, state, evaluates: states.append(state))
+    assert len(states[0]["optimizer"]["state"]) == len(list(model.parameters()))
+    fit(model, batches, 4, training, state=states[0])
+
+
 def test_two_processes_search_as_one_does(runs):
     one, two, _ = runs
     assert two["answers"] == one["answers"]
