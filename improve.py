@@ -228,7 +228,7 @@ def arguments() -> tuple[argparse.Namespace, dict | None]:
     add = options.add_argument_group("the search of a round").add_argument
     add("--num", metavar="N", type=at_least(1), default=15_000, help="problems of each round")
     add("--b", metavar="B", type=at_least(0), default=1, help="rounds of stepping back")
-    add("--n", metavar="N", type=at_least(1), default=16, help="samples of each state")
+    add("--n", metavar="N", type=at_least(1), default=16, help="samples of the prompt")
     add("--temperature", metavar="X", type=at_least(0.001), help="default: search.py's")
     add("--paper", action="store_true", help="search, and keep rows, as the paper does")
     add("--seed", metavar="N", type=at_least(0), default=0, help="seed of problems and samples")
