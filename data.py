@@ -79,7 +79,7 @@ def prompt_text(nums: list[int], target: int) -> str:
 # The rule of each operator: (the result of a operator b, is it allowed?), for whole numbers or,
 # elementwise, for arrays of them. The solver tries only the order in which the larger number comes
 # first. This loses nothing: the other order of + and * gives the same, 3-5 and 3/5 are forbidden,
-# and 0/5 is 5*0. (An operator that you add must be like this, too.)
+# and 0/5 is 5*0. (An operator that you add must be like this, too; `false_goal` needs the /.)
 
 
 def add(a, b):
@@ -95,7 +95,7 @@ def multiply(a, b):
 
 
 def divide(a, b):
-    quotient, rest = divmod(a, b + (b == 0))
+    quotient, rest = divmod(a, b + (b == 0))  # by 1 in place of 0, which is forbidden anyway
     return quotient, (b != 0) & (rest == 0)  # the division must be exact
 
 
@@ -249,8 +249,8 @@ def make_row(rng: random.Random, problem: SolvedProblem, kinds: Sequence[str]) -
             kind = mistake_kind
             actions = [*actions[: mistake.depth], *mistake.actions]
             no_loss = [depth for depth in no_loss if depth < mistake.depth]
-            # Of a false goal or a near miss these are all actions: any of them may have lost the
-            # target, and the row must not teach to go on after that one.
+            # A false goal and a near miss consist of all actions. Any of them may have lost the
+            # target, and the model must not learn to go on after that: so all of them are masked.
             no_loss += range(mistake.depth, len(actions))
             end = BACKTRACK
     return {
@@ -419,7 +419,7 @@ def follow(problem: SolvedProblem, choices: list[int]) -> tuple[list[Action], Po
     return actions, position
 
 
-MISTAKES = {  # with their relative shares (all but the last were found by trial)
+MISTAKES = {  # with their relative shares: how often each is drawn
     exploratory: 0.45,
     computational: 0.25,
     rule_violation: 0.1,
@@ -467,8 +467,8 @@ def no_loss_spans(row: dict, mask: str) -> list[tuple[int, int]]:
 
     If a row has no `no_loss`, the last action before `<backtrack>` is masked, if there is one. (It
     may lack its newline: `39+6=45<backtrack>`.)"""
-    begin = len(prompt_text(row["nums"], row["target"]))
-    spans = [(0, begin)]
+    place = len(prompt_text(row["nums"], row["target"]))  # where the next line begins
+    spans = [(0, place)]
     if mask == "none":
         return spans
     body, goes_back, _ = row["search_path"].partition(BACKTRACK)
@@ -479,8 +479,8 @@ def no_loss_spans(row: dict, mask: str) -> list[tuple[int, int]]:
             length = len(line)
             if mask == "choice" and is_true(line):
                 length = line.index("=") + 1
-            spans.append((begin, begin + length))
-        begin += len(line)
+            spans.append((place, place + length))
+        place += len(line)
     return spans
 
 
@@ -658,8 +658,8 @@ def remaining(step: Step) -> np.ndarray:
     unused = []  # for each pair the indices of the other numbers
     for pair in itertools.combinations(range(count), 2):
         unused.append([index for index in range(count) if index not in pair])
-    # (choices, m - 2): the list repeated, because it is the same for every operator
-    unused = np.array(unused * len(OPERATORS), int)
+    unused = np.array(unused, int).reshape(len(unused), count - 2)
+    unused = np.tile(unused, (len(OPERATORS), 1))  # (choices, m - 2): the same for every operator
     others = step.numbers[..., unused]  # (..., choices, m - 2)
     return np.concatenate([others, step.result[..., None]], -1)
 
@@ -711,21 +711,20 @@ def plan_efforts(steps: list[Step], target: np.ndarray) -> list[np.ndarray]:
     result. One canonical solution, the simplest, is far easier to learn than a random one of many.
 
     By dynamic programming, from the last step to the first."""
-    efforts = []
+    operator_efforts = np.float32([effort for _, effort in OPERATORS.values()])
+    efforts = []  # from the last step to the first
     for step in reversed(steps):
-        pairs = step.a.shape[-1]
-        operator_efforts = [effort for _, effort in OPERATORS.values()]
-        own_effort = np.repeat(np.float32(operator_efforts), pairs)  # (choices,)
-        if efforts:
-            possible = step.legal
-            # the best choice at the next step, for example (problems, 24, 12) -> (problems, 24)
-            onwards = efforts[0].min(-1)
-            total = own_effort + np.log2(step.result + 2, dtype=np.float32) + onwards
-        else:
+        own_effort = np.repeat(operator_efforts, step.a.shape[-1])  # (choices,)
+        if not efforts:
             possible = step.legal & (step.result == expand_like(target, step.result))
             total = own_effort
-        efforts.insert(0, np.where(possible, total, np.float32(np.inf)))
-    return efforts
+        else:
+            possible = step.legal
+            # the best choice at the next step, for example (problems, 24, 12) -> (problems, 24)
+            onwards = efforts[-1].min(-1)
+            total = own_effort + np.log2(step.result + 2, dtype=np.float32) + onwards
+        efforts.append(np.where(possible, total, np.float32(np.inf)))
+    return efforts[::-1]
 
 
 def solve(nums: list[int], target: int) -> tuple[int, int, list[Action]]:
@@ -762,14 +761,16 @@ def in_validation(nums: np.ndarray, target: np.ndarray) -> np.ndarray:
     hash_key = target.astype(np.uint64)
     for column in np.sort(nums, axis=1).T:
         hash_key = hash_key * np.uint64(1_000_003) + column.astype(np.uint64)
-    return (hash_key * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(60) == 0
+    hashed = hash_key * np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing: the high bits are mixed
+    return (hashed >> np.uint64(60)) == 0
 
 
 def draw_problems(
     rng, split: str, size: int, num: int, held_out: Sequence[int] = HELD_OUT, targets=TARGETS
 ):
-    """`num` solvable problems of a split: nums (num, size) in 1..99 and target (num,). val_new has
-    the targets held_out; the other splits have the rest of `targets`."""
+    """`num` solvable problems of a split: nums (num, size) from 1 to MAX_NUMBER, and target (num,).
+    val_new has the targets held_out, which no other split has. Of the rest of `targets` a hash
+    decides which problems are val's and which are train's."""
     if split == "val_new":
         allowed_targets = held_out
     else:

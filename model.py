@@ -75,7 +75,7 @@ def rope_frequencies(config: LlamaConfig) -> torch.Tensor:
     `low_freq_factor` turns over the original context rotates `factor` times more slowly. A pair
     that makes more than `high_freq_factor` turns is left as it is. Pairs in between are blended.
     """
-    # explicitly on the CPU, for load_llama builds the model on the meta device, without memory
+    # on the CPU even if `load_llama` builds the model on the meta device: no file has this buffer
     exponent = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
     frequency = config.rope_theta**-exponent
     scaling = config.rope_scaling
@@ -104,7 +104,7 @@ def attend(
     is_grouped = q.shape[1] != k.shape[1]  # H query heads share K key heads
     if mask is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=is_grouped)
-    if q.is_cpu:  # PyTorch's own is as fast in fp32, but far slower to train with in bf16
+    if q.is_cpu:  # where PyTorch's own kernel trains far more slowly in bf16
         return attend_on_cpu(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)
 
@@ -196,12 +196,12 @@ class LlamaModel(nn.Module):
         """One layer: compiled and with gradient checkpointing, as the attributes above say. The
         layer is compiled rather than the model, so that all layers share the compiled code. A
         search always uses the plain layer."""
-        forward = layer
+        run = layer
         if self.compiled_layer and cached_rows is None:
-            forward = partial(self.compiled_layer, layer)
+            run = partial(self.compiled_layer, layer)
         if self.gradient_checkpointing and x.requires_grad:
-            return checkpoint(forward, x, cos, sin, cached_rows, use_reentrant=False)
-        return forward(x, cos, sin, cached_rows)
+            return checkpoint(run, x, cos, sin, cached_rows, use_reentrant=False)
+        return run(x, cos, sin, cached_rows)
 
 
 class Llama(nn.Module):
@@ -268,14 +268,15 @@ class KVCache:
     """The keys and values of every layer, with one slot for each token.
 
     A row of a batch owns no memory. It is a list of slots, one for each of its tokens, and rows
-    that were forked from one row share the slots of their common beginning. So the search's
-    operations copy no key or value:
+    that were forked from one row share the slots of their common beginning. So forking and stepping
+    back copy no key or value:
 
         row [3, 5, 6]  takes two different tokens     -> [3, 5, 6, 9] and [3, 5, 6, 4]: a fork
         row [3, 5, 6, 4]  drops its last two tokens   -> [3, 5]: a step back
 
     (This is the idea of paged attention, Kwon et al. 2023, with pages of one token. But its kernels
-    read keys and values where they are, whereas `read` gathers them first.)
+    read keys and values where they are. Here `read` gathers those of the rows into a buffer, layer
+    after layer, each time that they attend.)
     """
 
     def __init__(self, config: LlamaConfig, slots: int, device, dtype: torch.dtype):
@@ -298,7 +299,7 @@ class KVCache:
         """A free slot, for one token. Raises UserError if none is left."""
         if not self.free:
             raise UserError("the cache is too small for this search: increase --cache_gib")
-        return Slot(self.free)
+        return Slot(self.free.pop(), self.free)
 
     def read(self, layer_idx: int, slots: torch.Tensor) -> torch.Tensor:
         """The keys and values in slots (B, S): (2, B, S, K, D). The same as
@@ -320,8 +321,8 @@ class Slot:
 
     __slots__ = ("number", "free")
 
-    def __init__(self, free: list[int]):
-        self.number = free.pop()
+    def __init__(self, number: int, free: list[int]):
+        self.number = number
         self.free = free
 
     def __del__(self):
@@ -329,7 +330,8 @@ class Slot:
 
 
 class CachedRows:
-    """Where a batch's tokens are in the cache, while T new tokens of each row pass the model.
+    """What attention needs while T new tokens of each row pass the model: in which slots of the
+    cache all tokens of the rows are.
 
     slots (B, S) int64: the slot numbers of each row's tokens, in order and with the new ones; 0
         where there is no token.
@@ -349,14 +351,15 @@ class CachedRows:
         # (B, T): a row's token at position p has the slot in column p; padding has slot 0
         self.new_slots = slots.gather(1, positions)
         # On a CPU rows attend in blocks of 128, each over as many columns as its longest row has:
-        # adjacent rows began together and are of similar length. On a GPU all attend at once.
+        # adjacent rows began together and are of similar length. On a GPU all attend at once, over
+        # all columns: it would have to be waited for to tell the longest row.
         rows_at_once = 128 if slots.is_cpu else len(slots)
         self.blocks = []  # [(which rows, their slots, their mask), ...]
         for begin in range(0, len(slots), rows_at_once):
             rows = slice(begin, begin + rows_at_once)
             width = int(positions[rows].max()) + 1 if slots.is_cpu else slots.shape[1]
             columns = torch.arange(width, device=slots.device)
-            is_later = columns > positions[rows, None, :, None]  # (rows, 1, T, width)
+            is_later = columns > positions[rows][:, None, :, None]  # (rows, 1, T, width)
             mask = torch.zeros(is_later.shape, device=slots.device, dtype=cache.kv.dtype)
             mask.masked_fill_(is_later, -torch.inf)
             self.blocks.append((rows, slots[rows, :width], mask))
@@ -400,8 +403,9 @@ def loss_positions(targets: torch.Tensor) -> torch.Tensor:
     labelled = (targets != -100).nonzero()[:, 0]
     if not targets.is_cpu:
         return labelled
-    filler = (targets == -100).nonzero()[: -len(labelled) % 64, 0]
-    return torch.cat([labelled, filler])
+    missing = -len(labelled) % 64  # up to the next multiple
+    unlabelled = (targets == -100).nonzero()[:, 0]
+    return torch.cat([labelled, unlabelled[:missing]])
 
 
 # ==== Plumbing: a first reading may stop here =====================================================
@@ -528,7 +532,7 @@ def load_llama(folder: Path, device, dtype: torch.dtype | None, vocab_size: int)
         raise UserError(message) from None
     if config.tie_word_embeddings:  # assigning made two parameters of it
         model.lm_head.weight = model.model.embed_tokens.weight
-    return model.to(device)
+    return model.to(device)  # the buffer `rope`; the weights are there
 
 
 def save_llama(model: Llama, folder: Path, dtype: torch.dtype, record: str) -> None:
@@ -555,9 +559,9 @@ def is_file_name(value) -> bool:
 
 
 def read_weights(folder: Path, device, dtype: torch.dtype | None, new_rows: int) -> dict:
-    """All tensors of a checkpoint by name; embedding and head with so many new rows, their mean.
-    Each tensor is mapped by itself, so that the files take no memory beside it. Raises
-    UserError."""
+    """All tensors of a checkpoint by name; embedding and head with so many new rows, their mean. A
+    file is opened anew for each tensor, so that what has been read of it need not stay in memory.
+    Raises UserError."""
     paths = weight_files(folder)
     opened = [identity(path) for path in paths]
     weights = {}
@@ -655,8 +659,8 @@ def read_json(path: Path) -> dict:
 
 # only other programs use these; Tokenizer saves them again as it read them
 CARRIED = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
-# {pattern: names}. If a new save has a file that matches the pattern, files of these names from an
-# older save are deleted, unless it has its own: they would be mistaken for parts of the new one.
+# {pattern: names}. If a new save has a file that matches the pattern, files of these names that an
+# older save has left are deleted: they would be mistaken for parts of the new one.
 STALE = {"model*.safetensors": (RESUME, INDEX, "model.safetensors"), "tokenizer.json": CARRIED}
 UNFINISHED = re.compile(r"\.(saving|saved)-(\d+)-\w{8}")  # state, number of the process
 
@@ -666,12 +670,12 @@ def replacing(folder: str | Path):
     """A temporary folder to write files into. When all are complete they replace those in `folder`.
     If the program is killed meanwhile, either the old files are left, or `settle` moves the new
     ones to their places: the temporary folder is .saving-PID-... while files are written, and
-    .saved-PID-... while they are moved. (May be nested: `folder` is then the outer temporary one.)
-    Raises UserError."""
+    .saved-PID-... while they are moved. (An empty file is not moved: see STALE. May be nested:
+    `folder` is then the outer temporary one.) Raises UserError."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        settle(folder, sweeps=True)
+        settle(folder, before_save=True)
         with tempfile.TemporaryDirectory(prefix=f".saving-{os.getpid()}-", dir=folder) as own:
             staging = Path(own) / "files"
             staging.mkdir()
@@ -684,7 +688,8 @@ def replacing(folder: str | Path):
             for pattern, names in STALE.items():
                 if list(staging.glob(pattern)):
                     for name in names:
-                        (staging / name).touch()  # an empty file means: delete the old one
+                        # where the new save has none: an empty file, which means `delete the old`
+                        (staging / name).touch()
             complete = staging.rename(folder / Path(own).name.replace(".saving", ".saved"))
             move(complete, folder)
     except BrokenPipeError:  # of what was printed meanwhile
@@ -713,18 +718,19 @@ def check_writable(folder: Path) -> None:
             pass
 
 
-def settle(folder: Path, sweeps: bool = False) -> None:
+def settle(folder: Path, before_save: bool = False) -> None:
     """Finish the saves that killed processes left behind in a folder: complete ones are moved to
-    their places. sweeps, before a new save: incomplete ones are removed, and complete ones are
-    moved even if their process may be running, lest they replace the new save later."""
+    their places. before_save: incomplete ones are removed, and complete ones are moved even if
+    their process may be running, lest they replace the new save later."""
     for left_behind in folder.glob(".sav*-*-*"):
         name = UNFINISHED.fullmatch(left_behind.name)
         if not name:
             continue
-        is_alive = int(name[2]) != os.getpid() and is_running(int(name[2]))
-        if name[1] == "saved" and (sweeps or not is_alive):
+        state, pid = name[1], int(name[2])
+        is_alive = pid != os.getpid() and is_running(pid)  # a save of this process has failed
+        if state == "saved" and (before_save or not is_alive):
             move(left_behind, folder)
-        elif name[1] == "saving" and sweeps and not is_alive:
+        elif state == "saving" and before_save and not is_alive:
             shutil.rmtree(left_behind, ignore_errors=True)
 
 
@@ -756,7 +762,8 @@ def device_rank_world() -> tuple[torch.device, int, int]:
     elif world > 1:
         device = torch.device("cpu")  # gloo exchanges no other device's tensors
     if world > 1 and not dist.is_initialized():
-        # imported first, for if PyTorch does so later, the group outlives its end
+        # Imported before there is a group: else the group becomes a default argument of functions
+        # there, and its threads go on after `destroy_process_group`.
         import_module("torch.distributed.nn.functional")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device, rank, world

@@ -93,9 +93,8 @@ def fit(
     world = device_rank_world()[2]
     device = model.lm_head.weight.device
     model.model.compiled_layer = torch.compile(LlamaDecoderLayer.forward) if compiled else None
-    # In fp16, if a gradient overflows, GradScaler does not call optimizer.step (see Stepper). But
-    # it does call that of a fused optimizer, whose kernel then does nothing: Muon's own part of the
-    # step would still change its matrices.
+    # In fp16 GradScaler skips a step whose gradients overflow (see Stepper). With a fused optimizer
+    # it leaves this to the kernel, and Muon's own part of the step would not be skipped.
     optimizer = make_optimizer(model, training, fused=dtype != torch.float16)
     first_step = state["step"] if state else 0
     stepper = Stepper(model, optimizer, dtype)
@@ -127,8 +126,12 @@ def fit(
         # All ranks report together, and stop together if any of them got a signal.
         must_stop = bool(sum_over_ranks(torch.tensor(interruptible.stopped_by, device=device)))
         if report and (must_report or must_stop):
-            new_state = {"step": step + 1, "optimizer": optimizer_state(optimizer)}
-            new_state |= {"scaler": stepper.scaler.state_dict(), "loss": float(smooth_loss)}
+            new_state = {
+                "step": step + 1,
+                "optimizer": optimizer_state(optimizer),
+                "scaler": stepper.scaler.state_dict(),
+                "loss": float(smooth_loss),
+            }
             report(float(smooth_loss), new_state, must_report)
         if must_stop:
             raise KeyboardInterrupt(interruptible.stopped_by or signal.SIGTERM)
@@ -381,6 +384,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self):
+        """Matrices first, whose gradients are then taken away, so that AdamW passes them over."""
         for group in self.param_groups:
             if group["orthogonal"]:
                 self.step_matrices(group)
@@ -399,7 +403,7 @@ class Muon(torch.optim.AdamW):
             state["average"].lerp_(matrix.grad, 1 - momentum)
             look_ahead = matrix.grad.lerp(state["average"], momentum)  # Nesterov's momentum
             by_shape[matrix.shape].append((matrix, look_ahead))
-            matrix.grad = None  # so that AdamW skips it
+            matrix.grad = None
         for shape, pairs in by_shape.items():  # all matrices of one shape together
             updates = orthogonal(torch.stack([look_ahead for _, look_ahead in pairs]))
             # the entries of an orthogonal matrix are about 1 / sqrt(longer side) in size
@@ -457,6 +461,7 @@ def load_state(folder: Path, needed=("step", "optimizer")) -> dict:
         settle(folder)
         state = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except Exception as error:  # for damaged files PyTorch raises a dozen kinds
+        # of PyTorch's message the first line, without the ways out that it then counts
         reason = "it is damaged: " + str(error).split("\n")[0].split(" (1)")[0]
         if not path.exists():
             reason = "nothing has been saved there yet"
@@ -683,9 +688,8 @@ def check_run(options, state: dict, config: LlamaConfig, rows_per_step: int) -> 
         last = state["log"][-1]
         if last.get("rows") != last.get("step", 0) * rows_per_step:
             note(f"{rows_per_step} rows a step, not as many as before: some come again, or never")
-    of_parameters = state["optimizer"].get("state", {}).values()
-    saved_by = "muon" if any("average" in entries for entries in of_parameters) else "adamw"
-    if saved_by != options.optimizer:
+    saved_by = state["record"].get("settings", {}).get("optimizer")
+    if saved_by not in (None, options.optimizer):
         raise UserError(
             f"{options.out} was trained by {saved_by}: its state does not fit {options.optimizer}"
         )
@@ -740,11 +744,21 @@ def main() -> None:
     wandb = start_wandb(options) if options.wandb and rank == 0 else None
     torch.manual_seed(options.seed)
     origin = options.out if state else options.ckpt
-    tokenizer = Tokenizer.from_pretrained(origin, True) if origin else Tokenizer.digits()
+    tokenizer = Tokenizer.digits()
+    if origin:
+        tokenizer = Tokenizer.from_pretrained(origin, add_backtrack=True)
     model = build_model(options, state, tokenizer)
     rows, record = training_rows(options, tokenizer)
-    size = options.batch_size, options.grad_accum
-    batches = Batches(rows, tokenizer, *size, options.seed, rank, world, options.mask)
+    batches = Batches(
+        rows,
+        tokenizer,
+        options.batch_size,
+        options.grad_accum,
+        options.seed,
+        rank,
+        world,
+        options.mask,
+    )
     options.steps = number_of_steps(options, rows, batches.rows_per_step)
     if state:
         check_run(options, state, model.config, batches.rows_per_step)

@@ -596,7 +596,7 @@ def test_who_is_killed_before_its_files_are_complete_leaves_the_old_ones(tmp_pat
     os.wait()
     Llama.from_pretrained(tmp_path)  # who only reads removes nothing
     [left_behind] = tmp_path.glob(".saving-*")
-    model.settle(tmp_path, sweeps=True)
+    model.settle(tmp_path, before_save=True)
     assert not left_behind.exists()
     assert contents(tmp_path) == before
 
