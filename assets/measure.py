@@ -78,11 +78,9 @@ DECODERS = [
     {"decoder": "best_of_n", "n": 8},
     {"decoder": "best_of_n", "n": 16},
     {"decoder": "best_of_n", "n": 32},
-    {"decoder": "best_of_n", "n": 64},
     {"decoder": "best_of_n", "n": 128},
     {"decoder": "self_backtrack", "b": 1, "n": 8},
     {"decoder": "self_backtrack", "b": 1, "n": 32},
-    {"decoder": "self_backtrack", "b": 1, "n": 128},
     {"decoder": "self_backtrack", "b": 3, "n": 32},
     # without one of our additions to the paper's rule
     {"decoder": "self_backtrack", "b": 1, "n": 32, "independent": True},
