@@ -313,10 +313,8 @@ def stream_batches(batches: Batches, first_step: int, steps: int, device: torch.
         pin_memory=on_gpu,
         worker_init_fn=in_worker,
     )
-    # before workers are forked: one that collects garbage with CUDA tensors in it would crash, and
-    # one with a tokenizer that has used threads would warn of it
+    # before workers are forked: one that collects garbage with CUDA tensors in it would crash
     gc.collect()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     stream = itertools.chain.from_iterable(loader)
     return itertools.islice(stream, first_step % batches.STEPS, None)
 
