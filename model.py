@@ -751,7 +751,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def device_rank_world() -> tuple[torch.device, int, int]:
     """The best device available, this process's rank, and the number of ranks: more than one under
-    torchrun. The first call sets up their process group."""
+    torchrun. The first call sets up their process group. Raises UserError."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -765,7 +765,10 @@ def device_rank_world() -> tuple[torch.device, int, int]:
         # Imported before there is a group: else the group becomes a default argument of functions
         # there, and its threads go on after `destroy_process_group`.
         import_module("torch.distributed.nn.functional")
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except ValueError as error:  # some of torchrun's variables are set, but not all
+            raise UserError(f"several processes are started by torchrun: {error}") from None
     return device, rank, world
 
 

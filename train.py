@@ -17,6 +17,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -312,10 +313,8 @@ def stream_batches(batches: Batches, first_step: int, steps: int, device: torch.
         pin_memory=on_gpu,
         worker_init_fn=in_worker,
     )
-    # before workers are forked: one that collects garbage with CUDA tensors in it would crash, and
-    # one with a tokenizer that has used threads would warn of it
+    # before workers are forked: one that collects garbage with CUDA tensors in it would crash
     gc.collect()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     stream = itertools.chain.from_iterable(loader)
     return itertools.islice(stream, first_step % batches.STEPS, None)
 
@@ -637,6 +636,9 @@ def check_flags(given: set[str], options) -> None:
         raise UserError("--sizes, --mistakes and --any_target are of generated rows, not --data's")
     if {"--steps", "--epochs"} <= given:
         raise UserError("--steps and --epochs both say how long to train: give one of them")
+    compilers = (os.environ.get("CXX", "g++"), "c++", "clang++", "cl")
+    if options.compile and not any(map(shutil.which, compilers)):
+        raise UserError("--compile wants a C++ compiler, and there is none")
     generates = options.data is None and options.epochs is None  # and takes as many as it needs
     if not options.resume and "--num_train" in given and generates:
         raise UserError("--num_train is of --data, or says how many rows --epochs are of")

@@ -261,7 +261,8 @@ def test_a_model_from_scratch_has_settings_of_its_own(program, fitted, tmp_path)
     assert call["batches"].mask == "choice"
 
 
-def test_flags_reach_the_loop(program, fitted, tmp_path):
+def test_flags_reach_the_loop(program, fitted, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.shutil, "which", lambda name: name)  # as if there were a compiler
     flags = "--dtype bf16 --compile --optimizer adamw --grad_accum 3 --eval_every 7 --mistakes"
     program(train, *flags.split(), "--num_eval", 2, "--out", tmp_path / "out")
     [call] = fitted.calls
@@ -903,6 +904,18 @@ def test_bad_input_to_training_gets_one_line(complaint, fitted, bad_files, args,
         args += ["--out", bad_files / "out"]
     assert expected in complaint(train, *args)
     assert fitted.calls == []
+
+
+def test_a_compiler_is_looked_for_before_the_first_step(complaint, fitted, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    assert "wants a C++ compiler" in complaint(train, "--compile", "--out", tmp_path / "out")
+    assert fitted.calls == []
+
+
+def test_ranks_that_torchrun_has_not_started_get_one_line(complaint, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert "started by torchrun" in complaint(train, "--out", tmp_path / "out")
 
 
 @pytest.mark.parametrize("module", [search, train, improve, data])
