@@ -658,8 +658,8 @@ def remaining(step: Step) -> np.ndarray:
     unused = []  # for each pair the indices of the other numbers
     for pair in itertools.combinations(range(count), 2):
         unused.append([index for index in range(count) if index not in pair])
-    unused = np.array(unused, int).reshape(len(unused), count - 2)
-    unused = np.tile(unused, (len(OPERATORS), 1))  # (choices, m - 2): the same for every operator
+    # (choices, m - 2): the same for every operator
+    unused = np.tile(np.array(unused, int), (len(OPERATORS), 1))
     others = step.numbers[..., unused]  # (..., choices, m - 2)
     return np.concatenate([others, step.result[..., None]], -1)
 

@@ -204,7 +204,7 @@ def learning_rate(step: int, steps: int, lr: float, warmup: int) -> float:
 
 
 def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """In place."""
+    """The sum of all ranks' values. It replaces `value`, too."""
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
@@ -363,9 +363,9 @@ def load_optimizer(optimizer, saved: dict) -> None:
     decays = [group["weight_decay"] for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     if isinstance(optimizer, ZeroRedundancyOptimizer):
-        optimizer.state.clear()  # a second copy, which it does not use
+        optimizer.state.clear()  # a second copy; the state in use is that of optimizer.optim
         for parameter, state in optimizer.optim.state.items():
-            # it leaves this on the CPU, where a fused kernel of a GPU refuses it
+            # left on the CPU, where the fused kernel of a GPU does not take it
             state["step"] = state["step"].to(parameter.device)
     for group, decay in zip(optimizer.param_groups, decays):
         group["weight_decay"] = decay

@@ -342,12 +342,13 @@ def measure_line(model, tokenizer, record: dict, line: dict, split: str, args) -
 
 def read_part(part: Path, made_by: list) -> dict[int, dict]:
     """The lines that a stopped run has left, by their places; but not a last one that is cut. The
-    first says what the run was asked for. Raises UserError if that was something else."""
+    first says what the run was asked for, and the dtype, which differs between machines. Raises
+    UserError if that was something else."""
     if not part.exists():
         return {}
     texts = part.read_text(encoding="utf-8").split("\n")[:-1]
     if texts and json.loads(texts[0]) != made_by:
-        raise UserError(f"{part} is of another command: {texts[0]}")
+        raise UserError(f"{part} is of another command or dtype: {texts[0]}")
     return dict(json.loads(text) for text in texts[1:])
 
 
@@ -362,7 +363,7 @@ def main() -> None:
     record = load_record(args.ckpt)
     model = Llama.from_pretrained(args.ckpt, device, best_dtype(device)).eval()
     wanted = list(product(choose_lines(args.lines), SPLITS[1:]))
-    made_by = [args.ckpt, args.num, args.num_judged, args.lines]
+    made_by = [args.ckpt, args.num, args.num_judged, args.lines, str(best_dtype(device))]
     part = args.out.with_name(args.out.name + ".part") if args.out else None
     lines = read_part(part, made_by) if args.resume else {}  # by their places in `wanted`
     todo = [place for place in range(len(wanted)) if place not in lines]

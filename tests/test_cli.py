@@ -750,10 +750,11 @@ def test_a_measurement_that_was_stopped_goes_on(trained, tmp_path):
     assert script(*command, "--out", out).returncode == 0
     whole = [json.loads(line) for line in out.read_text().splitlines()]
     kept = {**whole[2], "seconds": -1.0}
-    made_by = json.dumps([str(trained), 2, 300, ["greedy", "beam"]]) + "\n"
+    dtype = str(best_dtype(device_rank_world()[0]))
+    made_by = json.dumps([str(trained), 2, 300, ["greedy", "beam"], dtype]) + "\n"
     Path(f"{out}.part").write_text(made_by + json.dumps([2, kept]) + "\n" + '[3, {"deco')
     other = script(*command[:3], *command[5:], "--num", 3, "--out", out, "--resume")
-    assert (other.returncode, "is of another command" in other.stderr) == (2, True)
+    assert (other.returncode, "is of another command or dtype" in other.stderr) == (2, True)
     assert script(*command, "--out", out, "--resume").returncode == 0
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["seconds"] < 0 for line in lines] == [False, False, True, False]

@@ -812,17 +812,30 @@ def group_of_one():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_shared_optimizer_goes_on_on_its_device(group_of_one, optimizer):
-    """On a GPU, too, where a fused kernel wants AdamW's step counts there."""
-    device = device_rank_world()[0]
-    model = tiny().to(device)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_shared_optimizer_goes_on_and_is_saved_again(group_of_one, name):
+    """Where the model is: on a GPU a fused kernel takes step counts of that GPU alone."""
+    model = tiny().to(device_rank_world()[0])
     batches = Batches(RECORD, TOKENIZER, 4)
-    training = replace(SHORT, optimizer=optimizer)
-    states = []
-    fit(model, batches, 2, training, report=lambda loss, state, evaluates: states.append(state))
-    assert len(states[0]["optimizer"]["state"]) == len(list(model.parameters()))
-    fit(model, batches, 4, training, state=states[0])
+    settings = {"steps": 8, "training": replace(SHORT, optimizer=name)}
+    whole = copy.deepcopy(model)
+    ends = []
+    fit(whole, batches, **settings, report=lambda *given: ends.append(given[1]["optimizer"]))
+    states = run_in_two_parts(model, batches, settings, 4, {})
+    torch.testing.assert_close(states[1]["optimizer"], ends[0], rtol=0, atol=0)
+    for name, value in whole.named_parameters():
+        assert torch.equal(value, model.get_parameter(name)), name
+
+
+def test_a_shared_optimizer_has_its_state_once(group_of_one):
+    model = tiny()
+    optimizer = train.make_optimizer(model, SHORT, fused=True)
+    [(input_ids, labels)] = Batches(RECORD, TOKENIZER, 4)[0][0]
+    model(input_ids, labels=labels).backward()
+    optimizer.step()
+    train.load_optimizer(optimizer, train.optimizer_state(optimizer))
+    assert not optimizer.state
+    assert len(optimizer.optim.state) == len(list(model.parameters()))
 
 
 def test_two_processes_search_as_one_does(runs):
