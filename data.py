@@ -13,7 +13,7 @@ action and says `<backtrack>`.
     Goal Reached!
 
 A response of each kind to this prompt, its lines side by side. Lines in brackets carry no loss
-under the paper's mask. (--mask choice masks a true line only up to its `=`, see
+under the paper's mask, --mask action. (--mask choice masks a true line only up to its `=`, see
 `no_loss_spans`.)
 
     D_op    solution         4-2=2        25*2=50      50+10=60     Goal Reached!
@@ -112,7 +112,7 @@ def calculate(a, operator: str, b):
     return rule(a, b)
 
 
-NUMBER = "(0|[1-9][0-9]{0,4000})"  # Python converts at most 4,300 digits
+NUMBER = "(0|[1-9][0-9]{0,2000})"  # Python converts at most 4,300 digits, also of a product
 SIGN = f"([{re.escape(''.join(OPERATORS))}])"
 ACTION = re.compile(f"{NUMBER}{SIGN}{NUMBER}={NUMBER}")  # 45-39=6
 
@@ -391,8 +391,8 @@ def false_goal(rng: random.Random, position: Position) -> Mistake | None:
 
 
 def near_miss(rng: random.Random, position: Position) -> Mistake | None:
-    """Ours: a complete path, from the prompt on, of legal actions that end near the target, off by
-    1 ... 9, or by 10, 20 ... 90: `25*2=50`, `10-4=6`, `50+6=56` for the target 60. Without
+    """Ours: a complete path, from the prompt on, of legal actions that miss the target by 1 to 9,
+    or by 10, 20 ... 90: `25*2=50`, `10-4=6`, `50+6=56` for the target 60. Without
     them a model recognises familiar targets rather than comparing digits, and accepts 58 for a 56
     that it does not know."""
     problem = position.problem
@@ -456,8 +456,9 @@ def no_loss_spans(row: dict, mask: str) -> list[tuple[int, int]]:
     instance, of 25*4=100:
 
         mask="action"   the whole line 25*4=100 with its newline: the paper's mask
-        mask="choice"   25*4= alone, which was chosen. The result is learned. (But a line that is
-                        false, like 25*2=52, is masked as a whole.)
+        mask="choice"   25*4= alone, which was chosen. The result is learned, even where 25 or 4
+                        is not available. (But a line whose arithmetic is false, like 25*2=52, is
+                        masked as a whole.)
         mask="none"     nothing
 
     Why "choice", which is ours? With "action" the only last lines that are trained on are those of
@@ -1076,7 +1077,8 @@ def load_rows(data: str, record: dict, num: int, offset: int = 0) -> list[dict]:
         source = record["source"]
         whole_file = is_one_file(record)
         rows = read_rows(Path(source), PROBLEM_COLUMNS) if whole_file else read_split(source, data)
-        begin = offset % len(rows) if data == "train" else offset  # training rows have no end
+        # Training goes on from the first row after the last one (which ends what is read at once).
+        begin = offset % len(rows) if data == "train" else offset
         rows = rows[begin : begin + num]
     if not rows:
         raise UserError(f"{data} has no row number {offset}")

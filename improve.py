@@ -50,7 +50,7 @@ from train import typed_flags
 
 # How a round trains on the rows that it keeps; without weight decay, as in the reference. It suits
 # a small model that has been trained well. One that has seen few solutions gains more from a larger
-# lr (assets/NOTES.md). The command takes a part of it from the checkpoint: see `training_settings`.
+# lr (assets/NOTES.md). Optimizer and mask are the checkpoint's: see `training_settings`.
 TUNING = Training(lr=2e-4, warmup=10, weight_decay=0.0)
 EPOCHS = 3
 

@@ -267,12 +267,14 @@ class Llama(nn.Module):
 class KVCache:
     """The keys and values of every layer, with one slot for each token.
 
-    A row of a batch owns no memory. It is a list of slots, one for each of its tokens, and rows
-    that were forked from one row share the slots of their common beginning. So forking and stepping
-    back copy no key or value:
+    A row of a batch has no keys and values of its own. It is a list of slots, one for each of its
+    tokens, and rows that were forked from one row share the slots of their common beginning. So
+    forking and stepping back copy no key or value:
 
         row [3, 5, 6]  takes two different tokens     -> [3, 5, 6, 9] and [3, 5, 6, 4]: a fork
         row [3, 5, 6, 4]  drops its last two tokens   -> [3, 5]: a step back
+
+    (What is left has no logits to sample from. So its last token is fed again, into a new slot.)
 
     (This is the idea of paged attention, Kwon et al. 2023, with pages of one token. But its kernels
     read keys and values where they are. Here `read` gathers those of the rows into a buffer, layer
@@ -352,7 +354,7 @@ class CachedRows:
         self.new_slots = slots.gather(1, positions)
         # On a CPU rows attend in blocks of 128, each over as many columns as its longest row has:
         # adjacent rows began together and are of similar length. On a GPU all attend at once, over
-        # all columns: it would have to be waited for to tell the longest row.
+        # all columns, because to find the longest row would mean to wait for it.
         rows_at_once = 128 if slots.is_cpu else len(slots)
         self.blocks = []  # [(which rows, their slots, their mask), ...]
         for begin in range(0, len(slots), rows_at_once):

@@ -1,24 +1,24 @@
 """Self-backtracking: search by sampling, stepping back and branching. Read after data.py.
 
 The model says `<backtrack>` when its last action was a mistake, and the search of section 4.2
-(arXiv 2502.04404) trusts it. With b rounds of stepping back, n samples of each state, and
+(arXiv 2502.04404) trusts it. With b rounds of stepping back, n samples of the prompt, and
 limit = int(sqrt(n)):
 
 1. Round 0: sample n continuations of the prompt. Each goes on until the model ends it, normally
    after `Goal Reached!`, or says `<backtrack>`, or until it is too long.
 2. Rounds 1 to b: the samples of the previous round that end in `<backtrack>` drop their last
-   action. What is left is a state to branch from. The frontier is at most `limit` states that have
-   not been visited, as the prompt has. Sample n continuations of each.
+   action. What is left is a state to branch from. The frontier is made of states that have not
+   been visited. Sample new continuations of them:
+   - the paper: n for each of at most `limit` states; the prompt counts as visited.
+   - ours, the default: for every sample that stepped back to a state, `limit` new ones. The prompt
+     may be sampled once more, because most samples step back to it.
 3. Of all rounds, the samples that reached the goal are candidates. The candidate with the best
    score is the answer. The verifier is not used.
 
-By default the second step is ours. Most samples step back to the prompt, and the paper does not
-sample it again; and from a state with one likely continuation n samples take the same one. So here
-a state gets `limit` new samples for every sample that stepped back to it; the prompt, too, but only
-once. And a search ends early if it has a confident answer. (--paper: the paper's rule.)
+By default a search also ends early, if it has a confident answer. (--paper: all as in the paper.)
 
-For instance, with the numbers 52, 49, 38, 6, the target 21, n = 32, and limit = 5, in fp32. (Blanks
-stand for newlines, and `...` for what is left out.)
+For instance, with the numbers 52, 49, 38, 6, the target 21, n = 32, and limit = 5, in fp32, by our
+rule. (Blanks stand for newlines, and `...` for what is left out.)
 
     round 0    52-49=3 6/3=2 38/2=19 <backtrack>            6 samples
                49-38=11 <backtrack>                         3 samples
@@ -133,32 +133,30 @@ def self_backtrack(
     of a state says `<backtrack>` at once, without an action of its own, the state's last action is
     dropped: so the next round begins still closer to the prompt.
 
-    What is ours is off in this function, and on in `Settings`. `proportional`: states share the
-    samples of a round (`share_in_proportion`), and the prompt may be sampled once more. stop_above:
-    a search ends if the best candidate of a round has a score (`rate`) above it. (No score is above
-    0.)
+    What is ours is off in this function, and on in `Settings`. `proportional`: every sample that
+    steps back gives its state `limit` new ones (`share_in_proportion`), and the prompt may be
+    sampled once more. stop_above: a search ends if the best candidate of a round has a score
+    (`rate`) above it. (No score is above 0.)
     """
-    visited = set() if proportional else {()}  # () is the prompt; in ours a first step back is new
+    share = share_in_proportion if proportional else share_as_the_paper
+    # () is the prompt. In the paper it counts as visited; in ours it may be branched from once.
+    visited = set() if proportional else {()}
     responses = yield [State(count=n)]  # round 0: n samples of the prompt, with no tokens after it
     for round_number in range(1, b + 1):
         if is_sure(responses, stop_above):
             return
-        states = new_states(responses, visited, tokenizer)
-        if proportional:
-            frontier = share_in_proportion(states, n, limit)
-        else:
-            frontier = share_as_the_paper(states, n, limit)
+        frontier = share(new_states(responses, visited, tokenizer), n, limit)
         if not frontier:
             return
         for state in frontier:
-            visited.add(state.tokens)
+            visited.add(state.tokens)  # (but not states beyond the paper's limit)
             state.round = round_number
         responses = yield frontier  # `count` samples of each state, each until it ends
 
 
 def new_states(responses: list[Response], visited: set, tokenizer: Tokenizer) -> list[State]:
-    """The states that have not been visited, in the order of the responses. (Several responses may
-    step back to the same one.)"""
+    """The states that have not been visited, in the order of the responses, which is that in which
+    they ended. (Several responses may step back to the same state.)"""
     found = {}  # by their tokens
     for response in responses:
         if steps_back(response, tokenizer):
@@ -181,7 +179,7 @@ def share_in_proportion(states: list[State], n: int, limit: int) -> list[State]:
 
 def share_as_the_paper(states: list[State], n: int, limit: int) -> list[State]:
     """At most `limit` states, with n samples each. (The paper takes them in the order of the
-    samples. Here equal samples are one response, and have no order: so see `branching_order`.)"""
+    samples, which is random. Here equal samples are one response: see `branching_order`.)"""
     frontier = sorted(states, key=branching_order)[:limit]
     for state in frontier:
         state.count = n
@@ -275,7 +273,7 @@ class Settings:
     top_k: int = 0  # keep only the k most probable tokens; 0: all
     top_p: float = 1.0  # keep only the most probable tokens that add up to this probability
     independent: bool = False  # True: each sample draws for itself; False: spread evenly
-    proportional: bool = True  # do states share samples in proportion? False: n samples each
+    proportional: bool = True  # `limit` new samples for each that stepped back? False: n a state
     last_line: bool = True  # add the last line's log-probability to the score?
     stop_above: float = -0.2  # a candidate with a better score ends the search; 0: none does
     limit: int | None = None  # a round draws at most limit * n samples; None: int(sqrt(n))
@@ -760,17 +758,19 @@ class Engine:
         """Begin to expand waiting states: branches first, because they hold slots."""
         for queue in (self.branches, self.new_prompts):
             places = self.free_places()
+            all_places = places + len(self.expanding)
             # A call of the model costs almost as much for one state as for many: so wait until a
             # quarter of all places is free.
-            worth_a_call = places > (places + len(self.expanding)) // 4
+            worth_a_call = places > all_places // 4
             if queue and worth_a_call:
                 self.begin([queue.popleft() for _ in range(min(places, len(queue)))])
 
     def free_places(self) -> int:
         """How many more states may join. There are batch_size places. An estimate: a state needs
         slots for one whole response, and only 8 more for each of n samples, because samples share
-        beginnings. (If it needs still more, see make_room.) Half of all slots are kept free, so
-        that the current states can grow. If no state is being expanded, one may always join."""
+        beginnings. (If it needs more, or gets more than n samples, see make_room.) Half of all
+        slots are kept free, so that the current states can grow. If no state is being expanded, one
+        may always join."""
         slots_per_state = self.slot_table.shape[1] + 8 * self.settings.prompt_samples()
         spare_slots = len(self.cache.free) - self.cache.kv.shape[2] // 2
         places = self.settings.batch_size - len(self.expanding)
@@ -1334,7 +1334,7 @@ def flags() -> Arguments:
     limit = "a round draws at most N * n samples; else int(sqrt(n)) * n"
     add("--limit", metavar="N", type=at_least(1), help=limit)
     switch = argparse.BooleanOptionalAction
-    add("--proportional", action=switch, help="states share the samples of a round")
+    add("--proportional", action=switch, help="limit new samples for each that steps back")
     add("--last_line", action=switch, help="add log p(last line) to the score")
     add(
         "--stop_above",

@@ -60,7 +60,7 @@ from search import Settings, compare, evaluate
 class Training:
     """How to train. The defaults are those of a small model from scratch."""
 
-    batch_size: int = 64  # rows of a part (see Batches) on each device
+    batch_size: int = 64  # rows of a micro-batch (see Batches) on each device
     lr: float = 3e-3  # the peak of the learning rate
     warmup: int = 100  # steps until lr is reached
     weight_decay: float = 0.1  # not on the norms
@@ -68,7 +68,7 @@ class Training:
     mask: str = "choice"  # the loss mask: see `no_loss_spans` in data.py
 
 
-# The paper's, for 32 rows a step: use two devices, or two parts (--grad_accum 2), of 16 rows.
+# The paper's, for 32 rows a step: use two devices, or two micro-batches (--grad_accum 2), of 16.
 PAPER_TRAINING = Training(
     batch_size=16, lr=1e-5, warmup=1, weight_decay=0.01, optimizer="adamw", mask="action"
 )
@@ -94,8 +94,8 @@ def fit(
     world = device_rank_world()[2]
     device = model.lm_head.weight.device
     model.model.compiled_layer = torch.compile(LlamaDecoderLayer.forward) if compiled else None
-    # In fp16 GradScaler skips a step whose gradients overflow (see Stepper). With a fused optimizer
-    # it leaves this to the kernel, and Muon's own part of the step would not be skipped.
+    # In fp16 GradScaler skips a step whose gradients overflow (see Stepper). But it always calls a
+    # fused optimizer, whose kernel is to skip, and Muon's matrices have no such kernel.
     optimizer = make_optimizer(model, training, fused=dtype != torch.float16)
     first_step = state["step"] if state else 0
     stepper = Stepper(model, optimizer, dtype)
@@ -115,7 +115,7 @@ def fit(
         loss = stepper.take_step(micro_batches)
         smooth_loss = loss if smooth_loss is None else 0.98 * smooth_loss + 0.02 * loss
 
-        # Look at the loss only now and then, because that waits for the device.
+        # Look at the loss, and ask the other ranks, only now and then: that waits for the device.
         must_report = (step + 1) % report_every == 0 or step + 1 == steps
         stopped_alone = world == 1 and interruptible.stopped_by  # no need to ask other ranks
         if not (must_report or stopped_alone or step % 20 == 0):
@@ -600,8 +600,8 @@ def flags() -> Arguments:
     add = options.add_argument_group("the loop").add_argument
     add("--steps", metavar="N", type=at_least(1), help="optimizer steps")
     add("--epochs", metavar="N", type=at_least(1), help="passes over the rows (or: --steps)")
-    add("--batch_size", metavar="N", type=at_least(1), help="rows of a part on each device")
-    add("--grad_accum", metavar="N", type=at_least(1), default=1, help="parts of a step")
+    add("--batch_size", metavar="N", type=at_least(1), help="rows of a micro-batch")
+    add("--grad_accum", metavar="N", type=at_least(1), default=1, help="micro-batches of a step")
     add("--lr", metavar="X", type=above(0.0), help="the peak learning rate")
     add("--warmup", metavar="N", type=at_least(1), help="steps until --lr is reached")
     add("--optimizer", choices=("muon", "adamw"), help="muon: for matrices")

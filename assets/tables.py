@@ -53,7 +53,7 @@ ADDITIONS = [
     ("all of ours", stepping_back(1, 32)),
     ("independent samples", stepping_back(1, 32, independent=True)),
     ("temperature 0.7, no min-p", stepping_back(1, 32, temperature=0.7, min_p=0.0)),
-    ("n samples for each state", stepping_back(1, 32, proportional=False)),
+    ("stepping back as in the paper", stepping_back(1, 32, proportional=False)),
     ("not ended when sure", stepping_back(1, 32, stop_above=0.0)),
     ("not ended, the mean alone as score", stepping_back(1, 32, stop_above=0.0, last_line=False)),
     ("all of the paper's", stepping_back(1, 32, **PAPER_SEARCH)),
