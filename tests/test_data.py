@@ -61,6 +61,8 @@ VERDICTS = [  # numbers, target, response, part of the reason, the step that fai
     ([3, 5], 8, "3+5=8\n\nGoal Reached!", "is no action", 2),
     ([3, 5], 8, "٣+5=8\nGoal Reached!", "is no action", 1),
     ([3, 5], 8, "3+5=" + "9" * 5000 + "\nGoal Reached!", "is no action", 1),
+    ([10**2000, 10**2000], 1, f"{10**2000}*{10**2000}=1\nGoal Reached!", "false, it is 1000", 1),
+    ([10**2001, 1], 1, f"{10**2001}*1=1\nGoal Reached!", "is no action", 1),
 ]
 
 
