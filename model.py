@@ -11,7 +11,7 @@ Self-backtracking (arXiv 2502.04404) in five files:
 Modules have Hugging Face's names, so that checkpoints can be exchanged with transformers.
 
 Shapes: B rows of a batch, T new tokens, S positions that they attend to, H query heads, K key/value
-heads, D head size, C hidden size, V vocabulary size.
+heads, D head size, C hidden size, V vocabulary size. (In data.py a row is a training example.)
 """
 
 import argparse

@@ -30,7 +30,7 @@ rule. (Blanks stand for newlines, and `...` for what is left out.)
                                                             the second and third lines, and others)
                52-38=14                                     2 stepped back: 10 new samples
                ...
-    round 1    52-38=14 49*6=294 294/14=21 Goal Reached!    3 of these 10 samples
+    round 1    52-38=14 49*6=294 294/14=21 Goal Reached!    1 of these 10 samples, 2 of the 85
                ...
     answer     this one, for there is no other candidate
 
@@ -276,7 +276,9 @@ class Settings:
     proportional: bool = True  # `limit` new samples for each that stepped back? False: n a state
     last_line: bool = True  # add the last line's log-probability to the score?
     stop_above: float = -0.2  # a candidate with a better score ends the search; 0: none does
-    limit: int | None = None  # a round draws at most limit * n samples; None: int(sqrt(n))
+    # the paper's: how many states a round has at most; ours: how many new samples for each that
+    # stepped back, while a round has at most limit * n; None: int(sqrt(n))
+    limit: int | None = None
     max_new_tokens: int = 64  # the maximum length of a response, its state's tokens included
     seed: int = 0
     batch_size: int = 128  # the maximum of states expanded together
@@ -541,20 +543,21 @@ def first_response(state: State) -> Response:
 
 def extend(parent: Response, draw: Draw) -> Response:
     """The Response of the samples that take a token."""
-    first_point = draw.first_point
+    first_point, spacing = draw.first_point, draw.spacing
     # If the spacing is above 1, only one point fits into [0, 1), and it may be anywhere there: a
     # new uniform point has the same distribution. From now on this sample draws a new point for
     # every token, because a point that is stretched again and again runs out of digits.
     # (Independent samples have the spacing 0, and beams 1: they never come here.)
-    if draw.spacing > 1:
+    if spacing > 1:
         first_point = parent.state.rng.random()
+        spacing = 2.0  # any number above 1, so that it does not grow without end
     return replace(
         parent,
         tokens=parent.tokens + (draw.token,),
         logps=parent.logps + (draw.logp,),
         count=draw.count,
         first_point=first_point,
-        spacing=draw.spacing,
+        spacing=spacing,
     )
 
 
@@ -1331,7 +1334,7 @@ def flags() -> Arguments:
     add("--decoder", choices=DECODERS, help="only self_backtrack steps back")
     add("--b", metavar="B", type=at_least(0), help="rounds of stepping back")
     add("--n", metavar="N", type=at_least(1), help="samples of the prompt, or beams")
-    limit = "a round draws at most N * n samples; else int(sqrt(n)) * n"
+    limit = "new samples for each that steps back (paper: states a round); else int(sqrt(n))"
     add("--limit", metavar="N", type=at_least(1), help=limit)
     switch = argparse.BooleanOptionalAction
     add("--proportional", action=switch, help="limit new samples for each that steps back")

@@ -71,10 +71,13 @@ def is_of(line: dict, flags: dict) -> bool:
 
 
 def name_points(ax, points: list[dict]) -> None:
-    """Each point's n, below it. (With the same n, more steps back lie to its right.)"""
+    """Each point's n, below it, but of the first, below which another curve begins, above. (With
+    the same n, more steps back lie to its right.)"""
     for point in points:
         place = (point["tokens"], percent(point, "selected"))
         away = {"xytext": (-6, -14), "textcoords": "offset points"}
+        if point is points[0]:
+            away["xytext"] = (-24, 6)
         ax.annotate(f"n = {point['n']}", place, fontsize=8, **away)
 
 
@@ -97,7 +100,7 @@ def mistakes(ax, lines: list[dict]) -> None:
             labels = [named.get(kind, WORDS.get(kind, kind).replace(" ", "\n")) for kind in kinds]
             ax.set_xticks(range(len(kinds)), labels)
     ax.tick_params(axis="x", labelsize=8)
-    ax.set(ylabel="% of samples", title="the first mistake of a sample (best of 32)")
+    ax.set(ylabel="% of samples", title="first mistakes (best of 32, seen targets)")
     legend(ax, fontsize=8)
 
 
@@ -111,7 +114,7 @@ def training(ax, first_leg: list[dict], second_leg: list[dict]) -> None:
         heights = [100 * line[f"{split}_greedy"] for line in lines]
         ax.plot(rows, heights, "o-", markersize=4, label=title)
     style = {"color": "grey", "linestyle": ":"}
-    ax.axvline(rows_before / 1e6, label="leg 2: near misses, any targets", **style)
+    ax.axvline(rows_before / 1e6, label="leg 2: near misses, targets 1 to 299", **style)
     ax.set(xlabel="million training rows", ylabel="greedy, % of 200 problems")
     ax.set(title="training the shipped model", ylim=(0, 100))
     ax.grid(alpha=0.3)
@@ -211,10 +214,11 @@ def method(ax) -> None:
     words(ax, 107, 29.8, "are candidates; the best")
     words(ax, 107, 27.6, "score is the answer:")
     ax.text(107, 24.4, "score = mean log p", family=MONO, va="center")
-    arrow(ax, (111.5, 9.5), (115.5, 22.5), "right", 0.35)
-    words(ax, 117, 16.5, "if it verifies,", "right")
-    words(ax, 117, 14.3, "it becomes a row", "right")
-    words(ax, 117, 12.1, "of D_op: train on it", "right")
+    arrow(ax, (111.5, 9.5), (113.5, 22.5), bend=0.3)
+    words(ax, 116, 18.5, "in training, one", "right")
+    words(ax, 116, 16.3, "that verifies", "right")
+    words(ax, 116, 14.1, "becomes a row", "right")
+    words(ax, 116, 11.9, "of D_op", "right")
 
 
 def main() -> None:

@@ -80,6 +80,7 @@ DECODERS = [
     {"decoder": "best_of_n", "n": 32},
     {"decoder": "best_of_n", "n": 128},
     {"decoder": "self_backtrack", "b": 1, "n": 8},
+    {"decoder": "self_backtrack", "b": 1, "n": 16},
     {"decoder": "self_backtrack", "b": 1, "n": 32},
     {"decoder": "self_backtrack", "b": 3, "n": 32},
     # without one of our additions to the paper's rule

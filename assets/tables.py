@@ -45,6 +45,7 @@ OTHERS = [
     ("best of 8", best_of(8)),
     ("best of 16", best_of(16)),
     ("b = 1, n = 8", stepping_back(1, 8)),
+    ("b = 1, n = 16", stepping_back(1, 16)),
     ("*paper's rule:* best of 8", best_of(8, **PAPER_SEARCH)),
     ("*paper's rule:* best of 16", best_of(16, **PAPER_SEARCH)),
     ("*paper's rule:* b = 1, n = 8", stepping_back(1, 8, **PAPER_SEARCH)),

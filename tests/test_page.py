@@ -1,10 +1,11 @@
 """The page that search.py --html writes: what it holds, and, in a real browser if one is installed,
-what it shows."""
+what it shows. And the README and search.py's first lines, which tell of the same search."""
 
 import json
 import re
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,35 @@ def page_file(searched, tmp_path_factory) -> Path:
 def page(page_file) -> dict:
     [line] = re.findall(r"^const page = (.*);$", page_file.read_text(), re.MULTILINE)
     return json.loads(line)
+
+
+def test_the_readme_has_the_tree_of_this_search(searched, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    _, tokenizer, responses = searched
+    readme = (Path(search.__file__).parent / "README.md").read_text(encoding="utf-8")
+    [quoted] = re.findall(r"^numbers \[.*?(?=^\.\.\.$)", readme, re.MULTILINE | re.DOTALL)
+    assert search.draw_tree(tokenizer, PROBLEM, responses, SETTINGS).startswith(quoted)
+
+
+def test_the_first_lines_of_search_tell_of_this_search(searched):
+    _, tokenizer, responses = searched
+    found = Counter()  # (round, the state's lines, the response's own lines): samples
+    for response in responses:
+        state = tokenizer.decode(response.tokens[: response.inherited]).replace("\n", " ")
+        text = tokenizer.decode(response.tokens).replace("\n", " ")
+        found[response.round, state, text.removeprefix(state)] += response.count
+    told = re.findall(r"(\S+=.* <backtrack>) +(\d+) samples$", search.__doc__, re.MULTILINE)
+    assert len(told) == 4
+    for text, count in told:
+        assert found[0, "", text] == int(count)
+    new_samples = Counter()
+    for (in_round, state, _), count in found.items():
+        new_samples[state] += count * in_round
+    assert new_samples["52-49=3 6/3=2 "] == 30 == 5 * 6
+    assert new_samples[""] == 85 == 5 * 17
+    assert new_samples["52-38=14 "] == 10 == 5 * 2
+    assert found[1, "52-38=14 ", "49*6=294 294/14=21 Goal Reached!"] == 1
+    assert found[1, "", "52-38=14 49*6=294 294/14=21 Goal Reached!"] == 2
 
 
 def test_a_round_of_the_page_is_the_tree_of_the_samples_so_far(searched, page):

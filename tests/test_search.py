@@ -432,6 +432,16 @@ def test_spread_points_take_the_tokens_in_whose_intervals_they_lie():
     assert [draw.spacing for draw in draws] == pytest.approx([0.2, 1 / 3, 0.5, 0.6], abs=1e-6)
 
 
+def test_a_long_sample_of_improbable_tokens_stays_random():
+    """Its probability is below the smallest number of a computer: 1000 ** -200."""
+    logits = torch.zeros(1, 1000)
+    path = Response(count=1, state=search.State(rng=np.random.default_rng(0)))
+    for _ in range(200):
+        [draw] = search.spread(logits, [path], Settings(min_p=0.0))
+        path = search.extend(path, draw)
+    assert len(set(path.tokens[-100:])) > 50
+
+
 def test_temperature_and_min_p_change_what_is_drawn_and_no_log_probability():
     logits = torch.tensor([[0.5, 0.0, 0.3, 0.2]], dtype=torch.float64).log()
     paths = [Response(count=10, first_point=0.05, spacing=0.1)]
