@@ -15,7 +15,8 @@ limit = int(sqrt(n)):
 3. Of all rounds, the samples that reached the goal are candidates. The candidate with the best
    score is the answer. The verifier is not used.
 
-By default a search also ends early, if it has a confident answer. (--paper: all as in the paper.)
+By default a search also ends early, if it has a confident answer. (--paper: the paper's rule, but
+for the order of states.)
 
 For instance, with the numbers 52, 49, 38, 6, the target 21, n = 32, and limit = 5, in fp32, by our
 rule. (Blanks stand for newlines, and `...` for what is left out.)
@@ -155,8 +156,8 @@ def self_backtrack(
 
 
 def new_states(responses: list[Response], visited: set, tokenizer: Tokenizer) -> list[State]:
-    """The states that have not been visited, in the order of the responses, which is that in which
-    they ended. (Several responses may step back to the same state.)"""
+    """The states that have not been visited, in the order of the responses: state by state of the
+    last frontier, and as they ended. (Several responses may step back to the same state.)"""
     found = {}  # by their tokens
     for response in responses:
         if steps_back(response, tokenizer):
