@@ -392,9 +392,9 @@ def false_goal(rng: random.Random, position: Position) -> Mistake | None:
 
 def near_miss(rng: random.Random, position: Position) -> Mistake | None:
     """Ours: a complete path, from the prompt on, of legal actions that miss the target by 1 to 9,
-    or by 10, 20 ... 90: `25*2=50`, `10-4=6`, `50+6=56` for the target 60. Without
-    them a model recognises familiar targets rather than comparing digits, and accepts 58 for a 56
-    that it does not know."""
+    or by 10, 20 ... 90: `25*2=50`, `10-4=6`, `50+6=56` for the target 60. Without them a model
+    recognises familiar targets rather than comparing digits, and accepts 58 for a 56 that it does
+    not know."""
     problem = position.problem
     last = problem.steps[-1]
     # These arrays have an entry for each path. With four numbers they are (24, 12, 4).
@@ -1077,7 +1077,7 @@ def load_rows(data: str, record: dict, num: int, offset: int = 0) -> list[dict]:
         source = record["source"]
         whole_file = is_one_file(record)
         rows = read_rows(Path(source), PROBLEM_COLUMNS) if whole_file else read_split(source, data)
-        # Training goes on from the first row after the last one (which ends what is read at once).
+        # Training problems begin again after the last one. (But one call does not go past it.)
         begin = offset % len(rows) if data == "train" else offset
         rows = rows[begin : begin + num]
     if not rows:

@@ -354,7 +354,7 @@ class CachedRows:
         self.new_slots = slots.gather(1, positions)
         # On a CPU rows attend in blocks of 128, each over as many columns as its longest row has:
         # adjacent rows began together and are of similar length. On a GPU all attend at once, over
-        # all columns, because to find the longest row would mean to wait for it.
+        # all columns, because finding the longest row would mean waiting for the GPU.
         rows_at_once = 128 if slots.is_cpu else len(slots)
         self.blocks = []  # [(which rows, their slots, their mask), ...]
         for begin in range(0, len(slots), rows_at_once):

@@ -150,7 +150,7 @@ def self_backtrack(
         if not frontier:
             return
         for state in frontier:
-            visited.add(state.tokens)  # (but not states beyond the paper's limit)
+            visited.add(state.tokens)  # only these: a state beyond the paper's limit stays new
             state.round = round_number
         responses = yield frontier  # `count` samples of each state, each until it ends
 
@@ -179,9 +179,11 @@ def share_in_proportion(states: list[State], n: int, limit: int) -> list[State]:
 
 
 def share_as_the_paper(states: list[State], n: int, limit: int) -> list[State]:
-    """At most `limit` states, with n samples each. (The paper takes them in the order of the
-    samples, which is random. Here equal samples are one response: see `branching_order`.)"""
-    frontier = sorted(states, key=branching_order)[:limit]
+    """At most `limit` states, with n samples each. The paper takes them in the order of the
+    samples, which is random. Here equal samples are one response, so the states come first that
+    most samples stepped back to. (`sorted` leaves states of equally many in their order.)"""
+    most_first = sorted(states, key=lambda state: state.stepped_back, reverse=True)
+    frontier = most_first[:limit]
     for state in frontier:
         state.count = n
     return frontier
@@ -190,12 +192,6 @@ def share_as_the_paper(states: list[State], n: int, limit: int) -> list[State]:
 def steps_back(response: Response, tokenizer: Tokenizer) -> bool:
     """Does this response end in `<backtrack>`?"""
     return response.tokens[-1] == tokenizer.backtrack
-
-
-def branching_order(state: State) -> int:
-    """A sort key: the more samples stepped back to a state, the earlier it comes. (`sorted` leaves
-    states of equally many in their order.)"""
-    return -state.stepped_back
 
 
 def roll_back(response: Response, tokenizer: Tokenizer) -> State:
@@ -264,7 +260,7 @@ def is_sure(responses: list[Response], stop_above: float) -> bool:
 @dataclass(frozen=True)
 class Settings:
     """How to search. The defaults were found by trial with the shipped model, b = 1 and n = 32.
-    PAPER_SEARCH is the paper's rule, but for `branching_order`."""
+    PAPER_SEARCH is the paper's rule, but for the order of states (`share_as_the_paper`)."""
 
     decoder: str = "self_backtrack"  # one of DECODERS
     b: int = 1  # rounds of stepping back
@@ -277,8 +273,8 @@ class Settings:
     proportional: bool = True  # `limit` new samples for each that stepped back? False: n a state
     last_line: bool = True  # add the last line's log-probability to the score?
     stop_above: float = -0.2  # a candidate with a better score ends the search; 0: none does
-    # the paper's: how many states a round has at most; ours: how many new samples for each that
-    # stepped back, while a round has at most limit * n; None: int(sqrt(n))
+    # None: int(sqrt(n)). Ours: how many new samples for each that stepped back. The paper's: how
+    # many states a round has at most. Either way a round draws at most limit * n samples.
     limit: int | None = None
     max_new_tokens: int = 64  # the maximum length of a response, its state's tokens included
     seed: int = 0
@@ -1335,10 +1331,10 @@ def flags() -> Arguments:
     add("--decoder", choices=DECODERS, help="only self_backtrack steps back")
     add("--b", metavar="B", type=at_least(0), help="rounds of stepping back")
     add("--n", metavar="N", type=at_least(1), help="samples of the prompt, or beams")
-    limit = "new samples for each that steps back (paper: states a round); else int(sqrt(n))"
+    limit = "new samples for each that steps back (paper: states a round); default int(sqrt(n))"
     add("--limit", metavar="N", type=at_least(1), help=limit)
     switch = argparse.BooleanOptionalAction
-    add("--proportional", action=switch, help="limit new samples for each that steps back")
+    add("--proportional", action=switch, help="use --limit as ours; --no-: as the paper")
     add("--last_line", action=switch, help="add log p(last line) to the score")
     add(
         "--stop_above",

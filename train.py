@@ -95,7 +95,8 @@ def fit(
     device = model.lm_head.weight.device
     model.model.compiled_layer = torch.compile(LlamaDecoderLayer.forward) if compiled else None
     # In fp16 GradScaler skips a step whose gradients overflow (see Stepper). But it always calls a
-    # fused optimizer, whose kernel is to skip, and Muon's matrices have no such kernel.
+    # fused optimizer, and leaves skipping to its kernel, which Muon's matrices do not have. So in
+    # fp16 no optimizer is fused.
     optimizer = make_optimizer(model, training, fused=dtype != torch.float16)
     first_step = state["step"] if state else 0
     stepper = Stepper(model, optimizer, dtype)
@@ -600,7 +601,7 @@ def flags() -> Arguments:
     add = options.add_argument_group("the loop").add_argument
     add("--steps", metavar="N", type=at_least(1), help="optimizer steps")
     add("--epochs", metavar="N", type=at_least(1), help="passes over the rows (or: --steps)")
-    add("--batch_size", metavar="N", type=at_least(1), help="rows of a micro-batch")
+    add("--batch_size", metavar="N", type=at_least(1), help="rows of a device's micro-batch")
     add("--grad_accum", metavar="N", type=at_least(1), default=1, help="micro-batches of a step")
     add("--lr", metavar="X", type=above(0.0), help="the peak learning rate")
     add("--warmup", metavar="N", type=at_least(1), help="steps until --lr is reached")

@@ -71,7 +71,7 @@ def is_of(line: dict, flags: dict) -> bool:
 
 
 def name_points(ax, points: list[dict]) -> None:
-    """Each point's n, below it, but of the first, below which another curve begins, above. (With
+    """Each point's n, below it; the first one's above, because another curve begins below it. (With
     the same n, more steps back lie to its right.)"""
     for point in points:
         place = (point["tokens"], percent(point, "selected"))

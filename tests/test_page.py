@@ -56,23 +56,38 @@ def test_the_readme_has_the_tree_of_this_search(searched, monkeypatch):
 
 def test_the_first_lines_of_search_tell_of_this_search(searched):
     _, tokenizer, responses = searched
-    found = Counter()  # (round, the state's lines, the response's own lines): samples
+    ways = []  # (round, the state's lines, all lines, samples)
     for response in responses:
-        state = tokenizer.decode(response.tokens[: response.inherited]).replace("\n", " ")
-        text = tokenizer.decode(response.tokens).replace("\n", " ")
-        found[response.round, state, text.removeprefix(state)] += response.count
-    told = re.findall(r"(\S+=.* <backtrack>) +(\d+) samples$", search.__doc__, re.MULTILINE)
+        texts = [response.tokens[: response.inherited], response.tokens]
+        state, text = [tokenizer.decode(tokens).replace("\n", " ").strip() for tokens in texts]
+        ways.append((response.round, state, text, response.count))
+    sampled = Counter()  # round 0, by their texts
+    stepped_back = Counter()  # in round 0, by what is left without the last action
+    new_samples = Counter()  # round 1, by the states that they continue
+    goals = Counter()  # candidates, by their states and texts
+    for in_round, state, text, count in ways:
+        if in_round == 0:
+            sampled[text] += count
+            assert text.endswith("<backtrack>")
+            stepped_back[" ".join(text.split()[:-2])] += count
+        else:
+            new_samples[state] += count
+        if text.endswith(" Goal Reached!"):  # on a line of its own
+            goals[state, text] += count
+
+    first_lines = search.__doc__
+    told = re.findall(r"(\d\S+=.*<backtrack>) +(\d+) samples$", first_lines, re.MULTILINE)
     assert len(told) == 4
-    for text, count in told:
-        assert found[0, "", text] == int(count)
-    new_samples = Counter()
-    for (in_round, state, _), count in found.items():
-        new_samples[state] += count * in_round
-    assert new_samples["52-49=3 6/3=2 "] == 30 == 5 * 6
-    assert new_samples[""] == 85 == 5 * 17
-    assert new_samples["52-38=14 "] == 10 == 5 * 2
-    assert found[1, "52-38=14 ", "49*6=294 294/14=21 Goal Reached!"] == 1
-    assert found[1, "", "52-38=14 49*6=294 294/14=21 Goal Reached!"] == 2
+    assert all(sampled[text] == int(count) for text, count in told)
+    told = re.findall(r"(\S.*\S)  +(\d+) stepped back: (\d+) new samples", first_lines)
+    assert len(told) == 3
+    for name, back, new in told:
+        state = re.sub("frontier +|the prompt", "", name)
+        assert (stepped_back[state], new_samples[state]) == (int(back), int(new))
+    [(text, of_these, of_the_prompt)] = re.findall(
+        r"round 1 +(\S.*!) +(\d+) of these 10 samples, (\d+) of the 85", first_lines
+    )
+    assert goals == {("52-38=14", text): int(of_these), ("", text): int(of_the_prompt)}
 
 
 def test_a_round_of_the_page_is_the_tree_of_the_samples_so_far(searched, page):

@@ -433,7 +433,7 @@ def test_spread_points_take_the_tokens_in_whose_intervals_they_lie():
 
 
 def test_a_long_sample_of_improbable_tokens_stays_random():
-    """Its probability is below the smallest number of a computer: 1000 ** -200."""
+    """Its probability is 1000 ** -200, which in 64 bits is 0."""
     logits = torch.zeros(1, 1000)
     path = Response(count=1, state=search.State(rng=np.random.default_rng(0)))
     for _ in range(200):
